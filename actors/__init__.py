@@ -1,0 +1,1 @@
+"""Thin Ray actors: telemetry, node forecaster, coordinator."""

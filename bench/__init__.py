@@ -1,0 +1,1 @@
+"""Benchmarks: simulation, live cluster, forecasts, micro."""

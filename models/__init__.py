@@ -1,0 +1,1 @@
+"""Forecasting models: network, features, baselines, calibration, registry."""

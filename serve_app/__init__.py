@@ -1,0 +1,1 @@
+"""The request path on Ray Serve: router, mirror, gateway, application, command line."""

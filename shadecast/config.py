@@ -1,0 +1,192 @@
+"""One validated, immutable configuration, grouped by concern.
+
+Every field carries its bounds and the reason for them. `Config.from_mapping` takes plain (JSON) mappings, refuses
+unknown keys, and reports the first wrong value as one `ConfigError` line: field, value, bound, reason.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
+
+from shadecast.errors import ConfigError
+
+
+def _bounded(default: float, low: float, high: float, why: str) -> Any:
+    return field(default=default, metadata={"low": low, "high": high, "why": why})
+
+
+class _Section:
+    """Checks every bounded field when made; an instance that exists is valid."""
+
+    __slots__ = ()
+    _name = ""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):  # type: ignore[arg-type]
+            if "low" in f.metadata:
+                _check_bounds(f"{self._name}.{f.name}", getattr(self, f.name), f.type, f.metadata)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
+        """Build from plain values; raises ConfigError on an unknown key or a value out of bounds."""
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{cls._name} = {values!r}: must be a mapping of settings")
+        known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+        for key in values:
+            if key not in known:
+                raise ConfigError(
+                    f"{cls._name}.{key} = {values[key]!r}: unknown setting; known are {', '.join(sorted(known))}"
+                )
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def _check_bounds(name: str, value: Any, kind: Any, meta: Mapping[str, Any]) -> None:
+    low, high, why = meta["low"], meta["high"], meta["why"]
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if number and kind == "int" and not float(value).is_integer():
+        raise ConfigError(f"{name} = {value!r}: must be a whole number from {low:g} to {high:g} ({why})")
+    if not number or math.isnan(value) or not low <= value <= high:
+        raise ConfigError(f"{name} = {value!r}: must be a number from {low:g} to {high:g} ({why})")
+
+
+@dataclass(frozen=True, slots=True)
+class BalanceConfig(_Section):
+    """The balancing rule (design section 5)."""
+
+    _name = "balance"
+
+    tick_s: float = _bounded(0.5, 0.1, 5.0, "slower tables herd requests, faster ones cost more than they tell")
+    tick_jitter: float = _bounded(0.1, 0.0, 0.5, "fraction of the tick; coordinators must not fall into step")
+    report_s: float = _bounded(1.0, 0.1, 5.0, "how often a router reports; a late report hides a slow node")
+    table_ttl_s: float = _bounded(3.0, 0.5, 60.0, "an older table says nothing about queues any more")
+    local_only_age_s: float = _bounded(5.0, 1.0, 120.0, "from this age on a router uses power of two choices")
+    choices: int = _bounded(4, 1, 64, "d of the pick; 1 is random, all replicas herd")
+    forecast_weight: float = _bounded(0.7, 0.0, 1.0, "beta; 0 is live capacity only")
+    dead_band: float = _bounded(0.2, 0.0, 2.0, "log change that a forecast must exceed to count")
+    rise_per_s: float = _bounded(0.3, 0.01, 10.0, "capacity may rise by this much of nominal in a second")
+    fall_per_s: float = _bounded(0.6, 0.01, 10.0, "capacity may fall by this much of nominal in a second")
+    veto_speed: float = _bounded(0.15, 0.0, 1.0, "predicted speed under which a node is nearly left")
+    veto_factor: float = _bounded(0.05, 0.0, 1.0, "what a veto leaves of the capacity")
+    veto_max_fraction: float = _bounded(0.25, 0.0, 1.0, "a veto of many nodes at once is more likely a bad model")
+    panic_fraction: float = _bounded(
+        0.5, 0.0, 1.0, "with fewer of the proven replicas eligible, all that live get load"
+    )
+    urgent_load: float = _bounded(0.85, 0.0, 10.0, "predicted load of the active set beyond which newcomers skip trial")
+    half_life_s: float = _bounded(2.0, 0.1, 60.0, "of the live capacity estimate")
+    slots: float = _bounded(0.0, 0.0, 4096.0, "c, parallel slots of a replica; 0 learns it")
+    batch_half: float = _bounded(0.0, 0.0, 4096.0, "b0, batch at which speed halves; 0 means FIFO slots")
+    bootstrap_s: float = _bounded(15.0, 0.0, 600.0, "after a deployment is first seen, replicas enter without a trial")
+    lost_after_s: float = _bounded(5.0, 1.0, 120.0, "a replica or router not heard of for so long is gone")
+
+
+@dataclass(frozen=True, slots=True)
+class TrialConfig(_Section):
+    """Shadow connections: mirroring, the gate and the ramp (design sections 6 and 7)."""
+
+    _name = "trial"
+
+    mirror_fraction: float = _bounded(0.1, 0.0, 0.5, "of new requests copied to each candidate")
+    mirror_fraction_max: float = _bounded(0.5, 0.0, 1.0, "with little traffic and headroom it may grow to this")
+    mirror_budget: float = _bounded(0.1, 0.0, 1.0, "of all requests, over all candidates, at full traffic")
+    candidate_budget: float = _bounded(0.25, 0.0, 1.0, "of the replicas may be on trial at once (at least one)")
+    mirror_concurrency: int = _bounded(4, 1, 256, "copies under way per candidate and router; more are dropped")
+    mirror_deadline_s: float = _bounded(30.0, 0.1, 600.0, "a copy that takes longer is cancelled and counts as slow")
+    warmup_pairs: int = _bounded(5, 0, 100, "first pairs, not judged: caches are cold")
+    min_pairs: int = _bounded(20, 2, 10_000, "no verdict on speed with fewer pairs")
+    max_pairs: int = _bounded(600, 10, 100_000, "a trial ends here")
+    timeout_s: float = _bounded(120.0, 1.0, 86_400.0, "a trial ends here")
+    margin: float = _bounded(1.10, 1.0, 10.0, "slowdown that is still accepted, as a ratio")
+    alpha: float = _bounded(0.05, 1e-6, 0.5, "error probability a side")
+    mixture: float = _bounded(0.02, 1e-6, 10.0, "r, where the anytime interval is tightest: small = later")
+    hard_errors: int = _bounded(2, 1, 100, "errors of the candidate alone in its first requests that end the trial")
+    hard_errors_window: int = _bounded(20, 1, 1000, "how many first requests that looks at")
+    error_margin: float = _bounded(0.02, 0.0, 0.5, "excess error rate that is still accepted")
+    memory_limit: float = _bounded(0.92, 0.1, 1.0, "of the node's memory; beyond, trials end before the kill")
+    primary_rise: float = _bounded(0.10, 0.0, 10.0, "rise of the primaries' p99 that ends a trial")
+    backoff_s: float = _bounded(10.0, 0.0, 3600.0, "pause after the first failed trial")
+    backoff_max_s: float = _bounded(600.0, 1.0, 86_400.0, "longest pause between trials")
+    step_s: float = _bounded(3.0, 0.1, 600.0, "least time on each step of the ramp")
+    step_timeout_s: float = _bounded(30.0, 0.1, 3600.0, "without harm, a step is passed after this time")
+    drain_s: float = _bounded(30.0, 0.1, 3600.0, "a drain ends here at the latest")
+    urgent_share: float = _bounded(0.2, 0.01, 1.0, "first step of a newcomer that skips the shadow")
+    ramp: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4, 1.0)
+    copy_methods: tuple[str, ...] = ()
+    """Methods of the deployment that are safe to call twice ("*": all). Others get a small live canary instead."""
+
+    def __post_init__(self) -> None:
+        super(TrialConfig, self).__post_init__()
+        if isinstance(self.copy_methods, str) or not all(isinstance(m, str) for m in self.copy_methods):
+            raise ConfigError(f"trial.copy_methods = {self.copy_methods!r}: must be a list of method names")
+        ramp = self.ramp
+        try:
+            rising = len(ramp) > 0 and all(0 < a < b for a, b in zip(ramp, ramp[1:], strict=False)) and ramp[0] > 0
+            good = rising and ramp[-1] == 1.0
+        except TypeError:
+            good = False
+        if not good:
+            raise ConfigError(f"trial.ramp = {ramp!r}: must be rising fractions that end with 1.0 (the full share)")
+        if self.max_pairs < self.min_pairs:
+            raise ConfigError(
+                f"trial.max_pairs = {self.max_pairs}: must be at least trial.min_pairs = {self.min_pairs}, "
+                "because otherwise no trial could pass"
+            )
+        if self.mirror_fraction_max < self.mirror_fraction:
+            raise ConfigError(
+                f"trial.mirror_fraction_max = {self.mirror_fraction_max}: must be at least "
+                f"trial.mirror_fraction = {self.mirror_fraction}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class SessionConfig(_Section):
+    """Sessions (design section 6): where they land and when they move."""
+
+    _name = "session"
+
+    repin_ratio: float = _bounded(2.0, 1.0, 100.0, "a session moves when its score exceeds this times the best")
+    migration_cost: float = _bounded(0.5, 0.0, 100.0, "in units of score; a cold cache costs that much")
+    moves_per_s: float = _bounded(0.02, 0.0, 1.0, "fraction of a replica's sessions that may leave in a second")
+    idle_s: float = _bounded(300.0, 1.0, 86_400.0, "a session not heard of for so long is forgotten")
+    max_sessions: int = _bounded(100_000, 1, 10_000_000, "remembered by a router; the oldest are forgotten first")
+
+
+@dataclass(frozen=True, slots=True)
+class ForecastConfig(_Section):
+    """Which forecasts count (design section 8)."""
+
+    _name = "forecast"
+
+    ttl_s: float = _bounded(5.0, 1.0, 60.0, "an older forecast is not used")
+    skill_full: float = _bounded(0.15, 0.01, 1.0, "skill at which a forecast counts in full")
+    residence_s: float = _bounded(0.0, 0.0, 10.0, "H, the look-ahead; 0 takes the median residence of a request")
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The whole configuration of one deployment's balancing."""
+
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    trial: TrialConfig = field(default_factory=TrialConfig)
+    session: SessionConfig = field(default_factory=SessionConfig)
+    forecast: ForecastConfig = field(default_factory=ForecastConfig)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any] | None) -> Config:
+        """Build from a mapping of sections, e.g. `{"trial": {"mirror_fraction": 0.05}}`; raises ConfigError."""
+        sections: dict[str, type[_Section]] = {
+            "balance": BalanceConfig,
+            "trial": TrialConfig,
+            "session": SessionConfig,
+            "forecast": ForecastConfig,
+        }
+        given = values or {}
+        if not isinstance(given, Mapping):
+            raise ConfigError(f"config = {values!r}: must be a mapping of sections {', '.join(sections)}")
+        for key in given:
+            if key not in sections:
+                raise ConfigError(f"{key} = {given[key]!r}: unknown section; known are {', '.join(sections)}")
+        built: dict[str, Any] = {name: kind.from_mapping(given.get(name, {})) for name, kind in sections.items()}
+        return cls(**built)

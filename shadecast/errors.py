@@ -1,0 +1,17 @@
+"""The project's own errors; each message names the field, the value, the bound and what to do next."""
+
+
+class ShadecastError(Exception):
+    """Base of everything that this project raises on purpose."""
+
+
+class ConfigError(ShadecastError, ValueError):
+    """A configuration value is out of bounds, of the wrong type, or unknown."""
+
+
+class TransitionError(ShadecastError):
+    """An event that the state table does not list for the connection's state; nothing was changed."""
+
+
+class ReportError(ShadecastError, ValueError):
+    """A report that cannot be true (NaN, negative, duplicate ids); it is dropped and counted."""

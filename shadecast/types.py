@@ -1,0 +1,227 @@
+"""Frozen dataclasses that cross every border: node to coordinator, router to coordinator and back.
+
+Clocks of different hosts do not agree, so messages carry *ages* (`age_s`, seconds before sending) or
+are stamped by the receiver's own monotonic clock (`received_s`, `now_s`). Identifiers are plain strings:
+`replica_id` is Serve's unique replica id, `node_id` Ray's hexadecimal node id, `deployment` is "app/name".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+RESOURCES: tuple[str, ...] = ("cpu", "memory", "network")
+HORIZONS_S: tuple[float, ...] = (1.0, 2.0, 3.0, 5.0, 8.0, 10.0)
+QUANTILES: tuple[float, ...] = (0.1, 0.5, 0.9)
+
+
+class State(StrEnum):
+    """State of a connection: what traffic a router may send to one replica."""
+
+    INACTIVE = "inactive"
+    """No live and no mirrored traffic."""
+    SHADOWING = "shadowing"
+    """Copies of a few requests, whose answers are thrown away; no live traffic."""
+    SHIFTING = "shifting"
+    """Live traffic for a growing fraction of picks, under guards."""
+    ACTIVE = "active"
+    """Live traffic by score."""
+    DRAINING = "draining"
+    """No new requests; those under way finish and sessions leave."""
+
+
+# ---------------------------------------------------------------- node -> coordinator
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSnapshot:
+    """Telemetry of one node over the last second.
+
+    Fractions are of the limit that applies to the node (cgroup quota or limit, process tree, host).
+    `*_background_*` is the exogenous part: the total minus what Serve replicas on the node used.
+    A value that could not be read is NaN, never guessed.
+    """
+
+    cpu_fraction: float
+    cpu_background_fraction: float
+    memory_fraction: float
+    network_fraction: float
+    network_background_fraction: float
+    net_rx_bytes_per_s: float
+    net_tx_bytes_per_s: float
+    cpu_pressure_fraction: float = float("nan")
+    memory_pressure_fraction: float = float("nan")
+    gpu_fraction: float = float("nan")
+    gpu_memory_fraction: float = float("nan")
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Predicted exogenous load of one node.
+
+    `quantiles[resource]` has shape [horizon, quantile] in the order of `HORIZONS_S` and `QUANTILES`, as fractions
+    of the node's limit in [0, 1]. `skill[resource]` is the forecaster's own recent skill, 1 - L_model/L_best_baseline;
+    `gate[resource]` in [0, 1] says how far it may be trusted (0 while unproven).
+    """
+
+    quantiles: Mapping[str, tuple[tuple[float, ...], ...]]
+    slow_probability: float = float("nan")
+    skill: Mapping[str, float] = field(default_factory=dict)
+    gate: Mapping[str, float] = field(default_factory=dict)
+    model_version: str = ""
+    veto_allowed: bool = False
+    """Whether the alarms' recent precision permits a veto."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeReport:
+    """What a node forecaster sends each second. `forecast` is None where telemetry is missing or not yet enough."""
+
+    node_id: str
+    seq: int
+    snapshot: NodeSnapshot
+    forecast: Forecast | None
+    age_s: float = 0.0
+    """Seconds between sampling and sending."""
+    hostname: str = ""
+    rss_bytes: int = 0
+    """Resident memory of the forecaster itself."""
+
+
+# ---------------------------------------------------------------- router -> coordinator
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One finished live request. `in_flight_at_start` counts the others on the replica when it was accepted."""
+
+    duration_s: float
+    in_flight_at_start: float
+    ok: bool = True
+    cost: float = 1.0
+    first_item_s: float = float("nan")
+    items: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Unfinished:
+    """One live request still under way: a censored observation of its duration."""
+
+    age_s: float
+    in_flight_at_start: float
+    cost: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaReport:
+    """One router's view of one replica since its last report."""
+
+    replica_id: str
+    node_id: str
+    max_ongoing: int
+    in_flight: int
+    started: int = 0
+    finished: int = 0
+    failed: int = 0
+    outcomes: tuple[Outcome, ...] = ()
+    """At most a bounded number, the newest."""
+    unfinished: tuple[Unfinished, ...] = ()
+    """At most a bounded number, the oldest."""
+
+
+@dataclass(frozen=True, slots=True)
+class PairedSample:
+    """The same request on a primary and, copied, on a candidate. Durations in seconds; NaN where it failed."""
+
+    candidate_id: str
+    primary_id: str
+    primary_s: float
+    shadow_s: float
+    primary_in_flight: float
+    shadow_in_flight: float
+    primary_ok: bool = True
+    shadow_ok: bool = True
+    answers_equal: bool | None = None
+    age_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class RouterReport:
+    """What a router sends each second; `replicas` is also its view of the membership."""
+
+    router_id: str
+    deployment: str
+    seq: int
+    interval_s: float
+    replicas: tuple[ReplicaReport, ...]
+    pairs: tuple[PairedSample, ...] = ()
+    mirrored: int = 0
+    mirror_dropped: int = 0
+    uncopyable: int = 0
+    """Requests that could not be copied (unsafe method, streamed body) since the last report."""
+    level: str = ""
+    """Which rung of the fail-open ladder the router stands on."""
+    held_table: RoutingTable | None = None
+    """Sent when the coordinator asks (it has restarted): the table that the router routes by."""
+
+
+# ---------------------------------------------------------------- coordinator -> router
+
+
+@dataclass(frozen=True, slots=True)
+class TableRow:
+    """One replica in a routing table.
+
+    `share` in [0, 1] is the fraction of picks for which the replica is eligible, `capacity` its relative speed
+    (1 = nominal), `queue` the requests on it over all routers, `mirror_fraction` of new requests to copy to it.
+    """
+
+    replica_id: str
+    node_id: str
+    state: State
+    share: float
+    capacity: float
+    queue: float
+    mirror_fraction: float = 0.0
+    session_weight: float = 0.0
+    proven: bool = False
+    """Whether the replica has been ACTIVE before."""
+    rejections: int = 0
+    """Trials failed in a row; sets the back-off."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingTable:
+    """A deployment's routing table. Newer means a greater (epoch, version); an epoch is one life of the coordinator."""
+
+    deployment: str
+    epoch: int
+    version: int
+    routers: int
+    rows: tuple[TableRow, ...]
+    slots: float = 1.0
+    """c, parallel slots of a replica."""
+    batch_half: float = 0.0
+    """b0, the batch at which a replica's speed halves; 0 means FIFO slots."""
+    panic: bool = False
+    age_s: float = 0.0
+    """Seconds since it was made, at sending."""
+
+
+# ---------------------------------------------------------------- decisions, recorded
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """One change of a connection's state, with the evidence that it rests on."""
+
+    deployment: str
+    replica_id: str
+    node_id: str
+    at_s: float
+    before: State
+    event: str
+    after: State
+    reason: str
+    evidence: Mapping[str, float] = field(default_factory=dict)

@@ -1,0 +1,1 @@
+"""Offline retraining of the forecasters on logged telemetry."""
