@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from typing import Any, Self
 
 from shadecast.errors import ConfigError
@@ -118,11 +119,12 @@ class TrialConfig(_Section):
 
     def __post_init__(self) -> None:
         super(TrialConfig, self).__post_init__()
-        if isinstance(self.copy_methods, str) or not all(isinstance(m, str) for m in self.copy_methods):
-            raise ConfigError(f"trial.copy_methods = {self.copy_methods!r}: must be a list of method names")
+        methods: Any = self.copy_methods
+        if isinstance(methods, str) or not all(isinstance(m, str) for m in methods):
+            raise ConfigError(f"trial.copy_methods = {methods!r}: must be a list of method names")
         ramp = self.ramp
         try:
-            rising = len(ramp) > 0 and all(0 < a < b for a, b in zip(ramp, ramp[1:], strict=False)) and ramp[0] > 0
+            rising = len(ramp) > 0 and all(0 < a < b for a, b in pairwise(ramp)) and ramp[0] > 0
             good = rising and ramp[-1] == 1.0
         except TypeError:
             good = False

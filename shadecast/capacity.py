@@ -1,0 +1,232 @@
+"""Capacity of a replica: what it does now, what its node is about to do, and how fast an estimate may move.
+
+Speeds are relative (1 = nominal) and logs of them are added. A replica's log speed is explained as
+
+    log speed = residual + sum_r gamma_r * log headroom_r(node)            headroom = 1 - exogenous load
+
+so that a change of its node's headroom counts at once (telemetry sees a hog within its period, before any request
+is hurt), while finished *and unfinished* requests correct the residual. An unfinished request that is older than
+expected is a censored observation: it enters with its expected log duration given that it has lasted so long
+already (the E step of the censored normal model, Tobin 1958, Schmee and Hahn 1979).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from shadecast.config import BalanceConfig
+from shadecast.types import HORIZONS_S, RESOURCES, Forecast, NodeSnapshot
+
+_MIN_HEADROOM = 0.05
+_MIN_LOG_SPEED = math.log(0.01)
+_MAX_LOG_SPEED = math.log(4.0)
+_PRIOR_SIGMA = 0.5
+_SQRT_2 = math.sqrt(2.0)
+_SQRT_2_PI = math.sqrt(2.0 * math.pi)
+
+Headroom = tuple[float, float, float]
+"""Log headroom per resource, in the order of RESOURCES; 0 where unknown."""
+
+NO_HEADROOM: Headroom = (0.0, 0.0, 0.0)
+PRIOR_GAMMA: Headroom = (1.0, 0.0, 0.0)
+"""Before anything is learned a deployment is taken to be bound by CPU alone."""
+
+
+def log_headroom(load_fraction: float) -> float:
+    """Log of what exogenous load leaves of a resource; 0 (no effect) for a value that is missing."""
+    if not math.isfinite(load_fraction):
+        return 0.0
+    return math.log(min(max(1.0 - load_fraction, _MIN_HEADROOM), 1.0))
+
+
+def headroom_now(snapshot: NodeSnapshot | None) -> Headroom:
+    """Log headroom per resource that a node's telemetry shows."""
+    if snapshot is None:
+        return NO_HEADROOM
+    return (
+        log_headroom(snapshot.cpu_background_fraction),
+        log_headroom(snapshot.memory_fraction),
+        log_headroom(snapshot.network_background_fraction),
+    )
+
+
+def at_horizon(rows: Sequence[Sequence[float]], ahead_s: float, quantile: int) -> float:
+    """The quantile `ahead_s` from the forecast's origin, linear between horizons, held beyond the last one.
+
+    `rows` has shape [horizon, quantile]. This is the re-indexing by clock time: a forecast that is `a` seconds old
+    is read `a` seconds further out.
+    """
+    horizons_s = HORIZONS_S
+    if ahead_s <= horizons_s[0]:
+        return rows[0][quantile]
+    for k in range(1, len(horizons_s)):
+        low, high = horizons_s[k - 1], horizons_s[k]
+        if ahead_s <= high:
+            part = (ahead_s - low) / (high - low)
+            return rows[k - 1][quantile] * (1.0 - part) + rows[k][quantile] * part
+    return rows[len(horizons_s) - 1][quantile]
+
+
+def censored_excess(z: float) -> float:
+    """E[Y - mu | Y > mu + z sigma] / sigma for a normal Y: the inverse Mills ratio."""
+    if z > 6.0:
+        return z + 1.0 / z
+    survival = 0.5 * math.erfc(z / _SQRT_2)
+    return math.exp(-0.5 * z * z) / (_SQRT_2_PI * survival)
+
+
+class SpeedEstimate:
+    """Live log speed of one replica, from requests, beyond what its node's headroom explains."""
+
+    __slots__ = ("_half_life_s", "_sum", "_updated_s", "_weight")
+
+    def __init__(self, half_life_s: float, now_s: float) -> None:
+        self._half_life_s = half_life_s
+        self._sum = 0.0
+        self._weight = 0.0
+        self._updated_s = now_s
+
+    def advance(self, now_s: float) -> None:
+        """Let older observations fade; a clock that went back changes nothing."""
+        elapsed_s = now_s - self._updated_s
+        if elapsed_s > 0.0:
+            fade = 0.5 ** (elapsed_s / self._half_life_s)
+            self._sum *= fade
+            self._weight *= fade
+            self._updated_s = now_s
+
+    def observe(self, residual_log_speed: float, weight: float = 1.0) -> None:
+        """Add one observation of log speed minus what the headroom explains; NaN is ignored."""
+        if math.isfinite(residual_log_speed):
+            self._sum += weight * min(max(residual_log_speed, _MIN_LOG_SPEED), _MAX_LOG_SPEED)
+            self._weight += weight
+
+    def residual(self, noise_sigma: float) -> float:
+        """Posterior mean of the log speed that the headroom does not explain.
+
+        Normal observations of spread `noise_sigma`, normal prior at 0 with spread 0.5: few noisy requests say
+        little, and without new ones the estimate returns to what the headroom explains.
+        """
+        return self._sum / (self._weight + (noise_sigma / _PRIOR_SIGMA) ** 2 + 1e-9)
+
+
+class Sensitivity:
+    """gamma_r >= 0: how a deployment's speed follows each resource's headroom, learned over its replicas.
+
+    Decayed least squares of log speed on log headroom, both as deviations from each replica's own slow mean, shrunk
+    towards `PRIOR_GAMMA` and solved for non-negative gamma by coordinate descent.
+    """
+
+    _PRIOR_STRENGTH = 2.0
+    _FADE = 0.9998
+    """Per observation: about 5,000 are remembered."""
+
+    def __init__(self) -> None:
+        self.gamma: Headroom = PRIOR_GAMMA
+        size = len(RESOURCES)
+        self._xx = [[0.0] * size for _ in range(size)]
+        self._xy = [0.0] * size
+
+    def observe(self, headroom_deviation: Headroom, log_speed_deviation: float) -> None:
+        """Add one finished request's deviations from its replica's slow means."""
+        if not math.isfinite(log_speed_deviation):
+            return
+        for a, x in enumerate(headroom_deviation):
+            self._xy[a] = self._xy[a] * self._FADE + x * log_speed_deviation
+            row = self._xx[a]
+            for b, other in enumerate(headroom_deviation):
+                row[b] = row[b] * self._FADE + x * other
+
+    def solve(self) -> Headroom:
+        """The present gamma, each in [0, 3]."""
+        gamma = list(self.gamma)
+        for _ in range(10):
+            for a, prior in enumerate(PRIOR_GAMMA):
+                rest = sum(self._xx[a][b] * gamma[b] for b in range(len(gamma)) if b != a)
+                strength = self._PRIOR_STRENGTH
+                gamma[a] = (self._xy[a] - rest + strength * prior) / (self._xx[a][a] + strength)
+                gamma[a] = min(max(gamma[a], 0.0), 3.0)
+        self.gamma = (gamma[0], gamma[1], gamma[2])
+        return self.gamma
+
+
+def explained(gamma: Headroom, headroom: Headroom) -> float:
+    """sum_r gamma_r * log headroom_r."""
+    return gamma[0] * headroom[0] + gamma[1] * headroom[1] + gamma[2] * headroom[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What a forecast says of one node, for one deployment, over the look-ahead."""
+
+    log_change: float = 0.0
+    """Gated change of log speed from now to the look-ahead; 0 without a usable forecast."""
+    worst_log_speed: float = 0.0
+    """Log speed by the unfavourable quantile, relative to an idle node."""
+    memory_high: float = 0.0
+    """Upper quantile of the memory fraction over the look-ahead."""
+    alarm: bool = False
+    """The forecast is allowed to veto (its alarms have been right)."""
+
+
+NO_OUTLOOK = Outlook()
+
+
+def outlook(
+    forecast: Forecast | None,
+    snapshot: NodeSnapshot | None,
+    gamma: Headroom,
+    age_s: float,
+    ahead_s: float,
+) -> Outlook:
+    """Read a forecast that is `age_s` old at `ahead_s` from now. A broken or missing part counts as no change."""
+    if forecast is None or snapshot is None:
+        return NO_OUTLOOK
+    now = headroom_now(snapshot)
+    change, worst, memory_high = 0.0, 0.0, 0.0
+    for k, resource in enumerate(RESOURCES):
+        rows = forecast.quantiles.get(resource)
+        if not rows or len(rows) != len(HORIZONS_S):
+            continue
+        median = at_horizon(rows, age_s + ahead_s, 1)
+        high = at_horizon(rows, age_s + ahead_s, 2)
+        if not (math.isfinite(median) and math.isfinite(high)):
+            continue
+        gate = min(max(forecast.gate.get(resource, 0.0), 0.0), 1.0)
+        change += gate * gamma[k] * (log_headroom(median) - now[k])
+        worst += gamma[k] * log_headroom(high)
+        if resource == "memory":
+            memory_high = high
+    return Outlook(change, worst, memory_high, forecast.veto_allowed)
+
+
+def blend(log_live: float, log_change: float, config: BalanceConfig, error_sigma: float = 0.0) -> float:
+    """Log capacity from the live log speed and the (already gated) forecast change.
+
+    `beta * sign(z) * max(|z| - delta, 0)` with delta = max(dead band, 1.3 sigma of the log error).
+    """
+    delta = max(config.dead_band, 1.3 * error_sigma)
+    counted = config.forecast_weight * max(abs(log_change) - delta, 0.0)
+    return log_live + math.copysign(counted, log_change)
+
+
+def limit_rate(before: float, wanted: float, elapsed_s: float, config: BalanceConfig) -> float:
+    """`wanted` capacity, moved from `before` by no more than the additive rates allow in `elapsed_s`."""
+    if not math.isfinite(wanted):
+        return before
+    up, down = config.rise_per_s * max(elapsed_s, 0.0), config.fall_per_s * max(elapsed_s, 0.0)
+    return min(max(wanted, before - down), before + up)
+
+
+def vetoes(outlooks: Mapping[str, Outlook], config: BalanceConfig, memory_limit: float) -> frozenset[str]:
+    """Nodes to leave because their forecast is dire: the worst ones, at most the configured fraction of all."""
+    dire = [
+        (view.worst_log_speed - (10.0 if view.memory_high > memory_limit else 0.0), node_id)
+        for node_id, view in outlooks.items()
+        if view.alarm
+        and (view.worst_log_speed < math.log(max(config.veto_speed, 1e-9)) or view.memory_high > memory_limit)
+    ]
+    allowed = int(config.veto_max_fraction * len(outlooks))
+    return frozenset(node_id for _, node_id in sorted(dire)[:allowed])

@@ -1,0 +1,158 @@
+"""What one router remembers of its own requests: exactly one start and one end each, and a report now and then.
+
+Entries live as long as their request does; nothing expires by time, because a counter that forgets a live request
+stays wrong for ever after. Threads: the owner calls everything from one event loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from shadecast.types import Outcome, PairedSample, ReplicaReport, RouterReport, RoutingTable, Unfinished
+
+_MAX_OUTCOMES = 64
+_MAX_UNFINISHED = 16
+_MAX_PAIRS = 256
+
+
+@dataclass(slots=True)
+class Started:
+    """A live request under way."""
+
+    replica_id: str
+    started_s: float
+    in_flight_at_start: float
+    cost: float = 1.0
+    first_item_s: float = float("nan")
+    items: int = 0
+
+
+class _Counts:
+    __slots__ = ("failed", "finished", "open", "outcomes", "started")
+
+    def __init__(self) -> None:
+        self.open: dict[str, Started] = {}
+        self.outcomes: list[Outcome] = []
+        self.started = self.finished = self.failed = 0
+
+
+class Ledger:
+    """Live requests and their outcomes per replica, since the last report."""
+
+    def __init__(self, router_id: str, deployment: str) -> None:
+        self._router_id = router_id
+        self._deployment = deployment
+        self._replicas: dict[str, _Counts] = {}
+        self._pairs: list[PairedSample] = []
+        self._seq = 0
+        self._reported_s: float | None = None
+        self.mirrored = self.mirror_dropped = self.uncopyable = 0
+        self.finished_total = self.failed_total = 0
+
+    def start(
+        self, request_id: str, replica_id: str, now_s: float, in_flight_at_start: float, cost: float = 1.0
+    ) -> None:
+        """A replica has accepted a request. A second start of the same id on the same replica is ignored."""
+        counts = self._replicas.get(replica_id)
+        if counts is None:
+            counts = self._replicas[replica_id] = _Counts()
+        if request_id not in counts.open:
+            counts.open[request_id] = Started(replica_id, now_s, in_flight_at_start, cost)
+            counts.started += 1
+
+    def finish(self, request_id: str, replica_id: str, now_s: float, *, ok: bool, counted: bool = True) -> float | None:
+        """A request has ended; returns its duration in seconds, or None if it was not open (so: only once).
+
+        `counted` False (a cancelled client) frees the place without an outcome.
+        """
+        counts = self._replicas.get(replica_id)
+        entry = counts.open.pop(request_id, None) if counts is not None else None
+        if counts is None or entry is None:
+            return None
+        duration_s = max(now_s - entry.started_s, 0.0)
+        if counted:
+            counts.finished += 1
+            self.finished_total += 1
+            if not ok:
+                counts.failed += 1
+                self.failed_total += 1
+            outcomes = counts.outcomes
+            if len(outcomes) >= _MAX_OUTCOMES:
+                del outcomes[0]
+            outcomes.append(
+                Outcome(duration_s, entry.in_flight_at_start, ok, entry.cost, entry.first_item_s, entry.items)
+            )
+        return duration_s
+
+    def pair(self, sample: PairedSample) -> None:
+        """Keep a mirrored pair for the next report; the oldest give way."""
+        if len(self._pairs) >= _MAX_PAIRS:
+            del self._pairs[0]
+        self._pairs.append(sample)
+
+    def in_flight(self, replica_id: str) -> int:
+        """Live requests of this router on one replica."""
+        counts = self._replicas.get(replica_id)
+        return len(counts.open) if counts is not None else 0
+
+    def all_in_flight(self) -> dict[str, int]:
+        """Live requests of this router on every replica that has any."""
+        return {replica_id: len(counts.open) for replica_id, counts in self._replicas.items() if counts.open}
+
+    def report(
+        self,
+        now_s: float,
+        alive: Iterable[tuple[str, str, int]],
+        level: str,
+        held_table: RoutingTable | None = None,
+    ) -> RouterReport:
+        """Everything since the last report, and start anew. `alive` lists (replica_id, node_id, max_ongoing).
+
+        Replicas that are gone are left out of the report, and forgotten once nothing is open on them.
+        """
+        interval_s = 0.0 if self._reported_s is None else max(now_s - self._reported_s, 0.0)
+        self._reported_s = now_s
+        self._seq += 1
+        replicas = []
+        alive_ids = set()
+        for replica_id, node_id, max_ongoing in alive:
+            alive_ids.add(replica_id)
+            counts = self._replicas.get(replica_id)
+            if counts is None:
+                replicas.append(ReplicaReport(replica_id, node_id, max_ongoing, 0))
+                continue
+            oldest = list(counts.open.values())[:_MAX_UNFINISHED]  # insertion order is age order
+            replicas.append(
+                ReplicaReport(
+                    replica_id,
+                    node_id,
+                    max_ongoing,
+                    len(counts.open),
+                    counts.started,
+                    counts.finished,
+                    counts.failed,
+                    tuple(counts.outcomes),
+                    tuple(Unfinished(max(now_s - s.started_s, 0.0), s.in_flight_at_start, s.cost) for s in oldest),
+                )
+            )
+            counts.outcomes = []
+            counts.started = counts.finished = counts.failed = 0
+        for replica_id in [r for r, c in self._replicas.items() if r not in alive_ids and not c.open]:
+            del self._replicas[replica_id]
+        report = RouterReport(
+            self._router_id,
+            self._deployment,
+            self._seq,
+            interval_s,
+            tuple(replicas),
+            tuple(self._pairs),
+            self.mirrored,
+            self.mirror_dropped,
+            self.uncopyable,
+            level,
+            held_table,
+        )
+        self._pairs = []
+        self.mirrored = self.mirror_dropped = self.uncopyable = 0
+        return report

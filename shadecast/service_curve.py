@@ -1,0 +1,80 @@
+"""How long a request takes when n share a replica, learned from (in-flight at start, duration) pairs.
+
+Two families explain nearly all model servers: slots (flat up to c requests, then they queue) and batching (a straight
+rise, speed halved at batch b0). Both are `load_cost` of `pick.py`; the one with the least squared log error wins.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from shadecast.pick import load_cost
+
+_BINS = 64
+_SLOTS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0)
+_HALVES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+_MIN_OBSERVATIONS = 200.0
+_MIN_PER_BIN = 5.0
+_MIN_BINS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Slots c and half-speed batch b0 (0: FIFO slots) of a deployment's replicas."""
+
+    slots: float = 1.0
+    batch_half: float = 0.0
+    learned: bool = False
+
+    def factor(self, others: float) -> float:
+        """Expected time of a request that finds `others` on the replica, relative to one that finds none."""
+        return load_cost(others + 1.0, self.slots, self.batch_half) / load_cost(1.0, self.slots, self.batch_half)
+
+    def throughput(self) -> float:
+        """Requests that a nominal replica finishes in the time that one alone takes."""
+        alone = load_cost(1.0, self.slots, self.batch_half)
+        return self.slots * alone / load_cost(self.slots, self.slots, self.batch_half)
+
+
+class CurveLearner:
+    """Decayed means of log duration per in-flight count, and the best curve through them."""
+
+    def __init__(self, slots: float, batch_half: float) -> None:
+        """Positive `slots` or `batch_half` come from the configuration and end the learning of both."""
+        self._fixed = slots > 0.0 or batch_half > 0.0
+        self.curve = Curve(max(slots, 1.0) if slots or not batch_half else 4096.0, batch_half, self._fixed)
+        self._count = np.zeros(_BINS)
+        self._sum = np.zeros(_BINS)
+        grid = [(c, 0.0) for c in _SLOTS] + [(4096.0, b) for b in _HALVES]
+        self._grid = grid
+        queue = np.arange(_BINS)
+        self._log_factors = np.array([[math.log(Curve(c, b).factor(float(n))) for n in queue] for c, b in grid])
+
+    def observe(self, others: float, log_duration: float) -> None:
+        """Add one finished request: `log_duration` with the replica's own speed taken out."""
+        if self._fixed or not 0.0 <= others < _BINS or not math.isfinite(log_duration):
+            return
+        n = int(others)
+        self._count[n] += 1.0
+        self._sum[n] += log_duration
+
+    def fit(self) -> Curve:
+        """Choose the curve anew once enough different loads were seen; older observations fade."""
+        if self._fixed:
+            return self.curve
+        used = self._count >= _MIN_PER_BIN
+        if self._count.sum() >= _MIN_OBSERVATIONS and used.sum() >= _MIN_BINS:
+            weight = np.sqrt(self._count[used])  # a bin's mean is never exact: large bins must not rule alone
+            mean = self._sum[used] / self._count[used]
+            residual = mean - self._log_factors[:, used]
+            centred = residual - (residual * weight).sum(axis=1, keepdims=True) / weight.sum()
+            errors = (centred**2 * weight).sum(axis=1)
+            slots, half = self._grid[int(np.argmin(errors))]
+            self.curve = Curve(slots, half, learned=True)
+        if self._count.sum() > 20.0 * _MIN_OBSERVATIONS:
+            self._count *= 0.5
+            self._sum *= 0.5
+        return self.curve
