@@ -103,6 +103,11 @@ class SpeedEstimate:
             self._sum += weight * min(max(residual_log_speed, _MIN_LOG_SPEED), _MAX_LOG_SPEED)
             self._weight += weight
 
+    @property
+    def weight(self) -> float:
+        """Decayed number of observations."""
+        return self._weight
+
     def residual(self, noise_sigma: float) -> float:
         """Posterior mean of the log speed that the headroom does not explain.
 

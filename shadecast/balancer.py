@@ -1,0 +1,742 @@
+"""The balancer of one deployment: reports go in, a routing table and recorded transitions come out.
+
+`Balancer.on_tick` holds the order of the decisions; each decision itself lives in a module of its own (capacity, gate,
+connection, service curve). It does no I/O and knows no clock: the coordinator actor, the simulator and the tests all
+drive it in the same way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from statistics import median
+
+from shadecast import capacity as cap
+from shadecast.config import Config
+from shadecast.connection import TRANSITIONS, Connection, Event, step
+from shadecast.gate import Canary, Ruling, Trial, Verdict
+from shadecast.service_curve import CurveLearner
+from shadecast.types import (
+    NodeReport,
+    Outcome,
+    ReplicaReport,
+    RouterReport,
+    RoutingTable,
+    State,
+    TableRow,
+    Transition,
+)
+
+_PAIRS_PER_S = 5.0
+"""Pairs that a trial wants: with little traffic the mirrored fraction grows towards it."""
+_BOOTSTRAP_REQUESTS = 20
+_SLOW_MEAN_WEIGHT = 200.0
+_CUSUM_LIMIT = 9.0
+"""Log likelihood ratio at which an error guard trips; about one false alarm in e^9 requests."""
+_MAX_SETBACKS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """An operator's wish: keep a replica, or all of a node's, out of traffic, or let them back in."""
+
+    target: str
+    """A replica_id or a node_id."""
+    drain: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TickInput:
+    """What arrived since the last tick. `now_s` is the caller's monotonic clock."""
+
+    now_s: float
+    routers: tuple[RouterReport, ...] = ()
+    nodes: tuple[NodeReport, ...] = ()
+    commands: tuple[Command, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaView:
+    """One replica as `shadecast status` and the live page show it."""
+
+    replica_id: str
+    node_id: str
+    state: State
+    since_s: float
+    share: float
+    capacity: float
+    live_capacity: float
+    forecast_log_change: float
+    vetoed: bool
+    queue: float
+    rate_per_s: float
+    mean_s: float
+    error_fraction: float
+    mirror_fraction: float
+    trial: str
+    evidence: Mapping[str, float]
+    retry_in_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class TickOutput:
+    """The new table, what changed and why, and the state of each replica."""
+
+    table: RoutingTable
+    transitions: tuple[Transition, ...]
+    replicas: tuple[ReplicaView, ...]
+    slots: float
+    batch_half: float
+    gamma: tuple[float, float, float]
+    load: float
+    """Predicted load of the active set: offered work over capacity; NaN until it is known."""
+    look_ahead_s: float
+    dropped: int
+    """Reports and samples refused so far because they cannot be true."""
+
+
+@dataclass(slots=True)
+class _Rates:
+    """Decayed counts of a replica's live requests, for the guards and the display."""
+
+    half_life_s: float = 10.0
+    finished: float = 0.0
+    failed: float = 0.0
+    duration_sum_s: float = 0.0
+
+    def fade(self, elapsed_s: float) -> None:
+        keep = 0.5 ** (max(elapsed_s, 0.0) / self.half_life_s)
+        self.finished *= keep
+        self.failed *= keep
+        self.duration_sum_s *= keep
+
+    @property
+    def per_s(self) -> float:
+        return self.finished * math.log(2.0) / self.half_life_s
+
+
+@dataclass(slots=True)
+class _Replica:
+    connection: Connection
+    speed: cap.SpeedEstimate
+    capacity: float = 1.0
+    queue: float = 0.0
+    max_ongoing: int = 1
+    listed_s: float = 0.0
+    progress_s: float = 0.0
+    rates: _Rates = field(default_factory=_Rates)
+    cusum: float = 0.0
+    mean_log_work: float = 0.0
+    """Slow mean of log duration at nominal load and headroom; the median over replicas is the reference."""
+    mean_headroom: cap.Headroom = cap.NO_HEADROOM
+    mean_weight: float = 0.0
+    trial: Trial | None = None
+    canary: Canary | None = None
+    setbacks: int = 0
+    ruling: Ruling | None = None
+    mirror_fraction: float = 0.0
+    live_capacity: float = 1.0
+    outlook: cap.Outlook = cap.NO_OUTLOOK
+    vetoed: bool = False
+
+
+@dataclass(slots=True)
+class _Node:
+    report: NodeReport
+    made_s: float
+
+
+class Balancer:
+    """Decides for one deployment; every call is made from one thread."""
+
+    def __init__(self, deployment: str, config: Config, epoch: int) -> None:
+        self.deployment = deployment
+        self.config = config
+        self._epoch = epoch
+        self._version = 0
+        self._replicas: dict[str, _Replica] = {}
+        self._nodes: dict[str, _Node] = {}
+        self._routers: dict[str, tuple[float, RouterReport]] = {}
+        self._curve = CurveLearner(config.balance.slots, config.balance.batch_half)
+        self._sensitivity = cap.Sensitivity()
+        self._reference: float | None = None
+        """Log of the nominal processing time of a request alone on a replica."""
+        self._noise = 0.5
+        self._first_seen_s: float | None = None
+        self._finished_total = 0
+        self._last_tick_s: float | None = None
+        self._transitions: list[Transition] = []
+        self._dropped = 0
+        self._load = math.nan
+        self._copyable = True
+
+    # ------------------------------------------------------------------ life
+
+    def restore(self, table: RoutingTable, now_s: float) -> None:
+        """Take over from a table that a router still holds, after the coordinator was restarted.
+
+        Replicas on trial or on the ramp begin their trial anew; the others go on as they were.
+        """
+        for row in table.rows:
+            if row.replica_id in self._replicas:
+                continue
+            kept = row.state if row.state in (State.ACTIVE, State.DRAINING) else State.INACTIVE
+            held = row.state is State.DRAINING
+            connection = Connection(
+                row.replica_id, row.node_id, kept, now_s, 0, row.rejections, now_s, row.proven, held
+            )
+            known = self._add(connection, now_s)
+            known.capacity = known.live_capacity = max(row.capacity, 0.01)
+        if table.rows:
+            self._first_seen_s = now_s - self.config.balance.bootstrap_s
+            self._finished_total = _BOOTSTRAP_REQUESTS
+
+    def on_tick(self, tick: TickInput) -> TickOutput:
+        """One round: take in what arrived, estimate, decide, publish. Never raises on bad reports: it drops them."""
+        now_s = tick.now_s
+        if self._last_tick_s is not None:
+            now_s = max(now_s, self._last_tick_s)
+        elapsed_s = now_s - self._last_tick_s if self._last_tick_s is not None else self.config.balance.tick_s
+        self._last_tick_s = now_s
+        self._transitions = []
+        for known in self._replicas.values():
+            known.speed.advance(now_s)
+            known.rates.fade(elapsed_s)
+        for node in tick.nodes:
+            self._take_node(node, now_s)
+        for router in tick.routers:
+            self._take_router(router, now_s)
+        self._count_queues(now_s)
+        self._estimate(now_s, elapsed_s)
+        for command in tick.commands:
+            self._command(command, now_s)
+        self._lose(now_s)
+        self._judge(now_s)
+        self._admit(now_s)
+        self._plan_mirrors(now_s)
+        return self._publish(now_s)
+
+    # ------------------------------------------------------------------ intake
+
+    def _add(self, connection: Connection, now_s: float) -> _Replica:
+        known = _Replica(connection, cap.SpeedEstimate(self.config.balance.half_life_s, now_s))
+        known.listed_s = known.progress_s = now_s
+        self._replicas[connection.replica_id] = known
+        return known
+
+    def _take_node(self, report: NodeReport, now_s: float) -> None:
+        if not (math.isfinite(report.age_s) and report.age_s >= 0.0):
+            self._dropped += 1
+            return
+        self._nodes[report.node_id] = _Node(report, now_s - report.age_s)
+
+    def _take_router(self, report: RouterReport, now_s: float) -> None:
+        ids = [r.replica_id for r in report.replicas]
+        last = self._routers.get(report.router_id)
+        stale = last is not None and report.seq <= last[1].seq
+        if len(set(ids)) != len(ids) or stale or report.deployment != self.deployment:
+            self._dropped += 1
+            return
+        if self._first_seen_s is None:
+            self._first_seen_s = now_s
+        self._routers[report.router_id] = (now_s, report)
+        for view in report.replicas:
+            known = self._replicas.get(view.replica_id)
+            if known is None:
+                known = self._add(Connection(view.replica_id, view.node_id, since_s=now_s), now_s)
+            known.listed_s = now_s
+            known.max_ongoing = max(view.max_ongoing, 1)
+            if view.finished > 0 or view.in_flight == 0:
+                known.progress_s = now_s
+            self._take_outcomes(known, view, now_s)
+        for pair in report.pairs:
+            candidate = self._replicas.get(pair.candidate_id)
+            if candidate is not None and candidate.trial is not None:
+                candidate.trial.observe(pair, now_s - max(pair.age_s, 0.0))
+                if pair.shadow_ok:
+                    shadow = Outcome(pair.shadow_s, pair.shadow_in_flight)
+                    self._observe_speed(candidate, shadow)
+        if report.mirrored + report.uncopyable > 0:
+            self._copyable = report.mirrored > 0
+
+    def _take_outcomes(self, known: _Replica, view: ReplicaReport, now_s: float) -> None:
+        finished, failed = max(view.finished, 0), min(max(view.failed, 0), max(view.finished, 0))
+        self._finished_total += finished
+        known.rates.finished += finished
+        known.rates.failed += failed
+        for outcome in view.outcomes:
+            if not _plausible(outcome.duration_s, outcome.in_flight_at_start, outcome.cost):
+                self._dropped += 1
+                continue
+            self._observe_error(known, outcome.ok)
+            self._observe_canaries(known, outcome, now_s)
+            if outcome.ok:
+                known.rates.duration_sum_s += outcome.duration_s * finished / max(len(view.outcomes), 1)
+                self._observe_speed(known, outcome)
+
+    def _observe_canaries(self, known: _Replica, outcome: Outcome, now_s: float) -> None:
+        if known.canary is not None:
+            known.canary.observe(candidate=True, outcome=outcome, now_s=now_s)
+        elif known.connection.state is State.ACTIVE:
+            for other in self._replicas.values():
+                if other.canary is not None:
+                    other.canary.observe(candidate=False, outcome=outcome, now_s=now_s)
+
+    def _observe_error(self, known: _Replica, ok: bool) -> None:
+        """CUSUM of errors against the other replicas' own rate (Page 1954): errors that all share never trip it."""
+        others = [r.rates for r in self._replicas.values() if r is not known]
+        finished, failed = sum(r.finished for r in others), sum(r.failed for r in others)
+        usual = min(max(2.0 * (failed + 0.1) / (finished + 10.0), 0.02), 0.8)
+        raised = usual + 0.1
+        score = math.log((1.0 - raised) / (1.0 - usual)) if ok else math.log(raised / usual)
+        known.cusum = max(known.cusum + score, 0.0)
+
+    def _observe_speed(self, known: _Replica, outcome: Outcome) -> None:
+        if not outcome.duration_s > 0.0:
+            return
+        log_duration = math.log(outcome.duration_s) - math.log(outcome.cost)
+        headroom = self._headroom(known.connection.node_id)
+        explained = cap.explained(self._sensitivity.gamma, headroom)
+        log_alone = log_duration - math.log(self._curve.curve.factor(outcome.in_flight_at_start))
+        work = log_alone + explained
+        known.mean_weight = min(known.mean_weight + 1.0, _SLOW_MEAN_WEIGHT)
+        rate = 1.0 / known.mean_weight
+        if known.mean_weight >= 20.0:
+            deviation = (
+                headroom[0] - known.mean_headroom[0],
+                headroom[1] - known.mean_headroom[1],
+                headroom[2] - known.mean_headroom[2],
+            )
+            mean_log_alone = known.mean_log_work - cap.explained(self._sensitivity.gamma, known.mean_headroom)
+            self._sensitivity.observe(deviation, mean_log_alone - log_alone)
+        known.mean_log_work += rate * (work - known.mean_log_work)
+        h = known.mean_headroom
+        known.mean_headroom = (
+            h[0] + rate * (headroom[0] - h[0]),
+            h[1] + rate * (headroom[1] - h[1]),
+            h[2] + rate * (headroom[2] - h[2]),
+        )
+        residual_before = known.speed.residual(self._noise)
+        self._curve.observe(outcome.in_flight_at_start, log_duration + explained + residual_before)
+        if self._reference is not None:
+            residual = self._reference - work
+            self._noise += 0.005 * (min(abs(residual - residual_before), 3.0) * 1.2533 - self._noise)
+            ceiling = residual_before + 2.0 * self._noise + 0.7
+            known.speed.observe(min(residual, ceiling))  # too fast to be true never raises it
+
+    def _headroom(self, node_id: str) -> cap.Headroom:
+        node = self._nodes.get(node_id)
+        fresh = node is not None and self._age(node) <= self.config.forecast.ttl_s
+        return cap.headroom_now(node.report.snapshot) if node is not None and fresh else cap.NO_HEADROOM
+
+    def _age(self, node: _Node) -> float:
+        return (self._last_tick_s or 0.0) - node.made_s
+
+    # ------------------------------------------------------------------ estimates
+
+    def _fresh_routers(self, now_s: float) -> list[RouterReport]:
+        limit_s = self.config.balance.lost_after_s
+        for router_id in [k for k, (seen_s, _) in self._routers.items() if now_s - seen_s > limit_s]:
+            del self._routers[router_id]
+        return [report for _, report in self._routers.values()]
+
+    def _count_queues(self, now_s: float) -> None:
+        for known in self._replicas.values():
+            known.queue = 0.0
+        for report in self._fresh_routers(now_s):
+            for view in report.replicas:
+                known_or_none = self._replicas.get(view.replica_id)
+                if known_or_none is not None:
+                    known_or_none.queue += max(view.in_flight, 0)
+
+    def _estimate(self, now_s: float, elapsed_s: float) -> None:
+        config = self.config.balance
+        gamma = self._sensitivity.solve()
+        self._curve.fit()
+        usual = [r.mean_log_work for r in self._replicas.values() if r.mean_weight >= 5.0 and _takes_traffic(r)]
+        if usual:
+            self._reference = median(usual)
+        ahead_s = self._look_ahead_s()
+        nodes = {r.connection.node_id for r in self._replicas.values()}
+        outlooks = {}
+        for node_id in nodes:
+            node = self._nodes.get(node_id)
+            if node is not None and self._age(node) <= self.config.forecast.ttl_s:
+                outlooks[node_id] = cap.outlook(
+                    node.report.forecast, node.report.snapshot, gamma, self._age(node), ahead_s
+                )
+            else:
+                outlooks[node_id] = cap.NO_OUTLOOK
+        vetoed = cap.vetoes(outlooks, config, self.config.trial.memory_limit)
+        unfinished = self._unfinished(now_s)
+        for replica_id, known in self._replicas.items():
+            node_id = known.connection.node_id
+            explained = cap.explained(gamma, self._headroom(node_id))
+            residual = self._with_unfinished(known, unfinished.get(replica_id, ()), explained)
+            log_live = max(explained + residual, math.log(0.01))
+            known.live_capacity = math.exp(log_live)
+            known.outlook = outlooks[node_id]
+            known.vetoed = node_id in vetoed
+            wanted = math.exp(cap.blend(log_live, known.outlook.log_change, config))
+            if known.vetoed:
+                wanted *= config.veto_factor
+            known.capacity = max(cap.limit_rate(known.capacity, wanted, elapsed_s, config), 0.01)
+        self._load = self._predicted_load()
+
+    def _unfinished(self, now_s: float) -> dict[str, list[tuple[float, float, float]]]:
+        """Per replica the (age now, in-flight at start, cost) of live requests, of all routers."""
+        found: dict[str, list[tuple[float, float, float]]] = {}
+        for seen_s, report in self._routers.values():
+            for view in report.replicas:
+                for entry in view.unfinished:
+                    if _plausible(entry.age_s, entry.in_flight_at_start, entry.cost):
+                        age_s = entry.age_s + (now_s - seen_s)
+                        found.setdefault(view.replica_id, []).append((age_s, entry.in_flight_at_start, entry.cost))
+        return found
+
+    def _with_unfinished(
+        self,
+        known: _Replica,
+        unfinished: Iterable[tuple[float, float, float]],
+        explained: float,
+    ) -> float:
+        """The residual log speed after counting requests that have run longer than expected."""
+        residual = known.speed.residual(self._noise)
+        if self._reference is None:
+            return residual
+        sigma = max(self._noise, 0.1)
+        extra_sum = extra_weight = 0.0
+        for age_s, others, cost in unfinished:
+            expected = self._reference + math.log(cost) + math.log(self._curve.curve.factor(others))
+            over = math.log(max(age_s, 1e-6)) - (expected - explained - residual)
+            if over > 0.0:  # older than its own expected duration
+                imputed = residual - sigma * cap.censored_excess(over / sigma)
+                extra_sum += imputed
+                extra_weight += 1.0
+        if not extra_weight:
+            return residual
+        known_weight = known.speed.weight + (sigma / 0.5) ** 2
+        return max((residual * known_weight + extra_sum) / (known_weight + extra_weight), math.log(0.01))
+
+    def _look_ahead_s(self) -> float:
+        """H: the median residence of a request, at least a tick, at most 10 s."""
+        if self.config.forecast.residence_s > 0.0:
+            return self.config.forecast.residence_s
+        residence_s = math.exp(self._reference) if self._reference is not None else 1.0
+        return min(max(residence_s, self.config.balance.tick_s), 10.0)
+
+    def _predicted_load(self) -> float:
+        serving = [r for r in self._replicas.values() if _takes_traffic(r)]
+        if self._reference is None or not serving:
+            return math.nan
+        offered = sum(r.rates.per_s for r in self._replicas.values()) * math.exp(self._reference)
+        able = sum(r.capacity * r.connection.share(self.config.trial.ramp) for r in serving)
+        return offered / max(able * self._curve.curve.throughput(), 1e-9)
+
+    # ------------------------------------------------------------------ decisions
+
+    def _apply(self, known: _Replica, event: Event, now_s: float, reason: str, ruling: Ruling | None = None) -> bool:
+        """Carry out an event if the table allows it in the present state; say whether it did."""
+        before = known.connection.state
+        if (before, event) not in TRANSITIONS:
+            return False
+        known.connection = step(known.connection, event, now_s, self.config.trial)
+        evidence = dict(ruling.evidence) if ruling is not None else {}
+        c = known.connection
+        self._transitions.append(
+            Transition(self.deployment, c.replica_id, c.node_id, now_s, before, event.value, c.state, reason, evidence)
+        )
+        self._enter(known, event, now_s)
+        return True
+
+    def _enter(self, known: _Replica, event: Event, now_s: float) -> None:
+        """Prepare what the new state needs."""
+        known.trial = known.canary = known.ruling = None
+        curve = self._curve.curve
+        match known.connection.state:
+            case State.SHADOWING:
+                known.setbacks = 0
+                known.trial = Trial(
+                    self.config.trial,
+                    now_s,
+                    batch_half=curve.batch_half,
+                    slots=curve.slots,
+                    short=known.connection.proven,
+                )
+            case State.SHIFTING:
+                if event is Event.STEP_FAILED:
+                    known.setbacks += 1
+                alpha = self.config.trial.alpha / 5.0
+                known.canary = Canary(
+                    self.config.trial, now_s, alpha=alpha, batch_half=curve.batch_half, slots=curve.slots
+                )
+                known.trial = Trial(
+                    self.config.trial, now_s, alpha=alpha, batch_half=curve.batch_half, slots=curve.slots
+                )
+            case State.ACTIVE:
+                known.cusum = 0.0
+            case State.INACTIVE | State.DRAINING:
+                pass
+
+    def _command(self, command: Command, now_s: float) -> None:
+        for known in self._replicas.values():
+            c = known.connection
+            if command.target not in (c.replica_id, c.node_id):
+                continue
+            if not command.drain:
+                known.connection = replace(c, held=False)
+            elif not self._apply(known, Event.DRAIN, now_s, "operator asked to drain"):
+                known.connection = replace(c, held=True)
+
+    def _lose(self, now_s: float) -> None:
+        limit_s = self.config.balance.lost_after_s
+        reports = self._fresh_routers(now_s)
+        if not reports:
+            return  # nobody to ask: keep what is known
+        listed = {view.replica_id for report in reports for view in report.replicas}
+        for replica_id, known in list(self._replicas.items()):
+            if replica_id not in listed:
+                self._apply(known, Event.LOST, now_s, "no router lists the replica any more")
+                del self._replicas[replica_id]
+            elif _takes_traffic(known) and self._unreachable(known, now_s, limit_s):
+                self._apply(known, Event.LOST, now_s, f"node silent and no request finished for {limit_s:g} s")
+
+    def _unreachable(self, known: _Replica, now_s: float, limit_s: float) -> bool:
+        node = self._nodes.get(known.connection.node_id)
+        silent = node is not None and now_s - node.made_s > limit_s
+        return silent and known.queue > 0 and now_s - known.progress_s > limit_s
+
+    def _judge(self, now_s: float) -> None:
+        for known in list(self._replicas.values()):
+            match known.connection.state:
+                case State.SHADOWING:
+                    self._judge_trial(known, now_s)
+                case State.SHIFTING:
+                    self._judge_step(known, now_s)
+                case State.ACTIVE:
+                    self._guard(known, now_s)
+                case State.DRAINING:
+                    waited_s = now_s - known.connection.since_s
+                    if known.queue <= 0:
+                        self._apply(known, Event.DRAINED, now_s, "empty")
+                    elif waited_s > self.config.trial.drain_s:
+                        self._apply(known, Event.DRAINED, now_s, f"deadline: {known.queue:g} requests still open")
+                case State.INACTIVE:
+                    pass
+
+    def _memory_fraction(self, known: _Replica) -> float:
+        node = self._nodes.get(known.connection.node_id)
+        return node.report.snapshot.memory_fraction if node is not None else math.nan
+
+    def _judge_trial(self, known: _Replica, now_s: float) -> None:
+        if known.trial is None:
+            return
+        ruling = known.trial.rule(now_s, candidate_memory_fraction=self._memory_fraction(known))
+        known.ruling = ruling
+        waited_s = now_s - known.connection.since_s
+        no_pairs = not ruling.evidence.get("pairs", 0.0)
+        if ruling.verdict is Verdict.CONTINUE and no_pairs and not self._copyable:
+            if waited_s >= self.config.trial.step_s:
+                reason = "requests cannot be copied: goes on as a small live canary"
+                self._apply(known, Event.TRIAL_INCONCLUSIVE, now_s, reason, ruling)
+            return
+        events = {
+            Verdict.FAVOURABLE: Event.TRIAL_PASSED,
+            Verdict.UNFAVOURABLE: Event.TRIAL_FAILED,
+            Verdict.INCONCLUSIVE: Event.TRIAL_INCONCLUSIVE,
+        }
+        if ruling.verdict in events:
+            self._apply(known, events[ruling.verdict], now_s, ruling.reason, ruling)
+
+    def _judge_step(self, known: _Replica, now_s: float) -> None:
+        """On the ramp: live requests decide by the unpaired test, mirrored pairs, where there are any, too."""
+        if known.canary is None or known.trial is None:
+            return
+        rulings = [
+            known.canary.rule(now_s),
+            known.trial.rule(now_s, candidate_memory_fraction=self._memory_fraction(known)),
+        ]
+        known.ruling = rulings[0]
+        for ruling in rulings:
+            if ruling.verdict is Verdict.UNFAVOURABLE:
+                errors = ruling.evidence.get("errors_shadow_only", 0.0) + ruling.evidence.get("errors", 0.0)
+                last_chance = known.connection.step == 0 or known.setbacks >= _MAX_SETBACKS or errors > 0
+                event = Event.GUARD_TRIPPED if last_chance else Event.STEP_FAILED
+                self._apply(known, event, now_s, ruling.reason, ruling)
+                return
+        waited_s = now_s - known.connection.since_s
+        trial = self.config.trial
+        proven = any(r.verdict is Verdict.FAVOURABLE for r in rulings)
+        seen = rulings[0].evidence.get("candidate_outcomes", 0.0)
+        level = rulings[0].evidence.get("mean_log_ratio", math.nan)
+        harmless = seen >= trial.min_pairs and level <= math.log(trial.margin)
+        if waited_s >= trial.step_timeout_s or (waited_s >= trial.step_s and (proven or harmless)):
+            share = known.connection.share(trial.ramp)
+            if share >= 1.0:
+                self._apply(known, Event.RAMP_DONE, now_s, "last step of the ramp passed", rulings[0])
+            else:
+                self._apply(known, Event.STEP_PASSED, now_s, f"no harm at a share of {share:g}", rulings[0])
+
+    def _guard(self, known: _Replica, now_s: float) -> None:
+        if known.cusum < _CUSUM_LIMIT or known.rates.failed < 3.0:
+            return
+        others = sum(1 for r in self._replicas.values() if r is not known and r.connection.state is State.ACTIVE)
+        if (others / max(len(self._proven()), 1)) < self.config.balance.panic_fraction:
+            return  # never drain below the panic threshold
+        rate = known.rates.failed / max(known.rates.finished, 1e-9)
+        self._apply(known, Event.GUARD_TRIPPED, now_s, f"{rate:.0%} of its requests fail, unlike the others'")
+
+    def _proven(self) -> list[_Replica]:
+        return [r for r in self._replicas.values() if r.connection.proven and not r.connection.held]
+
+    def _panic(self) -> bool:
+        """Too few of the replicas that were good once take traffic."""
+        proven = self._proven()
+        serving = [r for r in proven if _takes_traffic(r)]
+        return bool(proven) and len(serving) < self.config.balance.panic_fraction * len(proven)
+
+    def _admit(self, now_s: float) -> None:
+        waiting = [r for r in self._replicas.values() if r.connection.state is State.INACTIVE and not r.connection.held]
+        early = now_s - (self._first_seen_s or now_s) < self.config.balance.bootstrap_s
+        untouched = self._finished_total < _BOOTSTRAP_REQUESTS
+        serving = any(_takes_traffic(r) for r in self._replicas.values())
+        panic = self._panic()
+        if early or untouched or panic or not serving:
+            why = "panic: too few replicas serve" if panic else "first start" if serving else "nothing else serves"
+            unproven = [r for r in self._replicas.values() if r.connection.state in (State.SHADOWING, State.SHIFTING)]
+            entering = [r for r in [*waiting, *unproven] if not r.connection.rejections and not r.connection.held]
+            if not serving and not entering:
+                entering = waiting
+            for known in entering:
+                self._apply(known, Event.ADMIT_UNTRIED, now_s, why)
+            return
+        fit = [r for r in waiting if now_s >= r.connection.not_before_s and not r.vetoed and self._heard(r, now_s)]
+        if self._urgent():
+            shadowed = [r for r in self._replicas.values() if r.connection.state is State.SHADOWING]
+            for known in [*fit, *shadowed]:
+                if not known.connection.rejections:
+                    reason = f"predicted load {self._load:.2f} of the active set: no time for a trial"
+                    self._apply(known, Event.ADMIT_URGENT, now_s, reason)
+            fit = [r for r in fit if r.connection.state is State.INACTIVE]
+        on_trial = sum(1 for r in self._replicas.values() if r.connection.state is State.SHADOWING)
+        trial = self.config.trial
+        by_mirrors = int(trial.mirror_budget / max(trial.mirror_fraction, 1e-9))
+        by_count = math.ceil(trial.candidate_budget * len(self._replicas))
+        free = max(by_mirrors, by_count, 1) - on_trial
+        for known in sorted(fit, key=lambda r: (r.connection.rejections, -r.capacity, r.connection.replica_id))[:free]:
+            again = f", after {known.connection.rejections} rejections" if known.connection.rejections else ""
+            self._apply(known, Event.ADMIT, now_s, f"alive and waiting{again}")
+
+    def _heard(self, known: _Replica, now_s: float) -> bool:
+        """Whether a replica's node is well enough for a trial: its telemetry, if there ever was any, arrives."""
+        node = self._nodes.get(known.connection.node_id)
+        return node is None or now_s - node.made_s <= self.config.balance.lost_after_s or known.queue == 0
+
+    def _urgent(self) -> bool:
+        queue = sum(r.queue for r in self._replicas.values() if _takes_traffic(r))
+        slots = sum(self._curve.curve.slots for r in self._replicas.values() if _takes_traffic(r))
+        known = self._curve.curve.learned
+        return known and self._load > self.config.balance.urgent_load and queue > slots
+
+    def _plan_mirrors(self, now_s: float) -> None:
+        """Split the mirrored budget; with little traffic it grows, up to a candidate's fair share."""
+        trial = self.config.trial
+        candidates = [r for r in self._replicas.values() if r.trial is not None]
+        for known in self._replicas.values():
+            known.mirror_fraction = 0.0
+        if not candidates:
+            return
+        rate = sum(r.rates.per_s for r in self._replicas.values())
+        serving = sum(1 for r in self._replicas.values() if _takes_traffic(r))
+        wanted = _PAIRS_PER_S / rate if rate > 0.0 else 1.0
+        each = min(trial.mirror_fraction, trial.mirror_budget / len(candidates))
+        grown = min(wanted, trial.mirror_fraction_max, 1.0 / (serving + 1))
+        for known in candidates:
+            known.mirror_fraction = max(each, grown)
+
+    # ------------------------------------------------------------------ output
+
+    def _publish(self, now_s: float) -> TickOutput:
+        self._version += 1
+        ramp = self.config.trial.ramp
+        panic = self._panic()
+        rows, views = [], []
+        for known in self._replicas.values():
+            c = known.connection
+            share = 1.0 if panic and not c.held and not c.rejections else c.share(ramp)
+            rows.append(
+                TableRow(
+                    c.replica_id,
+                    c.node_id,
+                    c.state,
+                    share,
+                    known.capacity,
+                    known.queue,
+                    known.mirror_fraction,
+                    known.capacity * share,
+                    c.proven,
+                    c.rejections,
+                )
+            )
+            views.append(self._view(known, share, now_s))
+        curve = self._curve.curve
+        table = RoutingTable(
+            self.deployment,
+            self._epoch,
+            self._version,
+            max(len(self._routers), 1),
+            tuple(rows),
+            curve.slots,
+            curve.batch_half,
+            panic,
+        )
+        return TickOutput(
+            table,
+            tuple(self._transitions),
+            tuple(views),
+            curve.slots,
+            curve.batch_half,
+            self._sensitivity.gamma,
+            self._load,
+            self._look_ahead_s(),
+            self._dropped,
+        )
+
+    def _view(self, known: _Replica, share: float, now_s: float) -> ReplicaView:
+        c, rates, ruling = known.connection, known.rates, known.ruling
+        succeeded = max(rates.finished - rates.failed, 1e-9)
+        return ReplicaView(
+            c.replica_id,
+            c.node_id,
+            c.state,
+            now_s - c.since_s,
+            share,
+            known.capacity,
+            known.live_capacity,
+            known.outlook.log_change,
+            known.vetoed,
+            known.queue,
+            rates.per_s,
+            rates.duration_sum_s / succeeded if rates.finished > 0.5 else math.nan,
+            rates.failed / rates.finished if rates.finished > 0.5 else math.nan,
+            known.mirror_fraction,
+            ruling.reason if ruling is not None else "",
+            dict(ruling.evidence) if ruling is not None else {},
+            max(c.not_before_s - now_s, 0.0) if c.state is State.INACTIVE else 0.0,
+        )
+
+
+def _takes_traffic(known: _Replica) -> bool:
+    return known.connection.state in (State.ACTIVE, State.SHIFTING)
+
+
+def _plausible(duration_s: float, in_flight: float, cost: float) -> bool:
+    return (
+        math.isfinite(duration_s)
+        and math.isfinite(in_flight)
+        and math.isfinite(cost)
+        and duration_s >= 0.0
+        and in_flight >= 0.0
+        and cost > 0.0
+    )
