@@ -192,6 +192,10 @@ class Balancer:
             self._first_seen_s = now_s - self.config.balance.bootstrap_s
             self._finished_total = _BOOTSTRAP_REQUESTS
 
+    def continue_versions(self, version: int) -> None:
+        """Number the tables on from `version`, within the same epoch."""
+        self._version = version
+
     def on_tick(self, tick: TickInput) -> TickOutput:
         """One round: take in what arrived, estimate, decide, publish. Never raises on bad reports: it drops them."""
         now_s = tick.now_s

@@ -104,7 +104,9 @@ class Ledger:
         self,
         now_s: float,
         alive: Iterable[tuple[str, str, int]],
-        level: str,
+        level: str = "",
+        *,
+        table_epoch: int = 0,
         held_table: RoutingTable | None = None,
     ) -> RouterReport:
         """Everything since the last report, and start anew. `alive` lists (replica_id, node_id, max_ongoing).
@@ -150,6 +152,7 @@ class Ledger:
             self.mirrored,
             self.mirror_dropped,
             self.uncopyable,
+            table_epoch,
             level,
             held_table,
         )

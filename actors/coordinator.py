@@ -1,0 +1,291 @@
+"""The coordinator actor: a shell that carries reports to each deployment's `Balancer` and its tables to the routers.
+
+It holds no decision. It can die at any time: routers go on with the table that they hold, and give it back to
+the next life of the coordinator, which goes on from there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from shadecast.balancer import Balancer, Command, TickInput, TickOutput
+from shadecast.config import Config
+from shadecast.errors import ConfigError
+from shadecast.types import HORIZONS_S, NodeReport, RouterReport, RoutingTable, Transition
+
+logger = logging.getLogger(__name__)
+
+_RESTORE_WAIT_S = 2.5
+"""How long a new coordinator waits for a router to hand back the table of its former life."""
+_FORGET_S = 60.0
+"""A deployment that no router has reported for so long is forgotten."""
+_SUPERVISE_S = 2.0
+
+
+@dataclass(slots=True)
+class _Deployment:
+    """One deployment's balancer and what arrived for it since its last tick."""
+
+    balancer: Balancer
+    settings: Mapping[str, Any]
+    created_s: float
+    heard_s: float
+    routers: list[RouterReport] = field(default_factory=list)
+    nodes: list[NodeReport] = field(default_factory=list)
+    commands: list[Command] = field(default_factory=list)
+    restored: bool = False
+    next_tick_s: float = 0.0
+    output: TickOutput | None = None
+    made_s: float = 0.0
+    published: asyncio.Event = field(default_factory=asyncio.Event)
+    seen: dict[str, tuple[float, str]] = field(default_factory=dict)
+    mirrored: int = 0
+    mirror_dropped: int = 0
+    finished: int = 0
+    failed: int = 0
+
+
+class Coordinator:
+    """Wrap with `ray.remote`; every method runs on the actor's one event loop."""
+
+    def __init__(
+        self,
+        now_s: Callable[[], float] = time.monotonic,
+        epoch: int | None = None,
+        supervise: Callable[[], Iterable[str]] | None = None,
+        uniform: Callable[[float, float], float] = random.uniform,
+    ) -> None:
+        """`supervise` starts and stops node forecasters and returns the ids of the nodes that are alive (blocking)."""
+        self._now_s = now_s
+        self._epoch = epoch if epoch is not None else time.time_ns()
+        self._supervise = supervise
+        self._uniform = uniform
+        self._started_s = now_s()
+        self._deployments: dict[str, _Deployment] = {}
+        self._nodes: dict[str, tuple[float, NodeReport]] = {}
+        self._transitions: deque[tuple[float, Transition]] = deque(maxlen=1000)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    # ------------------------------------------------------------------ calls from routers and forecasters
+
+    async def report_router(self, report: RouterReport, settings: Mapping[str, Any]) -> bool:
+        """Take a router's report; True asks it to send the table that it holds with the next one."""
+        self._wake()
+        now_s = self._now_s()
+        known = self._deployments.get(report.deployment)
+        if known is None or known.settings != settings:
+            known = self._configure(report.deployment, settings, known, now_s)
+        known.heard_s = now_s
+        known.seen[report.router_id] = (now_s, report.level)
+        known.mirrored += report.mirrored
+        known.mirror_dropped += report.mirror_dropped
+        known.finished += sum(max(r.finished, 0) for r in report.replicas)
+        known.failed += sum(max(r.failed, 0) for r in report.replicas)
+        if report.held_table is not None and not known.restored:
+            known.balancer.restore(report.held_table, now_s)
+            known.restored = True
+            logger.info("%s: went on from table %d", report.deployment, report.held_table.version)
+        known.routers.append(report)
+        return not known.restored and known.output is None
+
+    async def report_node(self, report: NodeReport) -> None:
+        """Take a node's telemetry and forecast."""
+        self._wake()
+        self._nodes[report.node_id] = (self._now_s(), report)
+        for known in self._deployments.values():
+            known.nodes.append(report)
+
+    async def wait_table(self, deployment: str, seen: tuple[int, int], timeout_s: float) -> RoutingTable | None:
+        """The deployment's table once it is newer than `seen` (epoch, version); None after `timeout_s`."""
+        self._wake()
+        deadline_s = self._now_s() + timeout_s
+        while (remaining_s := deadline_s - self._now_s()) > 0.0:
+            known = self._deployments.get(deployment)
+            if known is None:
+                await asyncio.sleep(min(0.2, remaining_s))
+                continue
+            if known.output is not None and (known.output.table.epoch, known.output.table.version) > tuple(seen):
+                return known.output.table
+            try:
+                await asyncio.wait_for(known.published.wait(), remaining_s)
+            except TimeoutError:
+                return None
+        return None
+
+    # ------------------------------------------------------------------ calls from people
+
+    async def command(self, target: str, drain: bool) -> int:
+        """Drain (or let back in) a replica, or all replicas of a node; the number of connections concerned."""
+        concerned = 0
+        for known in self._deployments.values():
+            known.commands.append(Command(target, drain))
+            views = known.output.replicas if known.output is not None else ()
+            concerned += sum(1 for v in views if target in (v.replica_id, v.node_id))
+        return concerned
+
+    async def status(self) -> dict[str, Any]:
+        """Everything that `shadecast status` and the live page show, as plain values."""
+        self._wake()
+        now_s = self._now_s()
+        return {
+            "schema": 1,
+            "epoch": self._epoch,
+            "uptime_s": now_s - self._started_s,
+            "nodes": [_node_view(report, now_s - at_s) for at_s, report in self._nodes.values()],
+            "deployments": [self._deployment_view(known, now_s) for known in self._deployments.values()],
+            "transitions": [{**asdict(t), "ago_s": now_s - at_s} for at_s, t in self._transitions],
+        }
+
+    # ------------------------------------------------------------------ the loop
+
+    def _wake(self) -> None:
+        """Start the loops with the first call: an actor's constructor runs before its event loop does."""
+        if not self._tasks:
+            loop = asyncio.get_running_loop()
+            self._tasks = [loop.create_task(self._tick_forever())]
+            if self._supervise is not None:
+                self._tasks.append(loop.create_task(self._supervise_forever(self._supervise)))
+
+    async def close(self) -> None:
+        """Stop the loops."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks = []
+
+    async def _tick_forever(self) -> None:
+        while True:
+            now_s = self._now_s()
+            due_s = now_s + 0.5
+            for deployment, known in list(self._deployments.items()):
+                if now_s >= known.next_tick_s:
+                    try:
+                        self.tick(deployment, now_s)
+                    except Exception:
+                        logger.exception("%s: tick failed; the last table stays in force", deployment)
+                    config = known.balancer.config.balance
+                    jitter = self._uniform(1.0 - config.tick_jitter, 1.0 + config.tick_jitter)
+                    known.next_tick_s = now_s + config.tick_s * jitter
+                due_s = min(due_s, known.next_tick_s)
+            await asyncio.sleep(max(due_s - self._now_s(), 0.01))
+
+    def tick(self, deployment: str, now_s: float) -> None:
+        """One round of one deployment's balancer, and what follows from it."""
+        known = self._deployments[deployment]
+        if now_s - known.heard_s > _FORGET_S:
+            del self._deployments[deployment]
+            return
+        if (
+            not known.restored
+            and now_s - known.created_s < _RESTORE_WAIT_S
+            and self._has_predecessor(known, self._epoch)
+        ):
+            return
+        routers, nodes, commands = tuple(known.routers), tuple(known.nodes), tuple(known.commands)
+        known.routers.clear()
+        known.nodes.clear()
+        known.commands.clear()
+        output = known.balancer.on_tick(TickInput(now_s, routers, nodes, commands))
+        known.output = output
+        known.made_s = now_s
+        for transition in output.transitions:
+            self._transitions.append((now_s, transition))
+            logger.info(
+                "%s: replica %s on node %s: %s -> %s: %s",
+                transition.deployment,
+                transition.replica_id,
+                transition.node_id[:8],
+                transition.before,
+                transition.after,
+                transition.reason,
+            )
+        known.published.set()
+        known.published = asyncio.Event()
+
+    @staticmethod
+    def _has_predecessor(known: _Deployment, epoch: int) -> bool:
+        """Whether a router routes by a table that this life of the coordinator did not make."""
+        return any(report.table_epoch not in (0, epoch) for report in known.routers)
+
+    def _configure(
+        self, deployment: str, settings: Mapping[str, Any], known: _Deployment | None, now_s: float
+    ) -> _Deployment:
+        """A balancer for a deployment that is new or has changed its settings; states carry over."""
+        try:
+            config = Config.from_mapping(settings.get("config", settings))
+        except ConfigError as error:
+            logger.error("%s: %s. Balancing goes on with the defaults.", deployment, error)  # noqa: TRY400
+            config = Config()
+        made = _Deployment(Balancer(deployment, config, self._epoch), dict(settings), now_s, now_s)
+        for _, node in self._nodes.values():
+            made.nodes.append(node)
+        if known is not None and known.output is not None:
+            made.balancer.restore(known.output.table, now_s)
+            made.balancer.continue_versions(known.output.table.version)
+            made.restored = True
+            known.published.set()
+        self._deployments[deployment] = made
+        return made
+
+    async def _supervise_forever(self, supervise: Callable[[], Iterable[str]]) -> None:
+        while True:
+            try:
+                alive = set(await asyncio.get_running_loop().run_in_executor(None, supervise))
+                for node_id in [n for n in self._nodes if n not in alive]:
+                    del self._nodes[node_id]
+            except Exception:
+                logger.exception("starting node forecasters failed; nodes are scored on live capacity meanwhile")
+            await asyncio.sleep(_SUPERVISE_S)
+
+    # ------------------------------------------------------------------ views
+
+    def _deployment_view(self, known: _Deployment, now_s: float) -> dict[str, Any]:
+        output = known.output
+        return {
+            "deployment": known.balancer.deployment,
+            "table_version": output.table.version if output is not None else 0,
+            "table_age_s": now_s - known.made_s if output is not None else None,
+            "panic": output.table.panic if output is not None else False,
+            "load": output.load if output is not None else None,
+            "slots": output.slots if output is not None else None,
+            "batch_half": output.batch_half if output is not None else None,
+            "gamma": list(output.gamma) if output is not None else None,
+            "look_ahead_s": output.look_ahead_s if output is not None else None,
+            "dropped_reports": output.dropped if output is not None else 0,
+            "finished": known.finished,
+            "failed": known.failed,
+            "mirrored": known.mirrored,
+            "mirror_dropped": known.mirror_dropped,
+            "routers": [
+                {"router_id": router_id, "level": level, "heard_s": now_s - at_s}
+                for router_id, (at_s, level) in known.seen.items()
+                if now_s - at_s < _FORGET_S
+            ],
+            "replicas": [asdict(view) for view in output.replicas] if output is not None else [],
+        }
+
+
+def _node_view(report: NodeReport, age_s: float) -> dict[str, Any]:
+    forecast = report.forecast
+    return {
+        "node_id": report.node_id,
+        "hostname": report.hostname,
+        "age_s": age_s,
+        "current": asdict(report.snapshot),
+        "predicted": (
+            {r: dict(zip(map(str, HORIZONS_S), map(list, rows), strict=True)) for r, rows in forecast.quantiles.items()}
+            if forecast is not None
+            else None
+        ),
+        "skill": dict(forecast.skill) if forecast is not None else {},
+        "gate": dict(forecast.gate) if forecast is not None else {},
+        "model_version": forecast.model_version if forecast is not None else "",
+        "forecaster_rss_bytes": report.rss_bytes,
+    }
