@@ -101,7 +101,7 @@ class TrialConfig(_Section):
     timeout_s: float = _bounded(120.0, 1.0, 86_400.0, "a trial ends here")
     margin: float = _bounded(1.10, 1.0, 10.0, "slowdown that is still accepted, as a ratio")
     alpha: float = _bounded(0.05, 1e-6, 0.5, "error probability a side")
-    mixture: float = _bounded(0.02, 1e-6, 10.0, "r, where the anytime interval is tightest: small = later")
+    mixture: float = _bounded(0.03, 1e-6, 10.0, "r, where the anytime interval is tightest: small = later")
     hard_errors: int = _bounded(2, 1, 100, "errors of the candidate alone in its first requests that end the trial")
     hard_errors_window: int = _bounded(20, 1, 1000, "how many first requests that looks at")
     error_margin: float = _bounded(0.02, 0.0, 0.5, "excess error rate that is still accepted")

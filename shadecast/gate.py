@@ -17,10 +17,11 @@ import math
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from shadecast.config import TrialConfig
+from shadecast.pick import load_cost
 from shadecast.sequential import BucketedMean, ExcessErrors, Interval, sign_e_value
 from shadecast.types import Outcome, PairedSample
 
@@ -58,17 +59,16 @@ class Ruling:
 
 
 def load_factor(in_flight: float, slots: float, batch_half: float) -> float:
-    """How much longer than alone a request takes with `in_flight` others on the replica; 1 where that is unknown.
+    """How much longer than alone a request takes with `in_flight` others on the replica (`pick.load_cost`).
 
-    Batching: 1 + (n + 1) / b0 over 1 + 1 / b0; FIFO slots: 1 + max(n + 1 - c, 0) / c (design section 5).
+    1 where the load or the curve is unknown: NaN or infinite `in_flight`, or neither `slots` nor `batch_half` given.
+    With `batch_half`, one slot or none means that all requests batch.
     """
-    if not in_flight > 0.0 or math.isinf(in_flight):
+    if not 0.0 < in_flight < math.inf or not (0.0 < slots < math.inf or batch_half > 0.0):
         return 1.0
-    if batch_half > 0.0:
-        return (batch_half + in_flight + 1.0) / (batch_half + 1.0)
-    if not slots > 0.0 or math.isinf(slots):
-        return 1.0
-    return 1.0 + max(in_flight + 1.0 - slots, 0.0) / slots
+    if batch_half > 0.0 and not 1.0 < slots < math.inf:
+        slots = in_flight + 1.0
+    return load_cost(in_flight + 1.0, slots, batch_half) / load_cost(1.0, slots, batch_half)
 
 
 class _RunningMedian:
@@ -248,6 +248,10 @@ class Trial(_Evidence):
         if (primary_ok and not _possible(pair.primary_s)) or (shadow_ok and not _possible(pair.shadow_s)):
             self.dropped += 1
             return
+        deadline_s = self.config.mirror_deadline_s
+        if not shadow_ok and primary_ok and min(pair.primary_s, pair.shadow_s) >= 0.99 * deadline_s:
+            self.dropped += 1  # the primary was not faster than the copy was allowed to be: nothing learned
+            return
         wrong = primary_ok and shadow_ok and pair.answers_equal is False
         self._note_errors(wrong or not shadow_ok, not primary_ok)
         if primary_ok:
@@ -313,6 +317,7 @@ class Canary(_Evidence):
         self._bucket = 0
         self._sums = {True: [0.0, 0.0], False: [0.0, 0.0]}  # candidate? -> count, sum of log durations
         self._waiting: deque[tuple[bool, float, bool]] = deque()  # all of one side: candidate?, duration, ok
+        self._candidate_outcomes = 0
 
     def observe(self, *, candidate: bool, outcome: Outcome, now_s: float) -> None:
         """Add one finished live request. Impossible durations are dropped and counted; nothing raises."""
@@ -322,6 +327,7 @@ class Canary(_Evidence):
         if outcome.ok and not _possible(duration):
             self.dropped += 1
             return
+        self._candidate_outcomes += candidate
         if outcome.ok:
             side = self._sums[candidate]
             side[0] += 1.0
@@ -361,7 +367,8 @@ class Canary(_Evidence):
         """The ruling as of now."""
         elapsed_s = self._advance(now_s)
         self._close_bucket(elapsed_s)
-        return self._decide(elapsed_s, "")
+        ruling = self._decide(elapsed_s, "")
+        return replace(ruling, evidence={**ruling.evidence, "candidate_outcomes": float(self._candidate_outcomes)})
 
 
 def _possible(duration: float) -> bool:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 MAX_AUTOCORRELATION = 0.9
 """A few dozen buckets cannot tell stronger correlation apart."""
+MIN_BUCKETS = 10.0
+"""With fewer, correlation cannot be told from a difference: no interval."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,7 @@ class BucketedMean:
         phi = min(max(phi, 0.0), MAX_AUTOCORRELATION)
         inflation = (1.0 + phi) / (1.0 - phi)
         error = math.sqrt(g0 / (1.0 - 1.0 / k) * inflation) / s
-        reach = critical_t(s, k / inflation, alpha, mixture)
+        reach = critical_t(s, k / inflation, alpha, mixture) if k >= MIN_BUCKETS else math.inf
         radius = reach * error if math.isfinite(reach) else math.inf
         return Interval(s, k, mean, error, mean - radius, mean + radius)
 
