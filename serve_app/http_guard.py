@@ -1,0 +1,205 @@
+"""Limits on what HTTP brings in, as pure ASGI: header sizes and characters, body size, compressed bodies.
+
+`HeaderGuard` wraps the gateway's own application. Serve's proxy reads some headers before any application does, and
+answers 500 to a session id that is not UTF-8; where the proxies start with
+`RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve_app.http_guard:proxy_middlewares` the guard stands there too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+from starlette.middleware import Middleware
+
+from serve_app.protocol_error import ProtocolError
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+MAX_HEADER_BYTES = 32 * 1024
+MAX_ID_BYTES = 512
+ID_HEADERS = (b"x-session-id", b"x-request-id", b"serve_multiplexed_model_id", b"x-request-timeout-seconds")
+"""Headers that Serve copies into every request's metadata, in its proxies and routers."""
+
+
+class HeaderGuard:
+    """Refuses requests whose headers are too large (431) or hold ids that Serve could not carry (400)."""
+
+    def __init__(self, app: App, id_headers: tuple[bytes, ...] = ID_HEADERS) -> None:
+        self._app = app
+        self._ids = frozenset(name.lower().replace(b"_", b"-") for name in id_headers)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI entry."""
+        refusal = self._refusal(scope["headers"]) if scope["type"] == "http" else None
+        if refusal is None:
+            await self._app(scope, receive, send)
+        else:
+            await send_error(refusal, send)
+
+    def _refusal(self, headers: list[tuple[bytes, bytes]]) -> ProtocolError | None:
+        total = sum(len(name) + len(value) for name, value in headers)
+        if total > MAX_HEADER_BYTES:
+            return ProtocolError(431, f"the headers have {total} bytes; at most {MAX_HEADER_BYTES} are taken")
+        for name, value in headers:
+            if name.lower().replace(b"_", b"-") in self._ids:
+                shown = name.decode("latin-1")
+                if len(value) > MAX_ID_BYTES:
+                    return ProtocolError(400, f"header {shown}: {len(value)} bytes; at most {MAX_ID_BYTES} are taken")
+                if not (value.isascii() and value.decode("ascii").isprintable()):
+                    return ProtocolError(400, f"header {shown}: must be printable ASCII")
+        return None
+
+
+class RequestIds:
+    """Gives a request without `x-request-id` one and returns it; one that came with the request is its sender's.
+
+    Serve's own proxy does the same, so under Serve this adds nothing.
+    """
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI entry."""
+        if scope["type"] != "http" or any(name == b"x-request-id" for name, _ in scope["headers"]):
+            await self._app(scope, receive, send)
+            return
+        made = (b"x-request-id", str(uuid.uuid4()).encode())
+
+        async def send_with_id(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", ()), made]}
+            await send(message)
+
+        await self._app({**scope, "headers": [*scope["headers"], made]}, receive, send_with_id)
+
+
+def proxy_middlewares() -> list[Middleware]:
+    """For Serve's `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH`."""
+    return [Middleware(HeaderGuard)]
+
+
+async def send_error(error: ProtocolError, send: Send) -> None:
+    """Sends `error` as the protocol's JSON, over bare ASGI."""
+    body = json.dumps({"error": error.reason}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers += [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+class BodyReader:
+    """Reads request bodies within a limit for each and a limit for all that are held at one time."""
+
+    def __init__(self, max_body_bytes: int, max_total_bytes: int, timeout_s: float) -> None:
+        self.max_body_bytes = max_body_bytes
+        self.held_bytes = 0
+        """Of all bodies under way, counted from the byte's arrival until its request ends."""
+        self._max_total_bytes = max_total_bytes
+        self._timeout_s = timeout_s
+
+    @asynccontextmanager
+    async def read(self, receive: Receive, length: str | None, encoding: str) -> AsyncIterator[bytes]:
+        """The body, decompressed. `length` and `encoding` are the Content-Length and Content-Encoding headers.
+
+        Raises ProtocolError: 400 for a wrong length or damaged compression, 408 when it comes too slowly, 413 when it
+        is too large, 415 for an unknown compression, 503 when too much is held already.
+        """
+        encoding = encoding.strip().lower()
+        if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
+            raise ProtocolError(
+                415, f"Content-Encoding {encoding[:40]!r}: gzip, deflate or none", {"Accept-Encoding": "gzip, deflate"}
+            )
+        self._check_length(length)
+        held = _Held(self)
+        try:
+            body = await self._receive_in_time(receive, held)
+            if encoding not in ("", "identity"):
+                body = self._inflate(body, held)
+            yield body
+        finally:
+            self.held_bytes -= held.size
+
+    def take(self, size: int) -> None:
+        """Counts `size` bytes; raises ProtocolError (503) when that is more than may be held at one time."""
+        if self.held_bytes + size > self._max_total_bytes:
+            raise ProtocolError(503, "too many request bodies are under way; try again soon", {"Retry-After": "1"})
+        self.held_bytes += size
+
+    def _check_length(self, length: str | None) -> None:
+        if length is None:
+            return
+        if not (length.isascii() and length.isdigit() and len(length) < 20):
+            raise ProtocolError(400, "Content-Length must be a whole number")
+        if int(length) > self.max_body_bytes:
+            raise self._too_large()
+
+    async def _receive_in_time(self, receive: Receive, held: _Held) -> bytes:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await self._receive(receive, held)
+        except TimeoutError:
+            raise ProtocolError(408, f"the body did not arrive within {self._timeout_s:g} s") from None
+
+    async def _receive(self, receive: Receive, held: _Held) -> bytes:
+        parts: list[bytes] = []
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ProtocolError(400, "the client left before the body was complete")
+            parts.append(message.get("body", b""))
+            more = message.get("more_body", False)
+            held.take(len(parts[-1]))
+            if held.size > self.max_body_bytes:
+                raise self._too_large()
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _inflate(self, raw: bytes, held: _Held) -> bytes:
+        """Decompresses gzip or zlib data, never making more than the limit and one byte."""
+        body = _decompress(raw, self.max_body_bytes)
+        if len(body) > self.max_body_bytes:
+            raise self._too_large(" when decompressed")
+        held.take(len(body))
+        return body
+
+    def _too_large(self, when: str = "") -> ProtocolError:
+        return ProtocolError(413, f"the body is larger than {self.max_body_bytes} bytes{when}; that is the limit")
+
+
+class _Held:
+    """What one request has taken of the reader's total."""
+
+    __slots__ = ("_reader", "size")
+
+    def __init__(self, reader: BodyReader) -> None:
+        self._reader = reader
+        self.size = 0
+
+    def take(self, size: int) -> None:
+        self._reader.take(size)
+        self.size += size
+
+
+def _decompress(raw: bytes, limit: int) -> bytes:
+    """At most `limit` + 1 bytes of `raw` decompressed; raises ProtocolError (400) where it is damaged or cut off."""
+    wbits = zlib.MAX_WBITS | 32  # gzip or zlib, told apart by their first bytes
+    stream = zlib.decompressobj(wbits)
+    try:
+        body = stream.decompress(raw, limit + 1)
+    except zlib.error:
+        raise ProtocolError(400, "the body is not valid gzip or deflate data") from None
+    if len(body) <= limit and not stream.eof:
+        raise ProtocolError(400, "the compressed body is cut off")
+    if len(body) <= limit and stream.unused_data:
+        raise ProtocolError(400, "bytes follow the end of the compressed body")
+    return body
