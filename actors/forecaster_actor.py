@@ -1,0 +1,270 @@
+"""The Ray side of a node's forecaster: start one pinned to a node, keep it in touch with coordinator and registry.
+
+This module stays light (no torch, no pandas): the coordinator imports it to start forecasters. The actor's own process
+imports the model when it is constructed.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import queue
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from shadecast.errors import ConfigError, ShadecastError
+from shadecast.types import NodeReport
+
+logger = logging.getLogger(__name__)
+
+NAMESPACE = "shadecast"
+COORDINATOR = "shadecast-coordinator"
+HOUSEKEEPING_S = 5.0
+"""Registry and log are looked after this often; a promotion is loaded within twice this."""
+MAX_PENDING = 3
+
+
+@dataclass(frozen=True, slots=True)
+class ForecasterSettings:
+    """Settings of node forecasters. Empty `registry` means the shipped checkpoint; empty `telemetry_log`: no log."""
+
+    registry: str = ""
+    telemetry_log: str = ""
+    challenger: str = ""
+    link_bytes_per_s: float = 0.0
+    """Link speed where the driver does not tell it; 0 leaves network fractions unknown then."""
+    log_flush_s: float = 60.0
+    log_max_bytes: int = 512 * 1024 * 1024
+    log_max_age_s: float = 30 * 86_400.0
+    period_s: float = 1.0
+    count_loopback: bool = False
+    """Loopback traffic never leaves the node; it counts only where a recording has nothing else."""
+
+    def __post_init__(self) -> None:
+        for name in ("registry", "telemetry_log", "challenger"):
+            if not isinstance(getattr(self, name), str):
+                raise ConfigError(f"forecaster.{name} = {getattr(self, name)!r}: must be text")
+        bounds = {
+            "link_bytes_per_s": (0.0, 1e13),
+            "log_flush_s": (1.0, 86_400.0),
+            "log_max_bytes": (1024, 1 << 50),
+            "log_max_age_s": (60.0, 1e10),
+            "period_s": (0.05, 60.0),
+        }
+        for name, (low, high) in bounds.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+                raise ConfigError(f"forecaster.{name} = {value!r}: must be a number from {low:g} to {high:g}")
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
+        """Build from plain values; raises ConfigError on unknown names or values out of bounds."""
+        known = {f.name for f in fields(cls)}
+        for key in values:
+            if key not in known:
+                raise ConfigError(f"forecaster.{key}: unknown setting; known are {', '.join(sorted(known))}")
+        return cls(**values)
+
+
+class CoordinatorLink:
+    """Sends reports without ever waiting; finds the coordinator again by name when it is gone."""
+
+    def __init__(self, handle: Any = None) -> None:
+        self._handle = handle
+        self._pending: list[Any] = []
+
+    def send(self, report: NodeReport) -> None:
+        """Fire and forget; a report that cannot be sent is dropped, the next one is a second away."""
+        handle = self._handle
+        if handle is None or not self._settled():
+            return
+        self._pending.append(handle.report_node.remote(report))
+
+    def _settled(self) -> bool:
+        """Whether few enough reports are under way; an actor that died for good is let go of."""
+        if self._pending:
+            done, self._pending = ray.wait(self._pending, num_returns=len(self._pending), timeout=0)
+            for ref in done:
+                try:
+                    ray.get(ref)
+                except ray.exceptions.RayActorError:
+                    self._handle = None
+        return self._handle is not None and len(self._pending) < MAX_PENDING
+
+    def find(self) -> None:
+        """Look the coordinator up where it is lost or does not answer; may block on a slow control store."""
+        if self._settled():
+            return
+        try:
+            self._handle = ray.get_actor(COORDINATOR, namespace=NAMESPACE)
+        except ValueError:
+            return
+        self._pending = []
+
+
+class ForecasterActor:
+    """One per node. A thread samples at 1 Hz, another looks after coordinator, registry and log; calls only ask."""
+
+    def __init__(self, node_id: str, coordinator: Any, settings: Mapping[str, Any], node_cpus: float) -> None:
+        import torch  # noqa: PLC0415 - the process that starts forecasters must not load torch
+
+        from actors.gpu import open_gpu  # noqa: PLC0415
+        from actors.node_forecaster import NodeForecaster  # noqa: PLC0415
+        from actors.telemetry import Sampler  # noqa: PLC0415
+        from models.registry import SHIPPED, Registry  # noqa: PLC0415
+
+        torch.set_num_threads(1)
+        self._settings = ForecasterSettings.from_mapping(settings)
+        self._registry = Registry(self._settings.registry or str(SHIPPED))
+        self._link = CoordinatorLink(coordinator)
+        self._rows: queue.SimpleQueue[tuple[dict[str, Any], float]] = queue.SimpleQueue()
+        self._log = self._open_log(node_id) if self._settings.telemetry_log else None
+        self._forecaster = NodeForecaster(
+            node_id=node_id,
+            sampler=Sampler(
+                time.monotonic,
+                node_cpus=node_cpus,
+                link_bytes_per_s=self._settings.link_bytes_per_s or float("nan"),
+                count_loopback=self._settings.count_loopback,
+                gpu=open_gpu(),
+            ),
+            send=self._link.send,
+            clock=time.monotonic,
+            wall=time.time,
+            log=(lambda row, wall_s: self._rows.put((row, wall_s))) if self._log is not None else None,
+            period_s=self._settings.period_s,
+            hostname=socket.gethostname(),
+        )
+        self._loaded = {"champion": "", "challenger": ""}
+        self._problem = ""
+        self._look_after()
+        self._stop = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._forecaster.run, args=(self._stop,), name="sampling", daemon=True),
+            threading.Thread(target=self._housekeeping, name="housekeeping", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def status(self) -> dict[str, Any]:
+        """Versions with live skill, failures so far, and why the newest promotion was refused, if it was."""
+        return {
+            "versions": self._forecaster.versions(),
+            "failures": self._forecaster.failures,
+            "problem": self._problem,
+            "pid": os.getpid(),
+        }
+
+    def announce(self, starts_in_s: float, lasts_s: float, strength: float = 1.0) -> None:
+        """Tell of a load that is known to come to this node."""
+        self._forecaster.announce(starts_in_s, lasts_s, strength)
+
+    def note_serving(self, in_flight: float, arrivals_per_s: float) -> None:
+        """What Serve has on this node just now; logged with the telemetry."""
+        self._forecaster.note_serving(in_flight, arrivals_per_s)
+
+    def stop(self) -> None:
+        """Stop sampling and write what is left of the log."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+        self._write_rows()
+        if self._log is not None:
+            self._log.flush(time.time())
+
+    def _open_log(self, node_id: str) -> Any:
+        from actors.telemetry_log import LogLimits, TelemetryLog  # noqa: PLC0415
+
+        settings = self._settings
+        limits = LogLimits(settings.log_flush_s, settings.log_max_bytes, settings.log_max_age_s)
+        started = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S")
+        return TelemetryLog(settings.telemetry_log, node_id, f"{started}-{os.getpid()}", limits)
+
+    def _housekeeping(self) -> None:
+        while not self._stop.wait(HOUSEKEEPING_S):
+            self._look_after()
+
+    def _look_after(self) -> None:
+        for step in (self._link.find, self._follow_registry, self._write_rows):
+            try:
+                step()
+            except Exception:
+                logger.exception("housekeeping: %s failed; tried again in %g s", step.__name__, HOUSEKEEPING_S)
+
+    def _follow_registry(self) -> None:
+        """Load what is newly promoted; a version that is refused leaves the one in use where it is."""
+        for role in ("champion", "challenger"):
+            try:
+                wanted = self._registry.champion() if role == "champion" else self._settings.challenger
+                if not wanted or wanted == self._loaded[role]:
+                    continue
+                self._forecaster.use(self._registry.load(wanted), challenger=role == "challenger")
+            except ShadecastError as error:
+                if str(error) != self._problem:
+                    logger.warning("%s not loaded, %s stays: %s", role, self._loaded[role] or "no forecast", error)
+                self._problem = str(error)
+                continue
+            self._loaded[role], self._problem = wanted, ""
+
+    def _write_rows(self) -> None:
+        while self._log is not None and not self._rows.empty():
+            row, wall_s = self._rows.get()
+            self._log.append(row, wall_s)
+
+
+def actor_name(node_id: str) -> str:
+    """Name of a node's forecaster in the namespace `shadecast`."""
+    return f"shadecast-forecaster-{node_id[:16]}"
+
+
+def start_forecaster(
+    node_id: str, coordinator: Any, settings: Mapping[str, Any], node_cpus: float = 0.0, detached: bool = True
+) -> Any:
+    """The handle of the node's forecaster, started if there is none.
+
+    Pinned to the node, takes no CPU from the scheduler, restarted by Ray while the node lives; detached, so that it
+    outlives the coordinator. `coordinator` is its handle or None (looked up by name). Raises ConfigError.
+    """
+    ForecasterSettings.from_mapping(settings)
+    remote = ray.remote(ForecasterActor).options(
+        name=actor_name(node_id),
+        namespace=NAMESPACE,
+        get_if_exists=True,
+        lifetime="detached" if detached else "non_detached",
+        num_cpus=0,
+        max_restarts=-1,
+        max_concurrency=2,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
+    )
+    return remote.remote(node_id, coordinator, dict(settings), node_cpus)
+
+
+class ForecasterFleet:
+    """Keeps one forecaster on every node that is alive; call it every few seconds."""
+
+    def __init__(self, settings: Mapping[str, Any], coordinator: Any = None) -> None:
+        self._settings, self._coordinator = settings, coordinator
+        self._handles: dict[str, Any] = {}
+
+    def __call__(self) -> list[str]:
+        """Start forecasters where they are missing, end those of nodes that left; ids of the nodes that are alive."""
+        alive = {n["NodeID"]: float(n["Resources"].get("CPU", 0.0)) for n in ray.nodes() if n["Alive"]}
+        for node_id, node_cpus in alive.items():
+            self._handles[node_id] = start_forecaster(node_id, self._coordinator, self._settings, node_cpus)
+        for node_id in [n for n in self._handles if n not in alive]:
+            ray.kill(self._handles.pop(node_id), no_restart=True)
+        return list(alive)
+
+    def stop(self) -> None:
+        """End every forecaster that this fleet knows."""
+        for handle in self._handles.values():
+            ray.kill(handle, no_restart=True)
+        self._handles.clear()

@@ -1,0 +1,218 @@
+"""Samples one node, forecasts its load, reports: a plain object with every border injected.
+
+`run` paces `tick` on a fixed grid of `period_s`; a late tick does not shift the ones after it, missed ones are told
+to the forecaster as missing samples. No exception of a border (sampler, model, sender, log) ends the loop.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from actors.procfs import read_text
+from actors.telemetry import Sample
+from models.features import CHANNELS, STEPS
+from models.forecaster import Model, OnlineForecaster, forecast_of
+from shadecast.types import Forecast, NodeReport, NodeSnapshot
+
+logger = logging.getLogger(__name__)
+
+NAN = float("nan")
+FORGET_AFTER = 60
+"""After so many missing samples in a row the forecaster starts afresh."""
+UNKNOWN = NodeSnapshot(NAN, NAN, NAN, NAN, NAN, NAN, NAN)
+PAGE_BYTES = 4096
+
+
+class Reader(Protocol):
+    """Where samples come from; `actors.telemetry.Sampler` in production."""
+
+    def read(self) -> Sample:
+        """One reading."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A known future load on this node, in the forecaster's clock. `strength` in [0, 1]: 1 takes the whole node."""
+
+    starts_s: float
+    ends_s: float
+    strength: float
+
+
+@dataclass(slots=True)
+class NodeForecaster:
+    """One node's loop. `send` takes each report, `log` each row (column -> value) with its wall time."""
+
+    node_id: str
+    sampler: Reader
+    send: Callable[[NodeReport], None]
+    clock: Callable[[], float]
+    wall: Callable[[], float]
+    log: Callable[[dict[str, Any], float], None] | None = None
+    period_s: float = 1.0
+    hostname: str = ""
+    failures: int = 0
+    """Borders that raised since the start."""
+    _seq: int = 0
+    _started_s: float = NAN
+    _last_s: float = NAN
+    _champion: OnlineForecaster | None = None
+    _challenger: OnlineForecaster | None = None
+    _serving: dict[str, float] = field(default_factory=dict)
+    _events: list[Event] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def use(self, model: Model, challenger: bool = False) -> None:
+        """Forecast with this version from the next tick on; a challenger is scored beside the champion, never reported.
+
+        A new champion goes on from what the node's features have seen, so there is no pause in forecasts.
+        """
+        with self._lock:
+            if challenger:
+                self._challenger = OnlineForecaster(model)
+            elif self._champion is None:
+                self._champion = OnlineForecaster(model)
+            else:
+                self._champion.swap(model)
+
+    def versions(self) -> dict[str, Any]:
+        """Versions in use with their live skill per target, for status pages and tests."""
+        with self._lock:
+            pairs = (("champion", self._champion), ("challenger", self._challenger))
+            return {name: {"version": f.model.version, "skill": f.live_skill()} for name, f in pairs if f}
+
+    def announce(self, starts_in_s: float, lasts_s: float, strength: float = 1.0) -> None:
+        """Tell of a load that is known to come (a batch job, a scheduled pause); raises ValueError on nonsense."""
+        if not (starts_in_s >= 0 and 0 < lasts_s < math.inf and 0 <= strength <= 1):
+            raise ValueError(
+                f"announce(starts_in_s={starts_in_s!r}, lasts_s={lasts_s!r}, strength={strength!r}): "
+                "must be >= 0, > 0 and in [0, 1]"
+            )
+        start_s = self.clock() + starts_in_s
+        with self._lock:
+            self._events.append(Event(start_s, start_s + lasts_s, strength))
+
+    def note_serving(self, in_flight: float, arrivals_per_s: float) -> None:
+        """What Serve has on this node just now; only logged."""
+        with self._lock:
+            self._serving = {"in_flight": in_flight, "arrivals_per_s": arrivals_per_s}
+
+    def tick(self) -> NodeReport:
+        """Sample, forecast, report and log once."""
+        now_s = self.clock()
+        sample = self._read()
+        with self._lock:
+            forecast = self._forecast(sample, now_s) if sample else None
+            serving = dict(self._serving)
+        self._seq += 1
+        report = NodeReport(
+            node_id=self.node_id,
+            seq=self._seq,
+            snapshot=sample.snapshot if sample else UNKNOWN,
+            forecast=forecast,
+            age_s=max(0.0, self.clock() - now_s),
+            hostname=self.hostname,
+            rss_bytes=own_rss_bytes(),
+        )
+        self._attempt("report", lambda: self.send(report))
+        if self.log is not None and sample is not None:
+            if math.isnan(self._started_s):
+                self._started_s = now_s
+            row = log_row(sample, now_s - self._started_s) | serving
+            log = self.log
+            self._attempt("log", lambda: log(row, self.wall()))
+        return report
+
+    def run(self, stop: threading.Event) -> None:
+        """Tick until `stop` is set."""
+        next_s = self.clock()
+        while not stop.is_set():
+            self.tick()
+            next_s += self.period_s
+            behind = math.floor((self.clock() - next_s) / self.period_s)
+            next_s += max(0, behind + 1) * self.period_s
+            stop.wait(max(0.0, next_s - self.clock()))
+
+    def _read(self) -> Sample | None:
+        try:
+            return self.sampler.read()
+        except Exception as error:
+            self._failed("telemetry", error)
+            return None
+
+    def _forecast(self, sample: Sample, now_s: float) -> Forecast | None:
+        missed = 0 if math.isnan(self._last_s) else max(0, round((now_s - self._last_s) / self.period_s) - 1)
+        self._last_s = now_s
+        values, announced = channel_values(sample), self._announced(now_s)
+        forecast = None
+        for name, model in (("champion", self._champion), ("challenger", self._challenger)):
+            if model is None:
+                continue
+            try:
+                if missed > FORGET_AFTER:
+                    model.forget()
+                for _ in range(missed if missed <= FORGET_AFTER else 0):
+                    model.step(np.full_like(values, np.nan))
+                prediction = model.step(values, announced)
+                if name == "champion":
+                    forecast = forecast_of(prediction, model.model.version)
+            except Exception as error:
+                self._failed(name, error)
+                model.forget()
+        return forecast
+
+    def _announced(self, now_s: float) -> np.ndarray[Any, Any] | None:
+        """Strength of known events at each horizon, [1, horizon]; None without any."""
+        self._events = [e for e in self._events if e.ends_s > now_s]
+        if not self._events:
+            return None
+        at_s = [now_s + h * self.period_s for h in STEPS]
+        strengths = [max((e.strength for e in self._events if e.starts_s <= t < e.ends_s), default=0.0) for t in at_s]
+        return np.asarray([strengths], np.float32)
+
+    def _attempt(self, what: str, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:
+            self._failed(what, error)
+
+    def _failed(self, what: str, error: Exception) -> None:
+        """Count every failure, write only the 1st, 2nd, 4th ... so that a broken file cannot fill the log."""
+        self.failures += 1
+        if self.failures & (self.failures - 1) == 0:
+            logger.warning("node %s: %s failed (%d failures so far): %r", self.node_id, what, self.failures, error)
+
+
+def channel_values(sample: Sample) -> np.ndarray[Any, Any]:
+    """What the model sees of a sample, [1, channel]: the exogenous load, not ours."""
+    snapshot = sample.snapshot
+    known = {
+        "cpu": snapshot.cpu_background_fraction,
+        "memory": snapshot.memory_fraction,
+        "network": snapshot.network_background_fraction,
+        "context_switches": sample.context_switches_per_s,
+        "load": sample.load1,
+        "disk_busy": sample.disk_busy_fraction,
+    }
+    return np.asarray([[known[name] for name in CHANNELS]], np.float32)
+
+
+def log_row(sample: Sample, t_s: float) -> dict[str, Any]:
+    """One line of the telemetry log, columns as in `models.schema`."""
+    extra = ("disk_busy_fraction", "load1", "context_switches_per_s", "runnable", "replicas")
+    return {"t_s": t_s, **asdict(sample.snapshot), **{name: getattr(sample, name) for name in extra}}
+
+
+def own_rss_bytes() -> int:
+    """Resident memory of this process; 0 where /proc does not tell."""
+    words = (read_text(Path("/proc/self/statm")) or "").split()
+    return int(words[1]) * PAGE_BYTES if len(words) > 1 else 0

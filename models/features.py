@@ -1,0 +1,175 @@
+"""Causal features of node telemetry: every value is normalised by what the node itself did before.
+
+Arrays are `[series, channel]` at one step; the same code runs one node live (one series) and thousands of
+recordings side by side in training. Time counts in samples: the half-life of 60 is 60 s at 1 Hz.
+
+Running mean, variance and absolute h-step changes are exponential averages with bias correction
+(weights renormalised by the mass seen so far, as in Adam, Kingma and Ba 2015), so they are exact from the first sample.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shadecast.types import HORIZONS_S, RESOURCES
+
+Array = NDArray[Any]
+"""Numeric array; float32 wherever nothing else is said."""
+
+TARGETS = RESOURCES
+COVARIATES: tuple[str, ...] = ("context_switches", "load", "disk_busy")
+CHANNELS: tuple[str, ...] = TARGETS + COVARIATES
+N_TARGETS = len(TARGETS)
+STEPS = tuple(int(h) for h in HORIZONS_S)
+LONGEST = STEPS[-1]
+HALF_LIFE = 60.0
+FAST_HALF_LIFE = 5.0
+CLIP = 6.0
+FRACTION = np.array([True, True, False])
+"""Which targets live in [0, 1]; network may come in bytes per second where the link speed is unknown."""
+
+
+@dataclass(slots=True)
+class Running:
+    """Exponential mean of whatever is fed, exact from the first sample; missing values leave it as it is."""
+
+    shape: tuple[int, ...]
+    half_life: float
+    total: Array = field(init=False)
+    mass: Array = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.total, self.mass = np.zeros(self.shape, np.float32), np.zeros(self.shape, np.float32)
+
+    def add(self, value: Array, present: NDArray[np.bool_]) -> None:
+        """Take one step of values; where `present` is False nothing changes."""
+        keep = np.float32(0.5 ** (1.0 / self.half_life))
+        self.total = np.where(present, self.total * keep + np.where(present, value, 0.0) * (1 - keep), self.total)
+        self.mass = np.where(present, self.mass * keep + (1 - keep), self.mass)
+
+    def mean(self) -> Array:
+        """Current mean, 0 where nothing has been seen."""
+        return self.total / np.maximum(self.mass, np.float32(1e-12))
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one step of features yields.
+
+    `inputs` [series, target, feature]; `anchors` [series, target, anchor] simple predictions that the model leans on:
+    last known value, mean of the last seconds, mean of the last minute; `scale` [series, target, horizon] the node's
+    own usual absolute change over each horizon; `ready` [series, target] whether the value is there now.
+    """
+
+    inputs: Array
+    anchors: Array
+    scale: Array
+    ready: NDArray[np.bool_]
+
+
+@dataclass(slots=True)
+class Features:
+    """Running features of `series` nodes. Feed one row per sample; NaN means missing."""
+
+    series: int
+    _level: Array = field(init=False)
+    _past: Array = field(init=False)
+    _seen: NDArray[np.int64] = field(init=False)
+    _mean: Running = field(init=False)
+    _square: Running = field(init=False)
+    _fast: Running = field(init=False)
+    _slow: Running = field(init=False)
+    _short: Running = field(init=False)
+    _change: Running = field(init=False)
+    _peak: Array = field(init=False)
+
+    def __post_init__(self) -> None:
+        s, c = self.series, len(CHANNELS)
+        self._level = np.zeros((s, c), np.float32)
+        self._past = np.full((LONGEST + 1, s, N_TARGETS), np.nan, np.float32)
+        self._seen = np.zeros((s, c), np.int64)
+        self._mean, self._square = Running((s, c), HALF_LIFE), Running((s, c), HALF_LIFE)
+        self._short = Running((s, c), FAST_HALF_LIFE)
+        self._fast, self._slow = Running((s, c), FAST_HALF_LIFE), Running((s, c), HALF_LIFE)
+        self._change = Running((s, N_TARGETS, len(STEPS)), HALF_LIFE)
+        self._peak = np.zeros((s, c), np.float32)
+
+    def step(self, values: Array, announced: Array | None = None) -> Step:
+        """Take one sample [series, channel]; `announced` [series, horizon] is the known strength of events ahead."""
+        values = np.asarray(values, np.float32)
+        present = np.isfinite(values)
+        filled = np.where(present, values, self._level)
+        first = present & (self._seen == 0)
+        jump = np.where(first, 0.0, filled - self._level).astype(np.float32)
+        deviation = np.where(first, 0.0, filled - self._mean.mean())
+        self._level = filled
+        self._seen += present
+        self._mean.add(filled, present)
+        self._short.add(filled, present)
+        self._square.add(deviation**2, present & ~first)
+        self._fast.add(np.abs(jump), present & ~first)
+        self._slow.add(np.abs(jump), present & ~first)
+        self._peak = np.maximum(self._peak * np.float32(0.9995), np.abs(filled))
+
+        target_now = np.where(present, filled, np.nan)[:, :N_TARGETS]
+        self._past = np.roll(self._past, 1, axis=0)
+        self._past[0] = target_now
+        moved = np.abs(target_now[:, :, None] - np.moveaxis(self._past[list(STEPS)], 0, -1))
+        self._change.add(moved, np.isfinite(moved))
+
+        mean, short = self._mean.mean(), self._short.mean()
+        floor = np.where(np.arange(len(CHANNELS)) < 2, 1e-4, 1e-4 * np.abs(mean) + 1e-9).astype(np.float32)
+        spread = np.maximum(np.sqrt(self._square.mean()), floor)
+        slow = np.maximum(self._slow.mean(), floor)
+        z = _squash((filled - mean) / spread)
+        trend = _squash((short - mean) / spread)
+        d = _squash(jump / slow)
+        roughness = _squash(np.log(slow / spread))
+        burst = _squash(np.log(np.maximum(self._fast.mean(), 0.1 * floor) / slow))
+        level = filled / np.where(np.arange(len(CHANNELS)) < 2, 1.0, np.maximum(self._peak, 1e-9))
+        scale = np.maximum(self._change.mean(), floor[:, :N_TARGETS, None])
+        inputs = self._assemble(z, d, trend, roughness, burst, level, present, scale, announced)
+        anchors = np.stack([filled, short, mean], axis=-1)[:, :N_TARGETS]
+        return Step(inputs, anchors, scale, present[:, :N_TARGETS])
+
+    def _assemble(  # noqa: PLR0917 - columns of one table
+        self,
+        z: Array,
+        d: Array,
+        trend: Array,
+        roughness: Array,
+        burst: Array,
+        level: Array,
+        present: NDArray[np.bool_],
+        scale: Array,
+        announced: Array | None,
+    ) -> Array:
+        """Own value first, then what the node's other channels do, then masks and the target's identity."""
+        known = np.where(present, 1.0, 0.0)
+        columns = []
+        for t in range(N_TARGETS):
+            others = [(t + 1) % N_TARGETS, (t + 2) % N_TARGETS]
+            growth = _squash(np.log(scale[:, t, -1] / np.maximum(scale[:, t, 0], 1e-12)))
+            own = [z[:, t], d[:, t], trend[:, t], roughness[:, t], burst[:, t], level[:, t], growth]
+            rest = [z[:, o] * known[:, o] for o in (*others, *range(N_TARGETS, len(CHANNELS)))]
+            rest += [d[:, o] * known[:, o] for o in others]
+            masks = [known[:, t], known[:, others[0]], known[:, others[1]], np.minimum(self._seen[:, t] / 60.0, 1.0)]
+            identity = [np.full(self.series, float(t == k)) for k in range(N_TARGETS)]
+            columns.append(np.stack([*own, *rest, *masks, *identity], axis=-1))
+        inputs = np.stack(columns, axis=1)
+        ahead: Array = np.zeros((self.series, len(STEPS))) if announced is None else np.nan_to_num(announced)
+        ahead = np.repeat(ahead[:, None, :], N_TARGETS, axis=1)
+        return np.concatenate([inputs, ahead], axis=-1).astype(np.float32)
+
+
+N_ANCHORS = 3
+N_FEATURES = 7 + (2 + len(COVARIATES)) + 2 + 4 + N_TARGETS + len(STEPS)
+
+
+def _squash(x: Array) -> Array:
+    """Odd, close to the identity near 0 and logarithmic far out: an outlier stays visible and cannot dominate."""
+    return np.clip(np.arcsinh(x), -CLIP, CLIP).astype(np.float32)

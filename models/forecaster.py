@@ -1,0 +1,188 @@
+"""A trained model at work: features, net, baselines, correction and gate stepped together, one sample at a time.
+
+One node live and a benchmark over many recordings run exactly this code; only `series` differs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from models.baselines import NAMES, Baselines, Ridge
+from models.calibration import AlarmRecord, QuantileCorrection, Ring, SkillGate, pinball
+from models.features import N_TARGETS, TARGETS, Array, Features, Running
+from models.first_passage import first_passage
+from models.lstm import N_HEADS, N_HORIZONS, ForecastNet, State
+from shadecast.types import HORIZONS_S, QUANTILES, Forecast
+
+MIN_SAMPLES = 10
+SLOW_SPEED = 0.6
+VETO_PRECISION = 0.7
+MEMORY_LIMIT = 0.97
+"""Beyond this fraction the kernel or Ray's memory monitor kills."""
+_CPU, _MEMORY = 0, 1
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A version's tensors. `ridge` one per target; `residuals` [target, baseline, horizon, quantile] in multiples of
+    the node's scale; `prior_skill` [target, horizon] from the backtest, NaN where there was none.
+    """
+
+    version: str
+    net: ForecastNet
+    ridge: tuple[Ridge, ...]
+    residuals: Array
+    prior_skill: Array
+    alarm_precision: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """One step's forecasts for all series, in the unit of the values fed.
+
+    `quantiles` [series, target, horizon, quantile] of the model, corrected; `gated` the same, blended with the best
+    baseline by the gate; `skill` and `gate` [series, target, horizon]; `slow_probability` [series];
+    `ready` [series, target] whether the value is known now and enough came before.
+    """
+
+    quantiles: Array
+    gated: Array
+    skill: Array
+    gate: Array
+    slow_probability: Array
+    veto_allowed: Array
+    ready: Array
+
+
+@dataclass(slots=True)
+class OnlineForecaster:
+    """Steps `series` nodes through one model. Upper bounds: fractions never leave [0, 1], rates never fall below 0."""
+
+    model: Model
+    series: int = 1
+    ceiling: tuple[float, ...] = (1.0, 1.0, 1.0)
+    _features: Features = field(init=False)
+    _baselines: Baselines = field(init=False)
+    _state: State | None = None
+    _correction: QuantileCorrection = field(init=False)
+    _gate: SkillGate = field(init=False)
+    _issued: Ring = field(init=False)
+    _alarms: AlarmRecord = field(init=False)
+    _drift: Running = field(init=False)
+    _memory: Array = field(init=False)
+    _samples: Array = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._drift = Running((self.series,), 20.0)
+        self._memory = np.full(self.series, np.nan, np.float32)
+        self._samples = np.zeros((self.series, N_TARGETS), np.float32)
+        self._features = Features(self.series)
+        self._baselines = Baselines(self.series, self.model.ridge)
+        self._start_scoring()
+
+    def _start_scoring(self) -> None:
+        shape = (self.series, N_TARGETS, 1 + len(NAMES), N_HORIZONS)
+        prior = None if np.isnan(self.model.prior_skill).all() else np.nan_to_num(self.model.prior_skill)[None]
+        self._state = None
+        self._correction = QuantileCorrection(shape)
+        self._gate = SkillGate(shape, prior)
+        self._issued = Ring((*shape, len(QUANTILES)))
+        self._alarms = AlarmRecord(self.series, self.model.alarm_precision)
+
+    def swap(self, model: Model) -> None:
+        """Go on with another version: what was learned about the node stays, what was learned about the model goes."""
+        self.model = model
+        self._baselines.ridge = model.ridge
+        self._start_scoring()
+
+    def forget(self) -> None:
+        """Start afresh, as after a long gap."""
+        self.__post_init__()
+
+    def live_skill(self) -> dict[str, float]:
+        """Recent skill of series 0 by target, mean over horizons."""
+        return {name: float(self._gate.skill()[0, t].mean()) for t, name in enumerate(TARGETS)}
+
+    def step(self, values: Array, announced: Array | None = None) -> Prediction:
+        """Take one sample [series, channel], NaN where missing; `announced` [series, horizon] known events."""
+        step = self._features.step(values, announced)
+        targets = np.asarray(values, np.float32)[:, :N_TARGETS]
+        self._judge(targets)
+        model, slow = self._run(step.inputs, step.anchors, step.scale)
+        points = self._baselines.step(targets)
+        spread = step.scale[:, :, None, :]
+        simple = points[..., None] + self.model.residuals * spread[..., None]
+        experts = np.concatenate([model[:, :, None], simple], axis=2)
+        experts = self._bounded(self._correction.apply(experts, np.broadcast_to(spread, experts.shape[:-1])))
+        self._issued.push(np.where(step.ready[:, :, None, None, None], experts, np.nan))
+        gate, skill = self._gate.gate(), self._gate.skill()
+        best = np.take_along_axis(experts, self._gate.best_baseline()[:, :, None, :, None], axis=2)[:, :, 0]
+        gated = gate[..., None] * experts[:, :, 0] + (1 - gate[..., None]) * best
+        self._samples += step.ready
+        slow = np.maximum(slow, self._memory_risk(targets[:, _MEMORY], step.scale[:, _MEMORY, 0]))
+        self._alarms.step(slow > 0.5, targets[:, _CPU] > 1 - SLOW_SPEED)
+        ready = step.ready & (self._samples >= MIN_SAMPLES)
+        return Prediction(
+            quantiles=experts[:, :, 0],
+            gated=gated,
+            skill=skill,
+            gate=gate,
+            slow_probability=slow,
+            veto_allowed=self._alarms.precision() >= VETO_PRECISION,
+            ready=ready,
+        )
+
+    def _judge(self, targets: Array) -> None:
+        """Compare what is due with what came, before anything new is forecast."""
+        due = self._issued.due()
+        truth = np.broadcast_to(targets[:, :, None, None], due.shape[:-1])
+        self._correction.learn(due, truth)
+        self._gate.learn(pinball(due, truth))
+
+    def _run(self, inputs: Array, anchors: Array, scale: Array) -> tuple[Array, Array]:
+        def rows(x: Array) -> torch.Tensor:
+            return torch.from_numpy(np.ascontiguousarray(x)).flatten(0, 1).unsqueeze(1)
+
+        with torch.inference_mode():
+            heads, self._state = self.model.net(rows(inputs), rows(anchors), rows(scale), self._state)
+            quantiles = heads.quantiles[:, 0].reshape(self.series, N_TARGETS, N_HEADS, -1).numpy()
+            slow = torch.sigmoid(heads.slow_logit[:, 0]).reshape(self.series, N_TARGETS).numpy()
+        return quantiles[:, :, :N_HORIZONS], slow[:, _CPU]
+
+    def _memory_risk(self, memory: Array, step_scale: Array) -> Array:
+        change = memory - self._memory
+        self._drift.add(np.nan_to_num(change), np.isfinite(change))
+        self._memory = np.where(np.isfinite(memory), memory, self._memory)
+        drift = self._drift.mean()
+        risks = [
+            first_passage(MEMORY_LIMIT - float(m), float(d), 1.25 * float(s), HORIZONS_S[-1])
+            for m, d, s in zip(self._memory, drift, step_scale, strict=True)
+        ]
+        return np.nan_to_num(np.asarray(risks, np.float32))
+
+    def _bounded(self, quantiles: Array) -> Array:
+        top = np.asarray(self.ceiling, np.float32).reshape(1, N_TARGETS, 1, 1, 1)
+        return np.clip(quantiles, 0.0, top)
+
+
+def forecast_of(prediction: Prediction, version: str) -> Forecast | None:
+    """The message of series 0; None while CPU is unknown or too few samples have come."""
+    ready = prediction.ready[0]
+    if not ready[_CPU]:
+        return None
+    known = [t for t in range(N_TARGETS) if ready[t] and np.isfinite(prediction.quantiles[0, t]).all()]
+
+    def pooled(values: Array) -> dict[str, float]:
+        return {TARGETS[t]: float(values[0, t].mean()) for t in known}
+
+    return Forecast(
+        quantiles={TARGETS[t]: tuple(tuple(map(float, row)) for row in prediction.quantiles[0, t]) for t in known},
+        slow_probability=float(prediction.slow_probability[0]),
+        skill=pooled(prediction.skill),
+        gate=pooled(prediction.gate),
+        model_version=version,
+        veto_allowed=bool(prediction.veto_allowed[0]),
+    )

@@ -1,0 +1,109 @@
+"""Telemetry tables as contiguous series: nothing downstream looks across a gap or from one recording into another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from models.features import CHANNELS, Array
+from models.schema import REQUIRED_COLUMNS
+from shadecast.errors import ShadecastError
+
+MAX_HOLE = 3
+"""Up to so many missing samples in a row stay in a series as NaN; a longer gap ends it."""
+
+
+class TelemetryError(ShadecastError, ValueError):
+    """A telemetry file lacks what training and judging need."""
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """One uninterrupted recording: `values` [time, channel] on a grid of `period_s`, NaN where missing."""
+
+    source: str
+    machine: str
+    recording: str
+    period_s: float
+    values: Array
+
+
+def series_of(frame: pd.DataFrame, source: str) -> Iterator[Series]:
+    """Cut a telemetry table into series. Raises TelemetryError naming the columns that are missing."""
+    missing = [name for name in REQUIRED_COLUMNS if name not in frame.columns]
+    if missing:
+        raise TelemetryError(
+            f"{source}: no column {', '.join(missing)}; a telemetry file has {', '.join(REQUIRED_COLUMNS)}"
+        )
+    for (machine, recording), group in frame.groupby(["machine", "recording"], sort=True, observed=True):
+        rows = group[np.isfinite(group["t_s"])].sort_values("t_s").drop_duplicates("t_s")
+        t_s = rows["t_s"].to_numpy(np.float64)
+        if len(t_s) < 2:
+            continue
+        period_s = max(1.0, float(np.round(np.median(np.diff(t_s)))))
+        slot = np.round((t_s - t_s[0]) / period_s).astype(np.int64)
+        values = channels_of(rows)
+        fresh = np.concatenate([[True], np.diff(slot) > 0])
+        slot, values = slot[fresh], values[fresh]
+        for part in np.split(np.arange(len(slot)), np.flatnonzero(np.diff(slot) > MAX_HOLE + 1) + 1):
+            grid = np.full((slot[part[-1]] - slot[part[0]] + 1, len(CHANNELS)), np.nan, np.float32)
+            grid[slot[part] - slot[part[0]]] = values[part]
+            yield Series(source, str(machine), str(recording), period_s, grid)
+
+
+def channels_of(rows: pd.DataFrame) -> Array:
+    """Values [time, channel]: the exogenous parts where the log has them, else totals; greater network direction."""
+
+    def column(name: str) -> Array:
+        if name not in rows.columns:
+            return np.full(len(rows), np.nan, np.float32)
+        return pd.to_numeric(rows[name], errors="coerce").to_numpy(np.float32)
+
+    def first_known(*options: Array) -> Array:
+        return next((o for o in options if np.isfinite(o).any()), options[-1])
+
+    cpu = first_known(column("cpu_background_fraction"), column("cpu_fraction"))
+    greater = np.fmax(column("net_rx_bytes_per_s"), column("net_tx_bytes_per_s"))
+    network = first_known(column("network_background_fraction"), greater)
+    values = np.stack(
+        [
+            np.clip(cpu, 0.0, 1.0),
+            np.clip(column("memory_fraction"), 0.0, 1.0),
+            np.maximum(network, 0.0),
+            column("context_switches_per_s"),
+            column("load1"),
+            column("disk_busy_fraction"),
+        ],
+        axis=1,
+    )
+    values[~np.isfinite(values)] = np.nan
+    return values.astype(np.float32)
+
+
+def read_folder(folder: Path, names: Sequence[str] | None = None) -> list[Series]:
+    """All series of the Parquet files below a folder.
+
+    A source is the first part of a file's name (`lumos_1s.parquet` -> `lumos`); the partitioned log of our own
+    forecasters is the source `own`. Raises TelemetryError where there is nothing, or a file cannot be read.
+    """
+    files = sorted(p for p in folder.rglob("*.parquet") if not p.name.startswith((".", "_")))
+    if not files:
+        raise TelemetryError(f"{folder}: no *.parquet telemetry here; record some with `python -m train.record`")
+    found: list[Series] = []
+    frames: dict[str, list[pd.DataFrame]] = {}
+    for path in files:
+        own = any(part.startswith("node=") for part in path.relative_to(folder).parts)
+        source = "own" if own else path.stem.split("_")[0]
+        if names is not None and source not in names:
+            continue
+        try:
+            frames.setdefault(source, []).append(pd.read_parquet(path, partitioning=None))
+        except (OSError, ValueError) as error:
+            raise TelemetryError(f"{path}: cannot be read as Parquet ({error}); delete or replace it") from None
+    for source, parts in frames.items():
+        found.extend(series_of(pd.concat(parts, ignore_index=True), source))
+    return found

@@ -1,0 +1,104 @@
+"""Load patterns of shared machines as schedules in [0, 1] per second; recorded for real and imitated in augmentation.
+
+Every generator takes a numpy Generator and a length and returns one value per second. Parameters are drawn wide on purpose:
+the model has to read a node's habits from its last minutes, not remember these ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from models.features import Array
+
+Rng = np.random.Generator
+Pattern = Callable[[Rng, int], Array]
+
+
+def bursts(rng: Rng, length: int) -> Array:
+    """On and off with heavy-tailed stays: interactive work, batch jobs."""
+    out, at, on = np.zeros(length), 0, rng.random() < 0.5
+    mean_on_s, mean_off_s = np.exp(rng.uniform(np.log(2), np.log(30), 2))
+    while at < length:
+        stay = 1 + int(min((mean_on_s if on else mean_off_s) * rng.pareto(2.0) * 1.0, length))
+        out[at : at + stay] = rng.uniform(0.3, 1.0) if on else 0.0
+        at, on = at + stay, not on
+    return out
+
+
+def periodic(rng: Rng, length: int) -> Array:
+    """A job that comes back: micro-batches, cron, garbage collection. Period 3-40 s, jittered, duty 0.1-0.6."""
+    period_s, duty = np.exp(rng.uniform(np.log(3), np.log(40))), rng.uniform(0.1, 0.6)
+    level, jitter = rng.uniform(0.2, 1.0), rng.choice([0.0, 0.03, 0.1])
+    starts = np.cumsum(period_s * (1 + jitter * rng.standard_normal(int(length / period_s * 2) + 3)))
+    t = np.arange(length)[:, None]
+    since = t - np.concatenate([[-rng.uniform(0, period_s)], starts])[None, :]
+    since = np.where(since >= 0, since, np.inf).min(axis=1)
+    return level * np.clip(duty * period_s - since, 0.0, 1.0)
+
+
+def wander(rng: Rng, length: int) -> Array:
+    """A level that drifts and reverts slowly (Ornstein-Uhlenbeck): many small users."""
+    centre, half_life_s, noise = (
+        rng.uniform(0.05, 0.9),
+        np.exp(rng.uniform(np.log(5), np.log(120))),
+        rng.uniform(0.02, 0.3),
+    )
+    keep = 0.5 ** (1 / half_life_s)
+    shocks = rng.standard_t(4, length) * noise * np.sqrt(1 - keep**2)
+    out, x = np.empty(length), 0.0
+    for i, shock in enumerate(shocks):
+        x = keep * x + shock
+        out[i] = centre + x
+    return np.clip(out, 0.0, 1.0)
+
+
+def steps(rng: Rng, length: int) -> Array:
+    """Plateaus: stages of a job. Some go up or down over a few seconds."""
+    out, at, level = np.zeros(length), 0, rng.random()
+    while at < length:
+        stay, new = 1 + int(rng.exponential(25.0)), rng.random() * rng.choice([0.3, 1.0])
+        ramp = np.clip(np.arange(1, stay + 1) / rng.choice([1.0, 1.0, 4.0, 12.0]), 0.0, 1.0)
+        out[at : at + stay] = (level + (new - level) * ramp)[: length - at]
+        at, level = at + stay, new
+    return out
+
+
+def ramps(rng: Rng, length: int) -> Array:
+    """Slow climbs and a fall: leaks, filling caches, growing queues."""
+    out, at = np.zeros(length), 0
+    low = rng.uniform(0.0, 0.5)
+    while at < length:
+        climb = 5 + int(rng.exponential(60.0))
+        top = rng.uniform(low, 1.0)
+        piece = np.concatenate([np.linspace(low, top, climb), np.full(int(rng.exponential(10.0)), top)])
+        out[at : at + len(piece)] = piece[: length - at]
+        at += len(piece)
+    return out
+
+
+def idle(rng: Rng, length: int) -> Array:
+    """Nearly nothing, with rare short spikes: housekeeping."""
+    out = np.abs(rng.standard_normal(length)) * rng.uniform(0.001, 0.02)
+    spikes = rng.random(length) < rng.uniform(0.005, 0.1)
+    return np.clip(out + spikes * rng.pareto(2.0, length) * rng.uniform(0.02, 0.3), 0.0, 1.0)
+
+
+PATTERNS: dict[str, Pattern] = {
+    "bursts": bursts,
+    "periodic": periodic,
+    "wander": wander,
+    "steps": steps,
+    "ramps": ramps,
+    "idle": idle,
+}
+
+
+def mixture(rng: Rng, length: int) -> Array:
+    """One pattern, or two laid over each other."""
+    names = list(PATTERNS)
+    out = PATTERNS[str(rng.choice(names))](rng, length)
+    if rng.random() < 0.4:
+        out = out + rng.uniform(0.1, 0.7) * PATTERNS[str(rng.choice(names))](rng, length)
+    return np.clip(out, 0.0, 1.0)
