@@ -2,3 +2,4 @@
 
 NAMESPACE = "shadecast"
 COORDINATOR = "shadecast-coordinator"
+PAGE = "shadecast-page"

@@ -277,11 +277,14 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
 
 
 async def _control_loop(router: weakref.ref[PredictiveRouter]) -> None:
-    """Report each second and keep a long poll for the next table open, until the router is gone. Never raises."""
+    """Report each second and keep a long poll for the next table open, until the router or Ray is gone. Never raises.
+
+    Ray is asked for before every call, because a call on a process that has shut Ray down would start a new cluster.
+    """
     poll: asyncio.Task[Any] | None = None
     coordinator: Any = None
     try:
-        while (this := router()) is not None:
+        while ray.is_initialized() and (this := router()) is not None:
             period_s = this._config.balance.report_s * random.uniform(0.95, 1.05)
             try:
                 if coordinator is None:
@@ -309,7 +312,7 @@ async def _control_loop(router: weakref.ref[PredictiveRouter]) -> None:
 async def _poll_tables(router: weakref.ref[PredictiveRouter], coordinator: Any) -> None:
     """Take tables as they are published; ends with the coordinator that it was started for."""
     with contextlib.suppress(RayActorError, asyncio.CancelledError):
-        while (this := router()) is not None:
+        while ray.is_initialized() and (this := router()) is not None:
             held = this._table
             seen = (held.epoch, held.version) if held is not None else (0, 0)
             deployment = this._deployment

@@ -612,8 +612,9 @@ class Balancer:
             entering = [r for r in [*waiting, *unproven] if not r.connection.rejections and not r.connection.held]
             if not serving and not entering:
                 entering = waiting
+            event = Event.ADMIT_UNTRIED if early or untouched else Event.ADMIT_URGENT
             for known in entering:
-                self._apply(known, Event.ADMIT_UNTRIED, now_s, why)
+                self._apply(known, event, now_s, why)
             return
         fit = [r for r in waiting if now_s >= r.connection.not_before_s and not r.vetoed and self._heard(r, now_s)]
         if self._urgent():

@@ -21,6 +21,8 @@ from shadecast.types import RoutingTable
 _MAX_QUEUE = 4096
 """Longest queue that the cost table tells apart; beyond it all are equally bad."""
 _MIN_CAPACITY = 1e-3
+_TIE = 0.9
+"""A score must be better by a tenth to count: capacities are not known more exactly, and routers must not herd."""
 
 
 def load_cost(n: float, slots: float, batch_half: float) -> float:
@@ -110,11 +112,11 @@ class PickTable:
         cost, inverse, base, routers, mine = self._cost, self._inverse, self._base, self._routers, self.in_flight
         last = len(cost) - 1
         best, best_score = -1, 0.0
-        for k in range(len(drawn)):
-            i = drawn[k + start - len(drawn)] if start else drawn[k]
+        for k in range(start, start + len(drawn)):
+            i = drawn[k - len(drawn)]
             queue = base[i] + routers * mine[i] + 0.5
             score = cost[0 if queue < 1.0 else last if queue > last else int(queue)] * inverse[i]
-            if best < 0 or score < best_score:
+            if best < 0 or score < best_score * _TIE:
                 best, best_score = i, score
         return best
 

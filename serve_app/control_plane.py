@@ -1,0 +1,106 @@
+"""Starts and stops the control plane on a Ray cluster: coordinator, node forecasters, live page.
+
+It runs as a job of its own, with this project's packages, apart from the applications that it balances.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from actors.coordinator import Coordinator
+from actors.forecaster_actor import ForecasterFleet, ForecasterSettings
+from serve_app.control import COORDINATOR, NAMESPACE, PAGE
+from serve_app.packages import check_packages
+from serve_app.page import Page
+from shadecast.errors import ShadecastError
+
+
+class ControlPlaneError(ShadecastError):
+    """The control plane is not there, or did not come up."""
+
+
+@dataclass(frozen=True, slots=True)
+class ControlPlane:
+    """What is needed to talk to a running control plane."""
+
+    coordinator: Any
+    page_url: str
+    token: str
+
+
+class _CoordinatorActor(Coordinator):
+    """The coordinator as an actor: makes its supervisor in its own process, also after a restart."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        check_packages()  # the import path of the actor's process counts, not only the starter's
+        super().__init__(supervise=ForecasterFleet(settings))
+
+
+def start_control_plane(
+    settings: Mapping[str, Any] | None = None, page_host: str = "127.0.0.1", page_port: int = 8266
+) -> ControlPlane:
+    """Start what is not running yet on the connected cluster; blocks until the coordinator answers.
+
+    Raises ShadowedPackageError before anything is started if another package hides one of ours,
+    ConfigError on a wrong forecaster setting.
+    """
+    check_packages()
+    ForecasterSettings.from_mapping(settings or {})
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    common = {"namespace": NAMESPACE, "lifetime": "detached", "num_cpus": 0, "get_if_exists": True}
+    coordinator = (
+        ray.remote(_CoordinatorActor)
+        .options(name=COORDINATOR, max_restarts=-1, scheduling_strategy=here, **common)
+        .remote(dict(settings or {}))
+    )
+    ray.get(coordinator.status.remote(), timeout=60)
+    token = os.environ.get("SHADECAST_TOKEN") or secrets.token_urlsafe(16)
+    url = ""
+    if page_port:
+        page = (
+            ray.remote(Page)
+            .options(name=PAGE, max_restarts=3, scheduling_strategy=here, **common)
+            .remote(page_host, page_port, token)
+        )
+        url = ray.get(page.start.remote(), timeout=60)
+    return ControlPlane(coordinator, url, token)
+
+
+def find_coordinator() -> Any:
+    """The running coordinator. Raises ControlPlaneError, saying how to start one."""
+    try:
+        return ray.get_actor(COORDINATOR, namespace=NAMESPACE)
+    except ValueError as error:
+        raise ControlPlaneError(
+            "no Shadecast control plane on this cluster: start one with `shadecast up`, or `make serve` for a local one"
+        ) from error
+
+
+def stop_control_plane() -> int:
+    """Stop coordinator, page and all node forecasters; routers fall back to power of two choices. How many stopped."""
+    stopped = 0
+    for entry in ray.util.list_named_actors(all_namespaces=True):
+        if entry["namespace"] == NAMESPACE and entry["name"].startswith("shadecast-"):
+            ray.kill(ray.get_actor(entry["name"], namespace=NAMESPACE), no_restart=True)
+            stopped += 1
+    return stopped
+
+
+def wait_until_forecasting(coordinator: Any, nodes: int, timeout_s: float, on_progress: Callable[[str], None]) -> bool:
+    """Wait until that many nodes report telemetry; False after `timeout_s` (routing works without)."""
+    deadline_s = time.monotonic() + timeout_s
+    while time.monotonic() < deadline_s:
+        heard = len(ray.get(coordinator.status.remote(), timeout=30)["nodes"])
+        on_progress(f"{heard} of {nodes} nodes report")
+        if heard >= nodes:
+            return True
+        time.sleep(0.5)
+    return False
