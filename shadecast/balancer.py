@@ -209,8 +209,9 @@ class Balancer:
             known.rates.fade(elapsed_s)
         for node in tick.nodes:
             self._take_node(node, now_s)
-        for router in tick.routers:
-            self._take_router(router, now_s)
+        taken = [report for report in tick.routers if self._take_router(report, now_s)]
+        for report in taken:  # only now: a replica's errors are judged by the others' rates of the same time
+            self._take_observations(report, now_s)
         self._count_queues(now_s)
         self._estimate(now_s, elapsed_s)
         for command in tick.commands:
@@ -235,13 +236,14 @@ class Balancer:
             return
         self._nodes[report.node_id] = _Node(report, now_s - report.age_s)
 
-    def _take_router(self, report: RouterReport, now_s: float) -> None:
+    def _take_router(self, report: RouterReport, now_s: float) -> bool:
+        """Membership and counts of one report; False if it cannot be true."""
         ids = [r.replica_id for r in report.replicas]
         last = self._routers.get(report.router_id)
         stale = last is not None and report.seq <= last[1].seq
         if len(set(ids)) != len(ids) or stale or report.deployment != self.deployment:
             self._dropped += 1
-            return
+            return False
         if self._first_seen_s is None:
             self._first_seen_s = now_s
         self._routers[report.router_id] = (now_s, report)
@@ -253,7 +255,16 @@ class Balancer:
             known.max_ongoing = max(view.max_ongoing, 1)
             if view.finished > 0 or view.in_flight == 0:
                 known.progress_s = now_s
-            self._take_outcomes(known, view, now_s)
+            finished = max(view.finished, 0)
+            self._finished_total += finished
+            known.rates.finished += finished
+            known.rates.failed += min(max(view.failed, 0), finished)
+        return True
+
+    def _take_observations(self, report: RouterReport, now_s: float) -> None:
+        """Outcomes and mirrored pairs of one report."""
+        for view in report.replicas:
+            self._take_outcomes(self._replicas[view.replica_id], view, now_s)
         for pair in report.pairs:
             candidate = self._replicas.get(pair.candidate_id)
             if candidate is not None and candidate.trial is not None:
@@ -265,10 +276,7 @@ class Balancer:
             self._copyable = report.mirrored > 0
 
     def _take_outcomes(self, known: _Replica, view: ReplicaReport, now_s: float) -> None:
-        finished, failed = max(view.finished, 0), min(max(view.failed, 0), max(view.finished, 0))
-        self._finished_total += finished
-        known.rates.finished += finished
-        known.rates.failed += failed
+        per_outcome = max(view.finished, 0) / max(len(view.outcomes), 1)  # a long list was cut to the newest
         for outcome in view.outcomes:
             if not _plausible(outcome.duration_s, outcome.in_flight_at_start, outcome.cost):
                 self._dropped += 1
@@ -276,7 +284,7 @@ class Balancer:
             self._observe_error(known, outcome.ok)
             self._observe_canaries(known, outcome, now_s)
             if outcome.ok:
-                known.rates.duration_sum_s += outcome.duration_s * finished / max(len(view.outcomes), 1)
+                known.rates.duration_sum_s += outcome.duration_s * per_outcome
                 self._observe_speed(known, outcome)
 
     def _observe_canaries(self, known: _Replica, outcome: Outcome, now_s: float) -> None:
@@ -658,7 +666,7 @@ class Balancer:
         each = min(trial.mirror_fraction, trial.mirror_budget / len(candidates))
         grown = min(wanted, trial.mirror_fraction_max, 1.0 / (serving + 1))
         for known in candidates:
-            known.mirror_fraction = max(each, grown)
+            known.mirror_fraction = max(each, grown) if wanted > trial.mirror_fraction else each
 
     # ------------------------------------------------------------------ output
 

@@ -1,0 +1,360 @@
+"""The balancer as a whole: what enters, what leaves, how capacity moves. Claims are the test names."""
+
+import math
+from itertools import pairwise
+
+import pytest
+
+from shadecast.balancer import Command, TickInput
+from shadecast.types import (
+    Forecast,
+    NodeReport,
+    NodeSnapshot,
+    Outcome,
+    ReplicaReport,
+    RouterReport,
+    RoutingTable,
+    State,
+    TableRow,
+    Unfinished,
+)
+from tests.shadecast.world import DEPLOYMENT, World, grown
+
+
+def flat_forecast(cpu=0.0, memory=0.3, gate=1.0, veto=False):
+    def rows(value):
+        return tuple((value, value, value) for _ in range(6))
+
+    quantiles = {"cpu": rows(cpu), "memory": rows(memory), "network": rows(0.0)}
+    return Forecast(quantiles, gate={"cpu": gate, "memory": gate, "network": gate}, veto_allowed=veto)
+
+
+# ---------------------------------------------------------------- entering
+
+
+def test_at_the_first_start_all_replicas_enter_without_a_trial():
+    world = World()
+    world.add("a")
+    world.add("b")
+    world.tick()
+    assert world.state("a") is State.ACTIVE
+    world.add("late")
+    world.run(2)
+    assert world.state("late") is State.ACTIVE
+
+
+def test_an_equal_newcomer_goes_through_shadowing_and_shifting_to_active():
+    world = grown()
+    world.add("new")
+    world.tick()
+    assert world.state("new") is State.SHADOWING
+    assert world.row("new").share == 0.0
+    assert 0.0 < world.row("new").mirror_fraction <= 0.5
+    world.run(180)
+    assert world.state("new") is State.ACTIVE
+    events = world.events("new")
+    assert events[0] == "admit"
+    assert events[1] in ("trial_passed", "trial_inconclusive")
+    assert events[-1] == "ramp_done"
+    assert [t.reason for t in world.transitions if not t.reason] == []
+
+
+@pytest.mark.parametrize("fault", [{"speed": 0.2}, {"failing": 0.2}])
+def test_a_bad_newcomer_is_turned_away_before_any_live_request(fault):
+    for seed in range(5):
+        world = grown(seed=seed)
+        world.add("new", **fault)
+        world.run(100)
+        assert "trial_failed" in world.events("new")
+        assert world.live.get("new", 0) == 0
+        assert world.failed_live == 0
+        assert world.state("new") in (State.INACTIVE, State.SHADOWING)
+
+
+def test_trials_of_a_replica_that_stays_bad_come_ever_more_seldom():
+    world = grown()
+    world.add("new", failing=0.5)
+    world.run(400)
+    starts = [t.at_s for t in world.transitions if t.event == "admit"]
+    pauses = [b - a for a, b in pairwise(starts)]
+    assert 3 <= len(starts) <= 8
+    assert pauses[-1] > 2 * pauses[0]
+
+
+def test_a_replica_that_gets_well_comes_back():
+    world = grown()
+    newcomer = world.add("new", failing=0.5)
+    world.run(30)
+    assert "trial_failed" in world.events("new")
+    newcomer.failing = 0.0
+    world.run(300)
+    assert world.state("new") is State.ACTIVE
+
+
+def test_requests_that_cannot_be_copied_lead_to_a_small_live_canary():
+    world = grown(copyable=False)
+    world.add("new")
+    world.run(10)
+    assert world.state("new") is State.SHIFTING
+    assert world.row("new").share == 0.05
+    world.run(180)
+    assert world.state("new") is State.ACTIVE
+
+
+def test_a_failing_replica_on_the_ramp_is_withdrawn():
+    world = grown(copyable=False)
+    world.add("new", failing=0.5)
+    world.run(100)
+    assert "guard_tripped" in world.events("new")
+    assert world.live["new"] < 40
+
+
+def test_without_traffic_a_newcomer_does_not_starve():
+    world = grown()
+    world.rate_per_tick = 0
+    world.add("new")
+    world.run(400)
+    assert world.state("new") is State.ACTIVE
+
+
+def test_few_are_on_trial_at_once():
+    world = grown(8)
+    for i in range(20):
+        world.add(f"new{i}")
+    for _ in range(60):
+        world.tick()
+        on_trial = sum(row.state is State.SHADOWING for row in world.output.table.rows)
+        assert on_trial <= math.ceil(0.25 * 28)
+
+
+def test_mirrored_requests_stay_within_their_bounds():
+    world = grown(8, rate_per_tick=100)
+    for i in range(7):
+        world.add(f"new{i}")
+    before = world.requests
+    world.run(20)
+    assert world.mirrored <= 0.13 * (world.requests - before)
+
+
+# ---------------------------------------------------------------- leaving
+
+
+def test_an_active_replica_that_begins_to_fail_drains_and_stays_out():
+    world = grown()
+    world.machines["old0"].failing = 0.6
+    world.run(15)
+    assert world.events("old0")[:2] == ["guard_tripped", "drained"]
+    assert world.failed_live < 40
+
+
+def test_errors_that_all_replicas_share_drain_nobody():
+    world = grown()
+    for machine in world.machines.values():
+        machine.failing = 0.5
+    world.run(60)
+    assert all(world.state(name) is State.ACTIVE for name in world.machines)
+
+
+def test_a_replica_that_no_router_lists_is_lost():
+    world = grown()
+    world.machines["old1"].alive = False
+    world.tick()
+    assert [t.event for t in world.transitions] == ["lost"]
+    assert "old1" not in {row.replica_id for row in world.output.table.rows}
+
+
+def test_when_all_routers_are_silent_nothing_is_thrown_away():
+    world = grown()
+    world.routers = False
+    world.run(60)
+    assert len(world.output.table.rows) == 4
+    assert world.transitions == []
+
+
+def test_an_operator_drains_a_node_and_lets_it_back_in_through_a_trial():
+    world = grown()
+    world.tick((Command("node-old2", drain=True),))
+    world.run(5)
+    assert world.state("old2") is State.INACTIVE
+    world.run(60)
+    assert world.state("old2") is State.INACTIVE
+    world.tick((Command("node-old2", drain=False),))
+    world.tick()
+    assert world.state("old2") is State.SHADOWING
+
+
+def test_when_the_last_replicas_go_those_on_trial_take_over_under_guard():
+    world = grown(2)
+    world.add("new")
+    world.tick()
+    assert world.state("new") is State.SHADOWING
+    world.machines["old0"].alive = world.machines["old1"].alive = False
+    world.run(1)
+    assert world.state("new") is State.SHIFTING
+
+
+# ---------------------------------------------------------------- capacity
+
+
+def test_a_slowed_replica_loses_capacity_within_seconds_and_gets_it_back():
+    world = grown()
+    world.machines["old0"].speed = 0.2
+    world.run(5)
+    assert world.row("old0").capacity < 0.5
+    assert world.row("old1").capacity > 0.7
+    world.machines["old0"].speed = 1.0
+    world.run(15)
+    assert world.row("old0").capacity > 0.7
+
+
+def test_telemetry_alone_shows_a_hog_before_any_request_does():
+    world = grown()
+    world.rate_per_tick = 0
+    world.machines["old0"].background = 0.9
+    world.run(2)
+    assert world.row("old0").capacity < 0.4
+
+
+def test_an_unfinished_request_counts_before_it_ends():
+    world = grown()
+    world.rate_per_tick = 0
+    world.tick()
+    stuck = ReplicaReport("old0", "node-old0", 8, 4, unfinished=(Unfinished(3.0, 0.0),) * 4)
+    others = tuple(ReplicaReport(f"old{i}", f"node-old{i}", 8, 0) for i in (1, 2, 3))
+    for _ in range(6):
+        world.seq += 1
+        world.now_s += 0.5
+        report = RouterReport("router", DEPLOYMENT, world.seq, 0.5, (stuck, *others))
+        world.output = world.balancer.on_tick(TickInput(world.now_s, (report,)))
+    assert world.row("old0").capacity < 0.3
+    assert world.row("old1").capacity > 0.7
+
+
+def test_one_tick_moves_capacity_by_no_more_than_the_rate_limit():
+    world = grown()
+    last = {row.replica_id: row.capacity for row in world.output.table.rows}
+    world.machines["old0"].speed = 0.05
+    world.machines["old0"].background = 0.95
+    for i in range(60):
+        if i == 30:
+            world.machines["old0"].speed = 1.0
+            world.machines["old0"].background = 0.0
+        world.tick()
+        for row in world.output.table.rows:
+            change = row.capacity - last[row.replica_id]
+            assert -0.3 - 1e-9 <= change <= 0.15 + 1e-9
+            last[row.replica_id] = row.capacity
+
+
+def test_failed_and_impossibly_fast_requests_never_make_a_replica_attractive():
+    world = grown(rate_per_tick=0)
+    for _ in range(40):
+        world.seq += 1
+        world.now_s += 0.5
+        fast = ReplicaReport(
+            "old0", "node-old0", 8, 0, 10, 10, 5, (Outcome(1e-6, 0, ok=False),) * 5 + (Outcome(1e-6, 0),) * 5
+        )
+        usual = tuple(
+            ReplicaReport(f"old{i}", f"node-old{i}", 8, 0, 10, 10, 0, (Outcome(0.05, 0),) * 10) for i in (1, 2, 3)
+        )
+        report = RouterReport("router", DEPLOYMENT, world.seq, 0.5, (fast, *usual))
+        world.output = world.balancer.on_tick(TickInput(world.now_s, (report,), world.nodes()))
+        world.transitions += world.output.transitions
+    assert "guard_tripped" in world.events("old0")
+    assert world.row("old0").capacity < 4.1
+
+
+@pytest.mark.parametrize(("gate", "expected"), [(1.0, True), (0.0, False)])
+def test_a_forecast_counts_as_far_as_its_gate_lets_it(gate, expected):
+    world = grown()
+    for name, machine in world.machines.items():
+        machine.forecast = flat_forecast(cpu=0.9 if name == "old0" else 0.0, gate=gate)
+    world.run(4)
+    assert (world.row("old0").capacity < 0.5) is expected
+
+
+def test_a_forecast_that_is_stale_or_broken_means_live_capacity():
+    world = grown()
+    world.machines["old0"].forecast = flat_forecast(cpu=0.95)
+    world.run(3)
+    assert world.row("old0").capacity < 0.6
+    world.machines["old0"].silent = True
+    world.run(12)
+    assert world.row("old0").capacity > 0.7
+    world.machines["old0"].silent = False
+    nan = math.nan
+    world.machines["old0"].forecast = Forecast({"cpu": ((nan, nan, nan),) * 6, "memory": ()}, gate={"cpu": 1.0})
+    world.run(5)
+    assert world.row("old0").capacity > 0.7
+
+
+def test_a_veto_nearly_empties_a_node_but_never_many_at_once():
+    world = grown(8)
+    for machine in world.machines.values():
+        machine.forecast = flat_forecast(memory=0.99, veto=True)
+    world.run(5)
+    vetoed = [view for view in world.output.replicas if view.vetoed]
+    assert len(vetoed) == 2
+    assert all(view.capacity < 0.1 for view in vetoed)
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def test_impossible_reports_are_dropped_and_counted():
+    world = grown()
+    view = ReplicaReport(
+        "old0", "node-old0", 8, 0, 3, 3, 0, (Outcome(math.nan, 0), Outcome(-1, 0), Outcome(1, math.inf))
+    )
+    twice = ReplicaReport("old0", "node-old0", 8, 0)
+    before = world.output.dropped
+    reports = (
+        RouterReport("x1", DEPLOYMENT, 1, 1.0, (view,)),
+        RouterReport("x2", DEPLOYMENT, 1, 1.0, (twice, twice)),
+        RouterReport("x3", "other/one", 1, 1.0, ()),
+        RouterReport("router", DEPLOYMENT, 1, 1.0, ()),
+    )
+    nan = math.nan
+    node = NodeReport("node-old0", 1, NodeSnapshot(nan, nan, nan, nan, nan, nan, nan), None, age_s=nan)
+    output = world.balancer.on_tick(TickInput(world.now_s + 0.5, reports, (node,)))
+    assert output.dropped == before + 3 + 1 + 1 + 1 + 1
+    for row in output.table.rows:
+        assert math.isfinite(row.capacity)
+        assert 0.0 <= row.share <= 1.0
+
+
+@pytest.mark.parametrize("jump_s", [-1000.0, 0.0, 1e6])
+def test_a_clock_that_jumps_raises_nothing_and_keeps_bounds(jump_s):
+    world = grown()
+    world.now_s += jump_s
+    for _ in range(5):
+        world.tick()
+    for row in world.output.table.rows:
+        assert 0.01 <= row.capacity <= 5.0
+    world.run(30)
+    assert any(row.share > 0.0 for row in world.output.table.rows)
+
+
+def test_versions_rise_with_every_table():
+    world = grown()
+    versions = []
+    for _ in range(5):
+        versions.append(world.tick().table.version)
+    assert versions == sorted(set(versions))
+
+
+def test_a_restarted_coordinator_goes_on_from_a_routers_table():
+    rows = (
+        TableRow("old0", "node-old0", State.ACTIVE, 1.0, 0.8, 3.0, proven=True),
+        TableRow("bad", "node-bad", State.INACTIVE, 0.0, 0.2, 0.0, rejections=3),
+        TableRow("out", "node-out", State.DRAINING, 0.0, 1.0, 0.0, proven=True),
+    )
+    world = World()
+    world.balancer.restore(RoutingTable(DEPLOYMENT, 1, 9, 1, rows), 0.0)
+    for name in ("old0", "bad", "out", "new"):
+        world.add(name)
+    world.tick()
+    assert world.state("old0") is State.ACTIVE
+    assert world.state("out") in (State.DRAINING, State.INACTIVE)
+    assert world.row("bad").share == world.row("new").share == 0.0
+    assert world.row("bad").rejections == 3
