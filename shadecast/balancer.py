@@ -126,6 +126,7 @@ class _Replica:
     listed_s: float = 0.0
     progress_s: float = 0.0
     rates: _Rates = field(default_factory=_Rates)
+    recent: _Rates = field(default_factory=lambda: _Rates(half_life_s=1.5))
     cusum: float = 0.0
     mean_log_work: float = 0.0
     """Slow mean of log duration at nominal load and headroom; the median over replicas is the reference."""
@@ -167,6 +168,7 @@ class Balancer:
         self._finished_total = 0
         self._last_tick_s: float | None = None
         self._transitions: list[Transition] = []
+        self._all_rates = self._all_recent = _Rates()
         self._dropped = 0
         self._load = math.nan
         self._copyable = True
@@ -207,9 +209,12 @@ class Balancer:
         for known in self._replicas.values():
             known.speed.advance(now_s)
             known.rates.fade(elapsed_s)
+            known.recent.fade(elapsed_s)
         for node in tick.nodes:
             self._take_node(node, now_s)
         taken = [report for report in tick.routers if self._take_router(report, now_s)]
+        self._all_rates = _summed(r.rates for r in self._replicas.values())
+        self._all_recent = _summed(r.recent for r in self._replicas.values())
         for report in taken:  # only now: a replica's errors are judged by the others' rates of the same time
             self._take_observations(report, now_s)
         self._count_queues(now_s)
@@ -257,8 +262,9 @@ class Balancer:
                 known.progress_s = now_s
             finished = max(view.finished, 0)
             self._finished_total += finished
-            known.rates.finished += finished
-            known.rates.failed += min(max(view.failed, 0), finished)
+            for rates in (known.rates, known.recent):
+                rates.finished += finished
+                rates.failed += min(max(view.failed, 0), finished)
         return True
 
     def _take_observations(self, report: RouterReport, now_s: float) -> None:
@@ -297,9 +303,11 @@ class Balancer:
 
     def _observe_error(self, known: _Replica, ok: bool) -> None:
         """CUSUM of errors against the other replicas' own rate (Page 1954): errors that all share never trip it."""
-        others = [r.rates for r in self._replicas.values() if r is not known]
-        finished, failed = sum(r.finished for r in others), sum(r.failed for r in others)
-        usual = min(max(2.0 * (failed + 0.1) / (finished + 10.0), 0.02), 0.8)
+        usual = max(
+            _error_rate(self._all_rates, known.rates),
+            _error_rate(self._all_recent, known.recent),
+        )
+        usual = min(max(2.0 * usual, 0.02), 0.8)
         raised = usual + 0.1
         score = math.log((1.0 - raised) / (1.0 - usual)) if ok else math.log(raised / usual)
         known.cusum = max(known.cusum + score, 0.0)
@@ -442,7 +450,7 @@ class Balancer:
         serving = [r for r in self._replicas.values() if _takes_traffic(r)]
         if self._reference is None or not serving:
             return math.nan
-        offered = sum(r.rates.per_s for r in self._replicas.values()) * math.exp(self._reference)
+        offered = self._all_rates.per_s * math.exp(self._reference)
         able = sum(r.capacity * r.connection.share(self.config.trial.ramp) for r in serving)
         return offered / max(able * self._curve.curve.throughput(), 1e-9)
 
@@ -660,7 +668,7 @@ class Balancer:
             known.mirror_fraction = 0.0
         if not candidates:
             return
-        rate = sum(r.rates.per_s for r in self._replicas.values())
+        rate = self._all_rates.per_s
         serving = sum(1 for r in self._replicas.values() if _takes_traffic(r))
         wanted = _PAIRS_PER_S / rate if rate > 0.0 else 1.0
         each = min(trial.mirror_fraction, trial.mirror_budget / len(candidates))
@@ -742,6 +750,19 @@ class Balancer:
 
 def _takes_traffic(known: _Replica) -> bool:
     return known.connection.state in (State.ACTIVE, State.SHIFTING)
+
+
+def _summed(rates: Iterable[_Rates]) -> _Rates:
+    total = _Rates()
+    for each in rates:
+        total.finished += each.finished
+        total.failed += each.failed
+    return total
+
+
+def _error_rate(together: _Rates, own: _Rates) -> float:
+    """Fraction of failed requests on all but one replica, shrunk towards one in a hundred."""
+    return (together.failed - own.failed + 0.1) / (together.finished - own.finished + 10.0)
 
 
 def _plausible(duration_s: float, in_flight: float, cost: float) -> bool:
