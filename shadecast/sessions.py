@@ -1,0 +1,205 @@
+"""Where sessions live and when they move (design section 6).
+
+A session that is not known here goes where weighted rendezvous hashing puts it (shadecast/rendezvous.py), so all
+routers agree. A known one stays while its replica takes traffic, whatever the weights do. It moves
+
+- at once, if the replica is gone, or drains and the session has been idle;
+- at a bounded rate, if the replica drains, or is hot: its score exceeds `repin_ratio` x the best + `migration_cost`.
+
+The bounded rate has two halves. Each session has a fixed rank in [0, 1) per replica, and those below a fraction that
+grows by `moves_per_s` may go: so all routers move the same ones, to the same place. And a budget of the same rate, over
+the sessions known here, keeps sessions that were silent for long from leaving all at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from shadecast.config import SessionConfig
+from shadecast.rendezvous import Rendezvous, session_key, unit
+
+IDLE_GAP_S = 10.0
+"""A session silent for so long has little left in caches: it leaves a draining replica on its next request."""
+_RANK_SALT = 0x5DEECE66D5DEECE6
+_FULL_MEMBER = 0.5
+"""Only replicas with this much of the greatest weight say what the best score is: one on its first steps is idle."""
+_WEIGHT_STEP = 1.5
+
+
+def steady_weight(held: float, wanted: float) -> float:
+    """The session weight to publish: `held` until `wanted` differs by more than half, then `wanted`.
+
+    Every change of a weight makes routers that do not know a session yet disagree with those that do, so weights must
+    not follow a capacity estimate's noise. 0 (takes no sessions) holds at once, as does the first positive weight.
+    """
+    if not 0.0 < wanted < math.inf:
+        return 0.0
+    steady = 0.0 < held < math.inf and held / _WEIGHT_STEP <= wanted <= held * _WEIGHT_STEP
+    return held if steady else wanted
+
+
+@dataclass(slots=True)
+class _Leaving:
+    """A replica that sessions leave at a bounded rate."""
+
+    since_s: float
+    moves_per_s: float
+    drains: bool
+    salt: int
+    sessions: int
+    """That were there when it began."""
+    filled_s: float
+    budget: float = 1.0
+
+
+class SessionMap:
+    """One router's sessions. `update` with each routing table, `lookup` with each request; both never raise."""
+
+    __slots__ = (
+        *("_config", "_cool", "_drain_s", "_latest_s", "_leaving", "_open", "_ring", "_secret", "_sessions"),
+        *("counts", "moved"),
+    )
+
+    def __init__(self, config: SessionConfig, secret: bytes, drain_s: float = 30.0) -> None:
+        """`secret` is the same on all routers of a cluster; a drain is over after `drain_s`."""
+        self._config = config
+        self._secret = secret
+        self._drain_s = max(drain_s, 1.0)
+        self._sessions: dict[int, tuple[str, float]] = {}
+        """Key -> (replica, last request), oldest first."""
+        self._open: frozenset[str] = frozenset()
+        """Replicas that take traffic and that sessions have no reason to leave."""
+        self._leaving: dict[str, _Leaving] = {}
+        self._ring = self._cool = Rendezvous({}, secret)
+        """Where unknown sessions and those that move are placed."""
+        self._latest_s = 0.0
+        self.counts: dict[str, int] = {}
+        """Sessions known here per replica."""
+        self.moved = 0
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def update(
+        self,
+        weights: Mapping[str, float],
+        scores: Mapping[str, float],
+        now_s: float,
+        draining: Collection[str] = (),
+    ) -> None:
+        """Take a routing table's replicas, those alive only.
+
+        `weights`: session weight of each replica that takes traffic. `scores`: predicted time of one more request on it
+        (a missing or NaN score never moves a session). `draining`: replicas whose sessions are to leave.
+        """
+        now_s = self._now(now_s)
+        takes = {k: w for k, w in weights.items() if 0.0 < w < math.inf and k not in draining}
+        hot = self._hot(takes, scores)
+        rates = dict.fromkeys(hot, self._config.moves_per_s)
+        # twice as fast as the deadline asks: nearly all are gone when it comes
+        rates |= dict.fromkeys(draining, max(self._config.moves_per_s, 2.0 / self._drain_s))
+        self._leaving = {k: self._leave(k, rate, k not in hot, now_s) for k, rate in rates.items()}
+        cool = {k: w for k, w in takes.items() if k not in hot}
+        self._open = frozenset(cool)
+        self._cool = self._placed(self._cool, cool)
+        # where most of the capacity is hot, unknown sessions must not all rush to the rest
+        minority = 2.0 * sum(cool.values()) < sum(takes.values())
+        self._ring = self._placed(self._ring, takes) if minority else self._cool
+
+    def _hot(self, takes: Mapping[str, float], scores: Mapping[str, float]) -> set[str]:
+        known = {k: score for k in takes if math.isfinite(score := scores.get(k, math.nan))}
+        full = _FULL_MEMBER * max(takes.values(), default=0.0)
+        best = min((score for k, score in known.items() if takes[k] >= full), default=math.inf)
+        limit = self._config.repin_ratio * best + self._config.migration_cost
+        return {k for k, score in known.items() if score > limit}
+
+    def _leave(self, replica_id: str, rate: float, drains: bool, now_s: float) -> _Leaving:
+        before = self._leaving.get(replica_id)
+        if before is not None and before.drains == drains:
+            return before
+        salt = session_key(replica_id, self._secret) ^ _RANK_SALT
+        return _Leaving(now_s, rate, drains, salt, self.counts.get(replica_id, 0), now_s)
+
+    def _placed(self, ring: Rendezvous, weights: Mapping[str, float]) -> Rendezvous:
+        return ring if ring.weights == weights else Rendezvous(weights, self._secret)
+
+    def lookup(self, session_id: str | bytes, now_s: float) -> str | None:
+        """The replica for the session's next request; None if no replica takes traffic. Remembers the answer."""
+        now_s = self._now(now_s)
+        key = session_key(session_id, self._secret)
+        held = self._sessions.pop(key, None)
+        if held is None:
+            self._forget(now_s)
+            replica_id = self._ring.place(key)
+            if replica_id is None:
+                return None
+            self.counts[replica_id] = self.counts.get(replica_id, 0) + 1
+        else:
+            replica_id = held[0]
+            if replica_id not in self._open:
+                replica_id = self._moved(key, replica_id, held[1], now_s)
+                if replica_id is None:
+                    return None
+        self._sessions[key] = (replica_id, now_s)
+        return replica_id
+
+    def destination(self, session_id: str | bytes) -> str | None:
+        """Where the session would go if it left now: the node to warm with copies. None if it may stay."""
+        key = session_key(session_id, self._secret)
+        held = self._sessions.get(key)
+        return self._cool.place(key) if held is not None and held[0] not in self._open else None
+
+    def _now(self, now_s: float) -> float:
+        """A clock that jumps back, or is NaN, stands still."""
+        if now_s > self._latest_s and math.isfinite(now_s):
+            self._latest_s = now_s
+        return self._latest_s
+
+    def _moved(self, key: int, held: str, last_s: float, now_s: float) -> str | None:
+        """The place of a session whose replica is not open: a new one, or the same if it must wait its turn."""
+        leaving = self._leaving.get(held)
+        if leaving is not None and not self._may_go(key, held, leaving, last_s, now_s):
+            return held
+        target = self._cool.place(key)
+        if target is None and leaving is not None:
+            return held  # nothing better is alive
+        self._discount(held)
+        if target is not None:
+            self.counts[target] = self.counts.get(target, 0) + 1
+            self.moved += 1
+        return target
+
+    def _may_go(self, key: int, held: str, leaving: _Leaving, last_s: float, now_s: float) -> bool:
+        if leaving.drains and now_s - last_s >= IDLE_GAP_S:
+            return True
+        if unit(key, leaving.salt) >= leaving.moves_per_s * (now_s - leaving.since_s):
+            return False
+        per_s = leaving.moves_per_s * max(leaving.sessions, self.counts.get(held, 0))
+        leaving.budget = min(leaving.budget + per_s * (now_s - leaving.filled_s), max(per_s, 1.0))
+        leaving.filled_s = now_s
+        if leaving.budget < 1.0:
+            return False
+        leaving.budget -= 1.0
+        return True
+
+    def _discount(self, replica_id: str) -> None:
+        left = self.counts.get(replica_id, 0) - 1
+        if left > 0:
+            self.counts[replica_id] = left
+        else:
+            self.counts.pop(replica_id, None)
+
+    def _forget(self, now_s: float) -> None:
+        """Make room for one more, the oldest first; two at a time, so that no request pays for many."""
+        sessions, config = self._sessions, self._config
+        for _ in range(2):
+            if not sessions:
+                return
+            oldest = next(iter(sessions))
+            replica_id, last_s = sessions[oldest]
+            if len(sessions) < config.max_sessions and now_s - last_s <= config.idle_s:
+                return
+            del sessions[oldest]
+            self._discount(replica_id)
