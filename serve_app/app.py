@@ -55,11 +55,12 @@ class AppArgs(BaseModel):
     config: dict[str, Any] = Field(default_factory=dict, description="sections of shadecast.config.Config")
     max_body_bytes: int = Field(16 * 2**20, ge=1024, le=2**31, description="of one request, also decompressed")
     max_total_body_bytes: int = Field(512 * 2**20, ge=1024, le=2**40, description="of all requests in one gateway")
-    body_timeout_s: Seconds = Field(30.0, description="for a request's body to arrive")
+    body_idle_timeout_s: Seconds = Field(10.0, description="for the next bytes of a request's body")
     request_timeout_s: Seconds = Field(60.0, description="for an answer, or the next item of a stream")
     queue_timeout_s: Seconds = Field(10.0, description="for a replica to have room; then a 503")
     retry_fraction: float = Field(0.2, ge=0, le=1, description="retries as a fraction of requests")
     session_cookie: str = Field("", pattern=r"^[A-Za-z0-9_.-]{0,64}$", description="cookie that holds a session's id")
+    access_log: bool = Field(False, description="a log line for every request, from Serve; costs time on each")
     graceful_shutdown_timeout_s: Seconds = Field(60.0, description="for live requests and streams to finish")
 
     @field_validator("model_args", "autoscaling", "config", mode="before")
@@ -98,7 +99,11 @@ def build(args: AppArgs) -> Application:
         config = router_config(args.config, info)
     except ConfigError as error:
         raise ArgumentError(str(error)) from error.__cause__
-    lifetime = {"graceful_shutdown_timeout_s": args.graceful_shutdown_timeout_s, "graceful_shutdown_wait_loop_s": 0.5}
+    common = {
+        "graceful_shutdown_timeout_s": args.graceful_shutdown_timeout_s,
+        "graceful_shutdown_wait_loop_s": 0.5,
+        "logging_config": {"enable_access_log": args.access_log},
+    }
     scale = {"autoscaling_config": args.autoscaling} if args.autoscaling else {"num_replicas": args.replicas}
     router = {"request_router_config": _router(config)} if args.router == "predictive" else {}
     model = serve.deployment(ModelServer).options(
@@ -109,7 +114,7 @@ def build(args: AppArgs) -> Application:
         max_queued_requests=args.max_queued_requests,
         **scale,
         **router,
-        **lifetime,
+        **common,
     )
     gateway = serve.deployment(Gateway).options(
         name=GATEWAY,
@@ -118,7 +123,7 @@ def build(args: AppArgs) -> Application:
         max_ongoing_requests=args.gateway_max_ongoing_requests,
         max_queued_requests=args.gateway_max_ongoing_requests,
         backpressure_config={"retry_after_s": 1},
-        **lifetime,
+        **common,
     )
     served: Application = gateway.bind(
         model.bind(args.model, args.model_args, args.max_ongoing_requests), info, _settings(args)

@@ -51,7 +51,7 @@ class GatewaySettings:
 
     max_body_bytes: int = 16 * 2**20
     max_total_body_bytes: int = 512 * 2**20
-    body_timeout_s: float = 30.0
+    body_idle_timeout_s: float = 10.0
     request_timeout_s: float = 60.0
     queue_timeout_s: float = 10.0
     retry_fraction: float = 0.2
@@ -71,7 +71,12 @@ class InferenceApi:
         self._settings = settings
         self._ready = ready
         self.session_header = settings.session_header
-        self.bodies = BodyReader(settings.max_body_bytes, settings.max_total_body_bytes, settings.body_timeout_s)
+        self.bodies = BodyReader(
+            settings.max_body_bytes,
+            settings.max_total_body_bytes,
+            settings.body_idle_timeout_s,
+            settings.request_timeout_s,
+        )
 
     # ------------------------------------------------ health and metadata
 

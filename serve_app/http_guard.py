@@ -100,11 +100,13 @@ async def send_error(error: ProtocolError, send: Send) -> None:
 class BodyReader:
     """Reads request bodies within a limit for each and a limit for all that are held at one time."""
 
-    def __init__(self, max_body_bytes: int, max_total_bytes: int, timeout_s: float) -> None:
+    def __init__(self, max_body_bytes: int, max_total_bytes: int, idle_s: float, timeout_s: float) -> None:
+        """`idle_s` bounds the wait for the next bytes of a body, `timeout_s` for all of it."""
         self.max_body_bytes = max_body_bytes
         self.held_bytes = 0
         """Of all bodies under way, counted from the byte's arrival until its request ends."""
         self._max_total_bytes = max_total_bytes
+        self._idle_s = idle_s
         self._timeout_s = timeout_s
 
     @asynccontextmanager
@@ -122,7 +124,7 @@ class BodyReader:
         self._check_length(length)
         held = _Held(self)
         try:
-            body = await self._receive_in_time(receive, held)
+            body = await self._receive(receive, held)
             if encoding not in ("", "identity"):
                 body = self._inflate(body, held)
             yield body
@@ -143,25 +145,25 @@ class BodyReader:
         if int(length) > self.max_body_bytes:
             raise self._too_large()
 
-    async def _receive_in_time(self, receive: Receive, held: _Held) -> bytes:
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                return await self._receive(receive, held)
-        except TimeoutError:
-            raise ProtocolError(408, f"the body did not arrive within {self._timeout_s:g} s") from None
-
     async def _receive(self, receive: Receive, held: _Held) -> bytes:
         parts: list[bytes] = []
         more = True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise ProtocolError(400, "the client left before the body was complete")
-            parts.append(message.get("body", b""))
-            more = message.get("more_body", False)
-            held.take(len(parts[-1]))
-            if held.size > self.max_body_bytes:
-                raise self._too_large()
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + self._timeout_s
+        try:
+            async with asyncio.timeout(None) as scope:
+                while more:
+                    scope.reschedule(min(loop.time() + self._idle_s, end_s))
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ProtocolError(400, "the client left before the body was complete")
+                    parts.append(message.get("body", b""))
+                    more = message.get("more_body", False)
+                    held.take(len(parts[-1]))
+                    if held.size > self.max_body_bytes:
+                        raise self._too_large()
+        except TimeoutError:
+            raise ProtocolError(408, f"the body did not arrive in time: {held.size} bytes came") from None
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _inflate(self, raw: bytes, held: _Held) -> bytes:

@@ -56,7 +56,7 @@ class ModelInfo:
                 "`infer(inputs: dict[str, ndarray]) -> dict[str, ndarray]` or `generate(request: dict)`"
             )
         return cls(
-            name=name or _text(model, "name", model.__name__.lower()),
+            name=_text(model, "name", model.__name__.lower()) if name is None else _checked("model_name", name),
             version=_text(model, "version", "1"),
             platform=_text(model, "platform", "python"),
             inputs=_specs(model, "inputs"),
@@ -178,9 +178,13 @@ def _takes_parameters(method: Callable[..., Any] | None) -> bool:
 
 
 def _text(model: type, attribute: str, default: str) -> str:
-    value = getattr(model, attribute, default)
+    return _checked(f"{model.__qualname__}.{attribute}", getattr(model, attribute, default))
+
+
+def _checked(field: str, value: Any) -> str:
+    """A name or version as it may stand in a URL; raises ConfigError."""
     if not isinstance(value, str) or not value or "/" in value:
-        raise ConfigError(f"{model.__qualname__}.{attribute} = {value!r}: must be a non-empty string without a slash")
+        raise ConfigError(f"{field} = {value!r}: must be a non-empty string without a slash")
     return value
 
 
