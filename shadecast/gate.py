@@ -300,6 +300,8 @@ class Canary(_Evidence):
     Speed: per bucket (at least a second, and until both sides have an outcome) the difference of mean log
     load-corrected durations per unit of work, weighted by 1 / (1/n_candidate + 1/n_others). Errors and tail: each
     outcome of the candidate is matched with the nearest outcome in time of another replica, and judged as in `Trial`.
+    Requests that began before the canary did say nothing on speed: a candidate that has just begun has finished only
+    short ones, and would look fast beside replicas that finish long ones too.
     """
 
     def __init__(
@@ -328,16 +330,18 @@ class Canary(_Evidence):
             self.dropped += 1
             return
         self._candidate_outcomes += candidate
-        if outcome.ok:
+        timed = outcome.ok and outcome.duration_s <= elapsed_s
+        if timed:
             side = self._sums[candidate]
             side[0] += 1.0
             side[1] += math.log(duration / load_factor(outcome.in_flight_at_start, self._slots, self._batch_half))
             if not candidate:
                 self._median.add(duration)
-        self._match(candidate, duration, outcome.ok)
+        self._match(candidate, duration if timed else math.nan, outcome.ok)
         self._close_bucket(elapsed_s)
 
     def _match(self, candidate: bool, duration: float, ok: bool) -> None:
+        """Pair an outcome with one of the other side; a NaN `duration` says nothing on the tail."""
         waiting = self._waiting
         if not waiting or waiting[0][0] == candidate:
             waiting.append((candidate, duration, ok))
@@ -349,7 +353,7 @@ class Canary(_Evidence):
         mine, other = (duration, ok), (partner_duration, partner_ok)
         (mine_s, mine_ok), (other_s, other_ok) = (mine, other) if candidate else (other, mine)
         self._note_errors(not mine_ok, not other_ok)
-        if mine_ok and other_ok and self._errors.pairs > self.config.warmup_pairs:
+        if self._errors.pairs > self.config.warmup_pairs and not math.isnan(mine_s + other_s):
             self._note_tail(mine_s, other_s)
 
     def _close_bucket(self, elapsed_s: float) -> None:

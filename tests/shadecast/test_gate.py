@@ -360,6 +360,27 @@ def test_requests_of_unequal_size_compare_by_their_cost_or_items():
     assert ruling.verdict is Verdict.FAVOURABLE
 
 
+def test_a_candidate_that_has_just_begun_does_not_look_fast_because_only_its_short_requests_have_ended():
+    means = []
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        # three replicas for ever, the candidate from 0 on; requests of 10 s (log-normal), one a second on each
+        ends = []
+        for replica in range(4):
+            begun = 0.0 if replica == 0 else -60.0
+            while begun < 12.0:
+                duration_s = float(rng.lognormal(2.0, 0.8))
+                ends.append((begun + duration_s, replica == 0, duration_s))
+                begun += float(rng.exponential(0.5))
+        canary = Canary(CONFIG, 0.0)
+        for now_s, candidate, duration_s in sorted(ends):
+            if 0.0 < now_s < 12.0:
+                canary.observe(candidate=candidate, outcome=Outcome(duration_s, 0.0), now_s=now_s)
+        means.append(canary.rule(12.0).evidence["mean_log_ratio"])
+    # equal replicas: without the care for the beginning the mean was -0.54
+    assert abs(np.nanmean(means)) < 3 * np.nanstd(means) / math.sqrt(len(means)) + 0.02
+
+
 def test_without_other_replicas_the_canary_cannot_judge_speed_and_ends_inconclusive():
     canary = Canary(CONFIG, 0.0)
     for i in range(100):
