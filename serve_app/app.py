@@ -15,7 +15,7 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
 from serve_app.gateway import SESSION_HEADER, Gateway, GatewaySettings
-from serve_app.model_server import BUILT_IN, ModelInfo, ModelServer, load_class
+from serve_app.model_server import BUILT_IN, ModelInfo, ModelServer, import_folder, load_class
 from shadecast.config import Config
 from shadecast.errors import ConfigError
 
@@ -125,9 +125,8 @@ def build(args: AppArgs) -> Application:
         backpressure_config={"retry_after_s": 1},
         **common,
     )
-    served: Application = gateway.bind(
-        model.bind(args.model, args.model_args, args.max_ongoing_requests), info, _settings(args)
-    )
+    server = model.bind(args.model, args.model_args, args.max_ongoing_requests, import_folder(args.model))
+    served: Application = gateway.bind(server, info, _settings(args))
     return served
 
 

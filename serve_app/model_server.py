@@ -10,9 +10,12 @@ import asyncio
 import contextvars
 import importlib
 import inspect
+import sys
+import sysconfig
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -100,10 +103,35 @@ def load_class(path: str) -> type:
     return found
 
 
+def import_folder(path: str) -> str | None:
+    """The folder from which `module:Class` was imported; None for what is installed.
+
+    Replicas inherit the import path of whoever started Serve, not of whoever deploys, and a package of another name
+    there may hide the user's. A replica on the same machine imports from this folder first; on other machines the
+    code has to come with the runtime environment (`--working-dir`), as for every Serve application.
+    """
+    module = sys.modules[BUILT_IN.get(path, path).partition(":")[0].partition(".")[0]]
+    places = [module.__file__] if module.__file__ else list(getattr(module, "__path__", ()))
+    installed = {sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
+    if path in BUILT_IN or not places:
+        return None
+    place = Path(places[0])
+    folder = str(place.parent.parent if place.name == "__init__.py" else place.parent)
+    return None if folder in installed else folder
+
+
 class ModelServer:
     """One replica of a model. Its methods are called by the gateway through a deployment handle."""
 
-    def __init__(self, path: str, arguments: Mapping[str, Any] | None = None, max_ongoing: int = 8) -> None:
+    def __init__(
+        self,
+        path: str,
+        arguments: Mapping[str, Any] | None = None,
+        max_ongoing: int = 8,
+        folder: str | None = None,
+    ) -> None:
+        if folder is not None and Path(folder).is_dir():
+            sys.path.insert(0, folder)
         model = load_class(path)(**dict(arguments or {}))
         self._model = model
         self._infer = getattr(model, "infer", None)
