@@ -7,6 +7,7 @@ machine's cores, so it shows behaviour, not speed.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -73,6 +74,8 @@ class LocalCluster:
 
     def __enter__(self) -> Self:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
         try:
             self._on_progress("head node")
             self._cluster = Cluster(
