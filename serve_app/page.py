@@ -90,8 +90,7 @@ def make_app(
 
     @app.exception_handler(ControlPlaneAwayError)
     async def away(_: Request, error: Exception) -> Response:
-        reason = f"control plane away: {error}. Routers go on with their last table, then by power of two choices"
-        return _json({"error": reason}, 503, {"Retry-After": "1"})
+        return _json({"error": f"control plane away: {error}"}, 503, {"Retry-After": "1"})
 
     @app.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> Response:

@@ -119,31 +119,34 @@ class Watch:
         rates: dict[str, dict[str, list[float | None]]] = {}
         for i, sample in enumerate(samples):
             for node_id, values in sample.nodes.items():
-                columns = nodes.setdefault(node_id, {name: [None] * len(samples) for name in NODE_SERIES})
+                if node_id not in nodes:
+                    nodes[node_id] = {name: [None] * len(samples) for name in NODE_SERIES}
                 for name, value in zip(NODE_SERIES, values, strict=True):
-                    columns[name][i] = value
+                    nodes[node_id][name][i] = value
             for deployment, by_replica in sample.rates.items():
                 of_deployment = rates.setdefault(deployment, {})
                 for replica_id, rate in by_replica.items():
-                    of_deployment.setdefault(replica_id, [None] * len(samples))[i] = rate
+                    if replica_id not in of_deployment:
+                        of_deployment[replica_id] = [None] * len(samples)
+                    of_deployment[replica_id][i] = rate
         return {"ago_s": [_rounded(now_s - s.at_s) for s in samples], "nodes": nodes, "rates": rates}
 
 
 def to_json(value: Any) -> Any:
     """`value` with only what JSON can carry: NaN and infinities become None, tuples lists, unknown things text."""
-    match value:
-        case None | bool() | int():
-            return value
-        case str():
-            return str(value)
-        case Mapping():
-            return {str(key): to_json(entry) for key, entry in value.items()}
-        case list() | tuple() | set() | frozenset() | deque():
-            return [to_json(entry) for entry in value]
-        case Real():
-            return float(value) if math.isfinite(value) else None
-        case _:
-            return str(value)
+    if value is None or isinstance(value, (bool, int)):
+        return value
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): to_json(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [to_json(entry) for entry in value]
+    if isinstance(value, Real):  # other widths of numpy
+        return to_json(float(value))
+    return str(value)
 
 
 def one_line(error: BaseException) -> str:

@@ -1,0 +1,131 @@
+"""A scene for tests of the page: a real coordinator, fed with made-up reports on a clock of its own."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass, field
+
+from actors.coordinator import Coordinator
+from shadecast.types import (
+    HORIZONS_S,
+    Forecast,
+    NodeReport,
+    NodeSnapshot,
+    Outcome,
+    PairedSample,
+    ReplicaReport,
+    RouterReport,
+    State,
+)
+
+DIGITS, CHAT = "vision/digits", 'chat/<img src=x onerror="alert(1)">'
+SETTINGS = {"config": {"trial": {"copy_methods": ["*"], "step_s": 5.0}}}
+NODES = ("a1" * 28, "b2" * 28, "c3" * 28, "d4" * 28)
+
+
+@dataclass
+class Scene:
+    """Two deployments on four nodes. A hog comes to node b at 200 s, a newcomer that is sound at 60 s, one that fails
+    at 150 s, an operator drains node d at 240 s."""
+
+    coordinator: Coordinator
+    rng: random.Random = field(default_factory=lambda: random.Random(7))
+    now_s: float = 1000.0
+    second: int = 0
+
+    def clock_s(self) -> float:
+        return self.now_s
+
+    def load(self, node: int) -> float:
+        hog = 0.55 if node == 1 and 200 <= self.second < 275 else 0.0
+        wave = 0.1 * math.sin(self.second / 23.0 + node)
+        return min(max(0.2 + wave + hog + self.rng.gauss(0, 0.02), 0.02), 0.98)
+
+    def node_report(self, node: int) -> NodeReport:
+        background, memory = self.load(node), 0.4 + 0.05 * node + 0.0006 * self.second
+        network = 0.15 + 0.08 * math.sin(self.second / 11.0) + self.rng.random() * 0.03
+
+        def fan(value: float, slope: float, width: float) -> tuple[tuple[float, ...], ...]:
+            rows = []
+            for horizon in HORIZONS_S:
+                middle, spread = value + slope * horizon, width * math.sqrt(horizon)
+                rows.append(tuple(min(max(middle + k * spread, 0.0), 1.0) for k in (-1, 0, 1)))
+            return tuple(rows)
+
+        quantiles = {
+            "cpu": fan(background, 0.01, 0.03),
+            "memory": fan(memory, 0.0006, 0.003),
+            "network": fan(network, -0.005, 0.02),
+        }
+        known = node != 3  # the last node has telemetry, no forecast yet
+        snapshot = NodeSnapshot(
+            min(background + 0.25, 1.0), background, memory, network + 0.1, network, 4e6, 2e6, 0.02 + 0.1 * (node == 1)
+        )
+        forecast = Forecast(
+            quantiles, 0.1, {"cpu": 0.21, "memory": -0.02, "network": math.nan}, {"cpu": 1.0, "memory": 0.0}, "lstm-7"
+        )
+        return NodeReport(
+            NODES[node], self.second, snapshot, forecast if known else None, 0.1, f"worker-{node}", 2 << 27
+        )
+
+    def router_report(
+        self, router: int, deployment: str, per_s: float, replicas: dict[str, tuple[int, float, float]]
+    ) -> RouterReport:
+        """`replicas[id]` = (node, usual duration in s, failing fraction)."""
+        rows = {}
+        known = self.coordinator._deployments.get(deployment)
+        if known is not None and known.output is not None:
+            rows = {row.replica_id: row for row in known.output.table.rows}
+        reports, pairs = [], []
+        weights = {r: rows[r].share * rows[r].capacity if r in rows else 1.0 for r in replicas}
+        for replica_id, (node, usual_s, failing) in replicas.items():
+            count = round(per_s * weights[replica_id] / max(sum(weights.values()), 1e-9) + self.rng.random() - 0.5)
+            slow = 1.0 / max(1.0 - self.load(node), 0.1)
+            outcomes = tuple(
+                Outcome(usual_s * slow * self.rng.lognormvariate(0, 0.15), 1.0, self.rng.random() >= failing)
+                for _ in range(max(count, 0))
+            )
+            failed = sum(not o.ok for o in outcomes)
+            reports.append(
+                ReplicaReport(replica_id, NODES[node], 8, count // 3, len(outcomes), len(outcomes), failed, outcomes)
+            )
+            if replica_id in rows and rows[replica_id].mirror_fraction > 0.0:
+                primary = next(r for r in replicas if rows.get(r) and rows[r].state is State.ACTIVE)
+                for _ in range(3):
+                    took_s = usual_s * self.rng.lognormvariate(0, 0.1)
+                    fails = self.rng.random() < failing
+                    pairs.append(PairedSample(replica_id, primary, took_s, took_s, 1.0, 1.0, True, not fails))
+        return RouterReport(
+            f"router{router}" + "0" * 24, deployment, self.second, 1.0, tuple(reports), tuple(pairs), len(pairs), 0,
+            table_epoch=self.coordinator._epoch, level="table",
+        )  # fmt: skip
+
+    async def play(self) -> None:
+        """One second: the nodes and two routers of each deployment report, then two ticks."""
+        self.second += 1
+        for node in range(4):
+            await self.coordinator.report_node(self.node_report(node))
+        digits = {"k3f9x2ab": (0, 0.05, 0.0), "p7qm41zz": (1, 0.05, 0.0), "w0d8c5ty": (2, 0.05, 0.0)}
+        if self.second >= 60:
+            digits["n5newone"] = (3, 0.05, 0.0)
+        if self.second >= 150:
+            digits["x9failing"] = (2, 0.05, 0.5)
+        chat = {"chat-a": (0, 1.8, 0.0), "chat-b": (3, 2.2, 0.0)}
+        for router in range(2):
+            await self.coordinator.report_router(self.router_report(router, DIGITS, 14.0, digits), SETTINGS)
+            await self.coordinator.report_router(self.router_report(router, CHAT, 0.6, chat), {})
+        if self.second == 240:
+            await self.coordinator.command(NODES[3], drain=True)
+        for _ in range(2):
+            self.now_s += 0.5
+            for deployment in (DIGITS, CHAT):
+                self.coordinator.tick(deployment, self.now_s)
+
+
+def make_scene() -> Scene:
+    box: list[Scene] = []
+    coordinator = Coordinator(now_s=lambda: box[0].now_s if box else 1000.0, epoch=1_700_000_000_000_000_000)
+    coordinator._wake = lambda: None  # type: ignore[method-assign]  # the scene ticks itself
+    box.append(Scene(coordinator))
+    return box[0]
