@@ -265,7 +265,6 @@ def main() -> None:
                         run_arm(arm, rows, args.seconds, port=args.port, roles=roles, progress=progress)
                     )
             print_results(results, args.seconds)
-            serve.shutdown()
     if args.json:
         Path(args.json).write_text(json.dumps({arm: vars(r) for arm, r in results.items()}, default=str, indent=1))
 

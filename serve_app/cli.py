@@ -112,7 +112,6 @@ def serve(  # noqa: PLR0917 - options of a command are named by the user
                 while not stop.wait(0.5):
                     pass
                 console.print("Stopping ...")
-                ray_serve.shutdown()
         except KeyboardInterrupt:
             console.print("Stopped while starting.")
     console.print("Stopped.")

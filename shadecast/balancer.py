@@ -318,7 +318,7 @@ class Balancer:
         log_duration = math.log(outcome.duration_s) - math.log(outcome.cost)
         headroom = self._headroom(known.connection.node_id)
         explained = cap.explained(self._sensitivity.gamma, headroom)
-        log_alone = log_duration - math.log(self._curve.curve.factor(outcome.in_flight_at_start))
+        log_alone = log_duration - math.log(self._curve.curve.correction(outcome.in_flight_at_start))
         work = log_alone + explained
         known.mean_weight = min(known.mean_weight + 1.0, _SLOW_MEAN_WEIGHT)
         rate = 1.0 / known.mean_weight
@@ -428,7 +428,7 @@ class Balancer:
         sigma = max(self._noise, 0.1)
         extra_sum = extra_weight = 0.0
         for age_s, others, cost in unfinished:
-            expected = self._reference + math.log(cost) + math.log(self._curve.curve.factor(others))
+            expected = self._reference + math.log(cost) + math.log(self._curve.curve.correction(others))
             over = math.log(max(age_s, 1e-6)) - (expected - explained - residual)
             if over > 0.0:  # older than its own expected duration
                 imputed = residual - sigma * cap.censored_excess(over / sigma)
@@ -474,6 +474,7 @@ class Balancer:
         """Prepare what the new state needs."""
         known.trial = known.canary = known.ruling = None
         curve = self._curve.curve
+        slots = curve.slots if curve.learned else math.inf
         match known.connection.state:
             case State.SHADOWING:
                 known.setbacks = 0
@@ -481,19 +482,15 @@ class Balancer:
                     self.config.trial,
                     now_s,
                     batch_half=curve.batch_half,
-                    slots=curve.slots,
+                    slots=slots,
                     short=known.connection.proven,
                 )
             case State.SHIFTING:
                 if event is Event.STEP_FAILED:
                     known.setbacks += 1
                 alpha = self.config.trial.alpha / 5.0
-                known.canary = Canary(
-                    self.config.trial, now_s, alpha=alpha, batch_half=curve.batch_half, slots=curve.slots
-                )
-                known.trial = Trial(
-                    self.config.trial, now_s, alpha=alpha, batch_half=curve.batch_half, slots=curve.slots
-                )
+                known.canary = Canary(self.config.trial, now_s, alpha=alpha, batch_half=curve.batch_half, slots=slots)
+                known.trial = Trial(self.config.trial, now_s, alpha=alpha, batch_half=curve.batch_half, slots=slots)
             case State.ACTIVE:
                 known.cusum = 0.0
             case State.INACTIVE | State.DRAINING:

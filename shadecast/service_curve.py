@@ -29,6 +29,14 @@ class Curve:
     batch_half: float = 0.0
     learned: bool = False
 
+    def correction(self, others: float) -> float:
+        """`factor` for judging observed times; 1 until the curve is learned.
+
+        Correcting by a curve that is too steep makes busy replicas look fast, which makes them busier still; without
+        any correction busy replicas look slow, which corrects itself.
+        """
+        return self.factor(others) if self.learned else 1.0
+
     def factor(self, others: float) -> float:
         """Expected time of a request that finds `others` on the replica, relative to one that finds none."""
         return load_cost(others + 1.0, self.slots, self.batch_half) / load_cost(1.0, self.slots, self.batch_half)
