@@ -256,6 +256,10 @@ class Page:
         if self._running is not None:
             await asyncio.shield(self._running.serving)
 
+    async def token(self) -> str:
+        """What orders need, for a starter that found this page running; who can call the actor may order anyway."""
+        return self._token
+
     async def stop(self) -> None:
         """Stop listening, and wait until that is done."""
         running, self._running = self._running, None

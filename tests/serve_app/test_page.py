@@ -430,6 +430,10 @@ def test_an_address_that_cannot_be_is_refused_by_name(host: str, port: int, reas
     assert f"{host}:{port}" in str(caught.value)
 
 
+def test_a_starter_that_finds_the_page_running_learns_its_token() -> None:
+    assert asyncio.run(Page("127.0.0.1", 0, TOKEN, find=lambda: None).token()) == TOKEN
+
+
 def test_a_failed_start_may_be_tried_again() -> None:
     async def run() -> None:
         with socket.create_server(("127.0.0.1", 0)) as other:
