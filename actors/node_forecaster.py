@@ -18,8 +18,8 @@ import numpy as np
 
 from actors.procfs import read_text
 from actors.telemetry import Sample
-from models.features import CHANNELS, STEPS
 from models.forecaster import Model, OnlineForecaster, forecast_of
+from models.grid import CHANNELS, STEPS
 from shadecast.types import Forecast, NodeReport, NodeSnapshot
 
 logger = logging.getLogger(__name__)

@@ -1,8 +1,9 @@
 """Simple forecasts that a model has to beat, all direct (one prediction per horizon), all causal.
 
-`last_value`; `ewma` (simple smoothing, half-life 5 samples); `mean10`; `ridge60`, ridge regression on the differences of
-the last 60 samples to the newest (Hoerl and Kennard, 1970). `NLinear` is the same without a penalty;
-`DLinear` splits off a moving average first (both Zeng et al., AAAI 2023). A point forecast gets its quantiles from residuals.
+`last_value`; `ewma` (simple smoothing, half-life 5 samples); `mean10`; `ridge60`, ridge regression on the differences
+of the last 60 samples to the newest (Hoerl and Kennard, 1970). `NLinear` is the same without a penalty;
+`DLinear` splits off a moving average first (both Zeng et al., AAAI 2023). A point forecast gets its quantiles from
+residuals.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from models.features import LONGEST, N_TARGETS, STEPS, Array
+from models.grid import LONGEST, N_TARGETS, STEPS, Array
 from shadecast.types import QUANTILES
 
 LAGS = 60

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from models.features import LONGEST, STEPS, Array
+from models.grid import LONGEST, STEPS, Array
 from shadecast.types import QUANTILES
 
 TAU = np.asarray(QUANTILES, np.float32)
@@ -56,8 +56,8 @@ class Ring:
 class QuantileCorrection:
     """Offsets c per quantile with `c += 0.02 * scale * (1{y > q + c} - (1 - tau))`.
 
-    Online gradient descent on the pinball loss, as in adaptive conformal inference (Gibbs and Candes, 2021). Offsets are kept
-    in multiples of `scale`, so a node that becomes lively widens its bands at once.
+    Online gradient descent on the pinball loss, as in adaptive conformal inference (Gibbs and Candes, 2021). Offsets
+    are kept in multiples of `scale`, so a node that becomes lively widens its bands at once.
     """
 
     shape: tuple[int, ...]
@@ -82,8 +82,8 @@ class SkillGate:
     """Skill of expert 0 against the best of the others, and the gate that follows from it.
 
     `skill = 1 - L_model / min L_baseline` with losses averaged over a half-life of 120 samples and started from the
-    backtest (`prior`, mass of one half-life), gate = clip(skill / 0.15, 0, 1). It closes after 10 samples in a row below
-    0 and opens after 60 in a row above 0.05. Without a backtest it starts closed.
+    backtest (`prior`, mass of one half-life), gate = clip(skill / 0.15, 0, 1). It closes after 10 samples in a row
+    below 0 and opens after 60 in a row above 0.05. Without a backtest it starts closed.
     """
 
     shape: tuple[int, ...]
@@ -108,7 +108,7 @@ class SkillGate:
         """Take the losses [series, target, expert, horizon] that became known; NaN teaches nothing."""
         keep = np.float32(0.5 ** (1.0 / HALF_LIFE))
         known = np.isfinite(losses).all(axis=2)
-        each = known[:, :, None]
+        each = np.asarray(known)[:, :, None]
         self.loss = np.where(each, keep * self.loss + (1 - keep) * np.where(each, losses, 0.0), self.loss)
         self.mass = np.where(each, keep * self.mass + (1 - keep), self.mass)
         skill = self.skill()

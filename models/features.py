@@ -10,27 +10,20 @@ Running mean, variance and absolute h-step changes are exponential averages with
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shadecast.types import HORIZONS_S, RESOURCES
+from models.adaptive import AdaptiveRidge
+from models.grid import CHANNELS, COVARIATES, LONGEST, N_HORIZONS, N_TARGETS, STEPS, Array
 
-Array = NDArray[Any]
-"""Numeric array; float32 wherever nothing else is said."""
-
-TARGETS = RESOURCES
-COVARIATES: tuple[str, ...] = ("context_switches", "load", "disk_busy")
-CHANNELS: tuple[str, ...] = TARGETS + COVARIATES
-N_TARGETS = len(TARGETS)
-STEPS = tuple(int(h) for h in HORIZONS_S)
-LONGEST = STEPS[-1]
 HALF_LIFE = 60.0
 FAST_HALF_LIFE = 5.0
 CLIP = 6.0
-FRACTION = np.array([True, True, False])
-"""Which targets live in [0, 1]; network may come in bytes per second where the link speed is unknown."""
+ANCHORS: tuple[str, ...] = ("last_value", "short_mean", "long_mean", "adaptive_ridge")
+N_ANCHORS = len(ANCHORS)
+_COMPARED = (0, 3, 5)
+"""Horizons whose anchor errors are inputs: nearest, middle, farthest."""
 
 
 @dataclass(slots=True)
@@ -60,9 +53,9 @@ class Running:
 class Step:
     """What one step of features yields.
 
-    `inputs` [series, target, feature]; `anchors` [series, target, anchor] simple predictions that the model leans on:
-    last known value, mean of the last seconds, mean of the last minute; `scale` [series, target, horizon] the node's
-    own usual absolute change over each horizon; `ready` [series, target] whether the value is there now.
+    `inputs` [series, target, feature]; `anchors` [series, target, head, anchor] simple predictions that the model leans
+    on; `scale` [series, target, horizon] the node's own usual absolute change over each horizon; `ready`
+    [series, target] whether the value is there now.
     """
 
     inputs: Array
@@ -77,25 +70,27 @@ class Features:
 
     series: int
     _level: Array = field(init=False)
-    _past: Array = field(init=False)
     _seen: NDArray[np.int64] = field(init=False)
     _mean: Running = field(init=False)
     _square: Running = field(init=False)
     _fast: Running = field(init=False)
     _slow: Running = field(init=False)
     _short: Running = field(init=False)
-    _change: Running = field(init=False)
+    _adaptive: AdaptiveRidge = field(init=False)
+    _issued: Array = field(init=False)
+    _error: Running = field(init=False)
     _peak: Array = field(init=False)
 
     def __post_init__(self) -> None:
         s, c = self.series, len(CHANNELS)
         self._level = np.zeros((s, c), np.float32)
-        self._past = np.full((LONGEST + 1, s, N_TARGETS), np.nan, np.float32)
         self._seen = np.zeros((s, c), np.int64)
         self._mean, self._square = Running((s, c), HALF_LIFE), Running((s, c), HALF_LIFE)
         self._short = Running((s, c), FAST_HALF_LIFE)
         self._fast, self._slow = Running((s, c), FAST_HALF_LIFE), Running((s, c), HALF_LIFE)
-        self._change = Running((s, N_TARGETS, len(STEPS)), HALF_LIFE)
+        self._adaptive = AdaptiveRidge(s)
+        self._issued = np.full((LONGEST, s, N_TARGETS, N_HORIZONS, N_ANCHORS), np.nan, np.float32)
+        self._error = Running((s, N_TARGETS, N_HORIZONS, N_ANCHORS), HALF_LIFE)
         self._peak = np.zeros((s, c), np.float32)
 
     def step(self, values: Array, announced: Array | None = None) -> Step:
@@ -115,12 +110,6 @@ class Features:
         self._slow.add(np.abs(jump), present & ~first)
         self._peak = np.maximum(self._peak * np.float32(0.9995), np.abs(filled))
 
-        target_now = np.where(present, filled, np.nan)[:, :N_TARGETS]
-        self._past = np.roll(self._past, 1, axis=0)
-        self._past[0] = target_now
-        moved = np.abs(target_now[:, :, None] - np.moveaxis(self._past[list(STEPS)], 0, -1))
-        self._change.add(moved, np.isfinite(moved))
-
         mean, short = self._mean.mean(), self._short.mean()
         floor = np.where(np.arange(len(CHANNELS)) < 2, 1e-4, 1e-4 * np.abs(mean) + 1e-9).astype(np.float32)
         spread = np.maximum(np.sqrt(self._square.mean()), floor)
@@ -131,10 +120,30 @@ class Features:
         roughness = _squash(np.log(slow / spread))
         burst = _squash(np.log(np.maximum(self._fast.mean(), 0.1 * floor) / slow))
         level = filled / np.where(np.arange(len(CHANNELS)) < 2, 1.0, np.maximum(self._peak, 1e-9))
-        scale = np.maximum(self._change.mean(), floor[:, :N_TARGETS, None])
+        targets = slice(0, N_TARGETS)
+        self._judge_anchors(np.where(present, filled, np.nan)[:, targets])
+        anchors = self._anchors(filled[:, targets], short[:, targets], mean[:, targets], spread[:, targets])
+        error = np.maximum(self._error.mean(), floor[:, targets, None, None])
+        scale = error[..., 0]
+        ratios = _squash(np.log(error[..., 1:] / scale[..., None])[:, :, list(_COMPARED)]).reshape(
+            self.series, N_TARGETS, -1
+        )
         inputs = self._assemble(z, d, trend, roughness, burst, level, present, scale, announced)
-        anchors = np.stack([filled, short, mean], axis=-1)[:, :N_TARGETS]
-        return Step(inputs, anchors, scale, present[:, :N_TARGETS])
+        return Step(np.concatenate([inputs, ratios], axis=-1), anchors, scale, present[:, targets])
+
+    def _anchors(self, last: Array, short: Array, mean: Array, spread: Array) -> Array:
+        """Simple predictions [series, target, head, anchor]; those of the horizons are remembered to be judged."""
+        ridge = self._adaptive.step(last, mean, spread)
+        flat = np.stack([last, short, mean], axis=-1)[:, :, None]
+        near = np.concatenate([np.repeat(flat, N_HORIZONS, axis=2), ridge[..., None]], axis=-1).astype(np.float32)
+        self._issued = np.concatenate([near[None], self._issued[:-1]])
+        window = np.stack([near.mean(axis=2), near.max(axis=2)], axis=2)
+        return np.concatenate([near, window], axis=2)
+
+    def _judge_anchors(self, now: Array) -> None:
+        due = np.stack([self._issued[h - 1][:, :, i] for i, h in enumerate(STEPS)], axis=2)
+        error = np.abs(now[:, :, None, None] - due)
+        self._error.add(error, np.isfinite(error))
 
     def _assemble(  # noqa: PLR0917 - columns of one table
         self,
@@ -166,8 +175,7 @@ class Features:
         return np.concatenate([inputs, ahead], axis=-1).astype(np.float32)
 
 
-N_ANCHORS = 3
-N_FEATURES = 7 + (2 + len(COVARIATES)) + 2 + 4 + N_TARGETS + len(STEPS)
+N_FEATURES = 7 + (2 + len(COVARIATES)) + 2 + 4 + N_TARGETS + len(STEPS) + len(_COMPARED) * (N_ANCHORS - 1)
 
 
 def _squash(x: Array) -> Array:

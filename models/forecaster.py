@@ -12,9 +12,10 @@ import torch
 
 from models.baselines import NAMES, Baselines, Ridge
 from models.calibration import AlarmRecord, QuantileCorrection, Ring, SkillGate, pinball
-from models.features import N_TARGETS, TARGETS, Array, Features, Running
+from models.features import Features, Running
 from models.first_passage import first_passage
-from models.lstm import N_HEADS, N_HORIZONS, ForecastNet, State
+from models.grid import N_HEADS, N_HORIZONS, N_TARGETS, TARGETS, Array
+from models.lstm import ForecastNet, State
 from shadecast.types import HORIZONS_S, QUANTILES, Forecast
 
 MIN_SAMPLES = 10
@@ -74,6 +75,10 @@ class OnlineForecaster:
     _drift: Running = field(init=False)
     _memory: Array = field(init=False)
     _samples: Array = field(init=False)
+    experts: Array = field(init=False)
+    """Corrected quantiles of the model and each baseline, [series, target, expert, horizon, quantile]."""
+    points: Array = field(init=False)
+    """Point forecasts of the baselines at the last step, [series, target, baseline, horizon]."""
 
     def __post_init__(self) -> None:
         self._drift = Running((self.series,), 20.0)
@@ -112,11 +117,12 @@ class OnlineForecaster:
         targets = np.asarray(values, np.float32)[:, :N_TARGETS]
         self._judge(targets)
         model, slow = self._run(step.inputs, step.anchors, step.scale)
-        points = self._baselines.step(targets)
+        points = self.points = self._baselines.step(targets)
         spread = step.scale[:, :, None, :]
         simple = points[..., None] + self.model.residuals * spread[..., None]
         experts = np.concatenate([model[:, :, None], simple], axis=2)
         experts = self._bounded(self._correction.apply(experts, np.broadcast_to(spread, experts.shape[:-1])))
+        self.experts = experts
         self._issued.push(np.where(step.ready[:, :, None, None, None], experts, np.nan))
         gate, skill = self._gate.gate(), self._gate.skill()
         best = np.take_along_axis(experts, self._gate.best_baseline()[:, :, None, :, None], axis=2)[:, :, 0]
@@ -144,7 +150,7 @@ class OnlineForecaster:
 
     def _run(self, inputs: Array, anchors: Array, scale: Array) -> tuple[Array, Array]:
         def rows(x: Array) -> torch.Tensor:
-            return torch.from_numpy(np.ascontiguousarray(x)).flatten(0, 1).unsqueeze(1)
+            return torch.from_numpy(np.ascontiguousarray(x, np.float32)).flatten(0, 1).unsqueeze(1)
 
         with torch.inference_mode():
             heads, self._state = self.model.net(rows(inputs), rows(anchors), rows(scale), self._state)

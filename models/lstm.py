@@ -1,8 +1,8 @@
 """The forecaster: one LSTM shared by all nodes and targets, with residual quantile heads.
 
 A head does not predict a value but a correction: its median is a convex mix of anchors (last value, short and long
-mean) plus a multiple of the node's own usual change over that horizon. An untrained or puzzled net is
-therefore close to the last value, whatever the node's level and units.
+mean, the node's own ridge) plus a multiple of the node's own usual change over that horizon. An untrained or puzzled
+net is therefore close to the last value, whatever the node's level and units.
 
 Heads, in order: one for each of `HORIZONS_S`, then the mean and the greatest value (least headroom) over the window.
 """
@@ -16,12 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from models.features import N_ANCHORS, N_FEATURES
+from models.grid import N_HEADS
 from shadecast.errors import ConfigError
-from shadecast.types import HORIZONS_S, QUANTILES
+from shadecast.types import QUANTILES
 
-N_HORIZONS = len(HORIZONS_S)
-N_HEADS = N_HORIZONS + 2
-WINDOW_MEAN, WINDOW_MAX = N_HORIZONS, N_HORIZONS + 1
 N_QUANTILES = len(QUANTILES)
 State = tuple[Tensor, Tensor]
 
@@ -76,7 +74,7 @@ class ForecastNet(nn.Module):
     ) -> tuple[Heads, State]:
         """Whole windows or single steps alike.
 
-        inputs [batch, time, feature]; anchors [batch, time, anchor]; scale [batch, time, horizon].
+        inputs [batch, time, feature]; anchors [batch, time, head, anchor]; scale [batch, time, horizon].
         Returns heads with leading [batch, time] and the state after the last step.
         """
         hidden, state = self.lstm(inputs, state)
@@ -84,7 +82,7 @@ class ForecastNet(nn.Module):
         slow_logit = out[..., -1]
         table = out[..., :-1].unflatten(-1, (N_HEADS, self.config.anchors + N_QUANTILES))
         mix = torch.softmax(table[..., : self.config.anchors], dim=-1)
-        base = (mix * anchors.unsqueeze(-2)).sum(-1)
+        base = (mix * anchors).sum(-1)
         low, middle, high = table[..., self.config.anchors :].unbind(-1)
         spread = torch.cat([scale, scale[..., -1:], scale[..., -1:]], dim=-1)
         median = base + spread * middle

@@ -26,9 +26,9 @@ import safetensors.torch
 import torch
 
 from models.baselines import LAGS, NAMES, Ridge
-from models.features import CHANNELS, N_TARGETS, TARGETS
 from models.forecaster import Model
-from models.lstm import N_HORIZONS, ForecastNet, LstmConfig
+from models.grid import CHANNELS, N_HORIZONS, N_TARGETS, TARGETS
+from models.lstm import ForecastNet, LstmConfig
 from shadecast.errors import ConfigError, ShadecastError
 from shadecast.types import HORIZONS_S, QUANTILES
 
@@ -212,7 +212,8 @@ def _assemble(version: str, net: ForecastNet, tensors: Mapping[str, torch.Tensor
         if tuple(tensors[name].shape) != shape:
             raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, must be {shape}")
     weight, intercept = tensors["ridge.weight"].numpy(), tensors["ridge.intercept"].numpy()
-    prior = np.asarray(card.get("prior_skill", np.full((N_TARGETS, N_HORIZONS), np.nan)), np.float32)
+    unknown = [[None] * N_HORIZONS] * N_TARGETS
+    prior = np.asarray(card.get("prior_skill") or unknown, np.float64).astype(np.float32)
     if prior.shape != (N_TARGETS, N_HORIZONS):
         raise ValueError(f"prior_skill has shape {prior.shape}, must be {(N_TARGETS, N_HORIZONS)}")
     return Model(

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from models.features import CHANNELS, Array
+from models.grid import CHANNELS, Array
 from models.schema import REQUIRED_COLUMNS
 from shadecast.errors import ShadecastError
 

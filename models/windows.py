@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from models.features import LONGEST, N_TARGETS, STEPS, Array, Features
-from models.lstm import N_HEADS, WINDOW_MAX, WINDOW_MEAN
+from models.features import Features
+from models.grid import LONGEST, N_HEADS, N_TARGETS, STEPS, WINDOW_MAX, WINDOW_MEAN, Array
 from models.series import Series
 
 
@@ -16,7 +16,7 @@ from models.series import Series
 class Batch:
     """Series of equal (padded) length.
 
-    `inputs` [series, time, target, feature]; `anchors` [series, time, target, anchor];
+    `inputs` [series, time, target, feature]; `anchors` [series, time, target, head, anchor];
     `scale` [series, time, target, horizon]; `truth` [series, time, target, head], NaN where unknown;
     `values` [series, time, target].
     """

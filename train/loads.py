@@ -1,7 +1,7 @@
 """Load patterns of shared machines as schedules in [0, 1] per second; recorded for real and imitated in augmentation.
 
-Every generator takes a numpy Generator and a length and returns one value per second. Parameters are drawn wide on purpose:
-the model has to read a node's habits from its last minutes, not remember these ones.
+Every generator takes a numpy Generator and a length and returns one value per second. Parameters are drawn wide on
+purpose: the model has to read a node's habits from its last minutes, not remember these ones.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from models.features import Array
+from models.grid import Array
 
 Rng = np.random.Generator
 Pattern = Callable[[Rng, int], Array]
@@ -35,7 +35,7 @@ def periodic(rng: Rng, length: int) -> Array:
     t = np.arange(length)[:, None]
     since = t - np.concatenate([[-rng.uniform(0, period_s)], starts])[None, :]
     since = np.where(since >= 0, since, np.inf).min(axis=1)
-    return level * np.clip(duty * period_s - since, 0.0, 1.0)
+    return np.asarray(level * np.clip(duty * period_s - since, 0.0, 1.0))
 
 
 def wander(rng: Rng, length: int) -> Array:

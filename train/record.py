@@ -1,8 +1,9 @@
 """`python -m train.record`: telemetry of our own, from a local Ray cluster under loads of ours.
 
-Starts several raylets on this machine, a node forecaster on each with a telemetry log, and one load worker per node that
-burns CPU, grows and frees memory and moves bytes over loopback by seeded schedules (`train.loads`). Loopback counts here,
-where a real node leaves it out, since there is no other traffic to record. Everything ends with the command.
+Starts several raylets on this machine, a node forecaster on each with a telemetry log, and one load worker per node
+that burns CPU, grows and frees memory and moves bytes over loopback by seeded schedules (`train.loads`). Loopback
+counts here, where a real node leaves it out, since there is no other traffic to record. Everything ends with the
+command.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.progress import track
 
-from models.features import Array
+from models.grid import Array
 from train.loads import mixture
 
 SLICE_S = 0.1

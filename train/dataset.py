@@ -1,0 +1,88 @@
+"""From telemetry to training pieces: split by machine, made-up series beside real ones, units by source."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from models.series import Series, TelemetryError
+from train.augment import made_up
+from train.loop import WARM_UP, Pieces, join, pieces_of, units_of
+
+MADE_UP_LENGTH = 480
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Series to train on and series of machines that training never sees."""
+
+    train: list[Series]
+    held: list[Series]
+
+
+def split_machines(series: Sequence[Series], fraction: float, seed: int) -> Split:
+    """Hold out about `fraction` of the machines of every source, at least one where there are two.
+
+    A source with one machine is split by time instead: its last recordings are held out.
+    """
+    train: list[Series] = []
+    held: list[Series] = []
+    for source in sorted({s.source for s in series}):
+        mine = [s for s in series if s.source == source]
+        machines = sorted({s.machine for s in mine}, key=lambda m: _shuffled(m, seed))
+        count = round(fraction * len(machines))
+        out = set(machines[: min(max(1, count), len(machines) - 1)])
+        if out:
+            held += [s for s in mine if s.machine in out]
+            train += [s for s in mine if s.machine not in out]
+        else:
+            last = max(1, round(fraction * len(mine))) if len(mine) > 1 else 0
+            train += mine[: len(mine) - last]
+            held += mine[len(mine) - last :]
+    return Split(train, held)
+
+
+def _shuffled(name: str, seed: int) -> str:
+    return hashlib.sha256(f"{seed}/{name}".encode()).hexdigest()
+
+
+def real_pieces(series: Sequence[Series], length: int) -> list[Pieces]:
+    """Pieces of recorded series; each source has its own global unit of loss."""
+    parts = []
+    for source in sorted({s.source for s in series}):
+        mine = [s for s in series if s.source == source and len(s.values) > 2 * WARM_UP]
+        if mine:
+            parts.append(pieces_of(mine, units_of(mine), length))
+    return parts
+
+
+def made_up_pieces(count: int, length: int, seed: int) -> list[Pieces]:
+    """Pieces of `count` made-up series; each series is its own world and has its own unit."""
+    rng = np.random.default_rng([seed, 7])
+    parts = []
+    for start in range(0, count, 64):
+        drawn = [made_up(rng, MADE_UP_LENGTH, f"made-up-{start + i}") for i in range(min(64, count - start))]
+        group = [s for s, _ in drawn]
+        units = np.stack([units_of([s]) for s in group])
+        parts.append(pieces_of(group, units, length, [a for _, a in drawn]))
+    return parts
+
+
+def pieces(series: Sequence[Series], made_up_count: int, length: int, seed: int) -> Pieces:
+    """Everything one training run sees; raises TelemetryError where that is nothing."""
+    parts = real_pieces(series, length) + made_up_pieces(made_up_count, length, seed)
+    if not parts:
+        raise TelemetryError("no series of at least 20 samples to train on; record more, or allow made-up series")
+    return join(parts)
+
+
+def data_hash(series: Sequence[Series]) -> str:
+    """Fingerprint of the recorded values, for the card."""
+    digest = hashlib.sha256()
+    for s in sorted(series, key=lambda s: (s.source, s.machine, s.recording)):
+        digest.update(f"{s.source}/{s.machine}/{s.recording}/{s.period_s}".encode())
+        digest.update(np.ascontiguousarray(s.values).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,161 @@
+"""Judges forecasts on series: the same online code as live, over many recordings at once.
+
+Every model is judged at the same instants: those with 60 samples of history and a known truth. Horizons count in
+samples of the recording, so a 5 s source is judged at 5 and 10 s (1 and 2 samples).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from models.baselines import LAGS, NAMES, Baselines, Ridge, fit_ridge
+from models.calibration import pinball
+from models.features import Features
+from models.forecaster import Model, OnlineForecaster
+from models.grid import N_HORIZONS, N_TARGETS, STEPS, Array
+from models.series import Series
+from models.windows import truth_of
+from shadecast.types import QUANTILES
+from train.loop import units_of
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """All judged instants of some series, flattened over series and time.
+
+    `truth` [n, target, horizon]; `points` [n, target, baseline, horizon]; `quantiles` and `gated`
+    [n, target, horizon, quantile]; `gate` [n, target, horizon]; `losses` [n, target, expert, horizon] pinball of the
+    model and of the baselines with the same online correction, in multiples of the series' mean 10-sample change. NaN where not judged.
+    """
+
+    truth: Array
+    points: Array
+    quantiles: Array
+    gated: Array
+    gate: Array
+    losses: Array
+
+
+def groups(series: Sequence[Series], rows: int = 60_000) -> Iterator[list[Series]]:
+    """Series of like length together, so that padding stays small and memory bounded."""
+    group: list[Series] = []
+    for one in sorted(series, key=lambda s: len(s.values)):
+        if group and (len(group) + 1) * len(one.values) > rows:
+            yield group
+            group = []
+        group.append(one)
+    if group:
+        yield group
+
+
+def judge(model: Model, series: Sequence[Series]) -> Judged:
+    """Run the online forecaster over series, recordings side by side."""
+    parts = [_judge_group(model, group) for group in groups(series) if len(group[-1].values) > LAGS]
+    names = ("truth", "points", "quantiles", "gated", "gate", "losses")
+    return Judged(*(np.concatenate([getattr(p, n) for p in parts]) for n in names))
+
+
+def _judge_group(model: Model, group: Sequence[Series]) -> Judged:
+    values = padded(group)
+    bytes_too = (1.0, 1.0, np.inf)
+    forecaster = OnlineForecaster(model, series=len(group), ceiling=bytes_too)
+    collected: list[tuple[Array, ...]] = []
+    for t in range(values.shape[1]):
+        prediction = forecaster.step(values[:, t])
+        if t >= LAGS - 1:
+            now = (forecaster.points, prediction.quantiles, prediction.gated, prediction.gate, forecaster.experts)
+            collected.append(now)
+    points, quantiles, gated, gate, experts = (np.stack(c, axis=1) for c in zip(*collected, strict=True))
+    truth = truth_of(values[..., :N_TARGETS])[:, LAGS - 1 :, :, :N_HORIZONS].copy()
+    truth[~np.isfinite(values[:, LAGS - 1 :, :N_TARGETS])] = np.nan
+    keep = np.isfinite(truth).any(axis=(2, 3))
+    unit = np.stack([units_of([s]) for s in group])[:, None, :, None, None]
+    losses = (pinball(experts, truth[:, :, :, None]) / unit)[keep]
+    truth = truth[keep]
+    return Judged(truth, points[keep], quantiles[keep], gated[keep], gate[keep], losses)
+
+
+def fit_baselines(series: Sequence[Series]) -> tuple[Ridge, ...]:
+    """Ridge-60 for each target on all series given."""
+    return tuple(fit_ridge([s.values[:, t] for s in series]) for t in range(N_TARGETS))
+
+
+def scaled_baselines(series: Sequence[Series]) -> tuple[tuple[Ridge, ...], Array]:
+    """Baselines for the gate of a model that any node may run, so free of units.
+
+    Ridge is fitted on series divided by their own deviation, without intercept. Residual quantiles
+    [target, baseline, horizon, quantile] are in multiples of each node's scale.
+    """
+    ridge = tuple(
+        fit_ridge([s.values[:, t] / max(float(np.nanstd(s.values[:, t])), 1e-9) for s in known], intercept=False)
+        for t, known in enumerate([s for s in series if np.isfinite(s.values[:, t]).any()] for t in range(N_TARGETS))
+    )
+    collected: list[Array] = []
+    for group in groups(series):
+        values = padded(group)
+        features, baselines = Features(len(group)), Baselines(len(group), ridge)
+        rows = []
+        for t in range(values.shape[1]):
+            step = features.step(values[:, t])
+            points = baselines.step(values[:, t, :N_TARGETS])
+            rows.append(np.concatenate([points, step.scale[:, :, None]], axis=2))
+        table = np.stack(rows, axis=1)[:, LAGS - 1 :]
+        truth = truth_of(values[..., :N_TARGETS])[:, LAGS - 1 :, :, None, :N_HORIZONS]
+        ratio = (truth - table[:, :, :, :-1]) / table[:, :, :, -1:]
+        collected.append(ratio.reshape(-1, *ratio.shape[2:]))
+    ratios = np.concatenate(collected)
+    residuals = np.zeros((N_TARGETS, len(NAMES), N_HORIZONS, len(QUANTILES)), np.float32)
+    for t in range(N_TARGETS):
+        known = ratios[np.isfinite(ratios[:, t]).all(axis=(1, 2)), t]
+        residuals[t] = np.moveaxis(np.quantile(known, QUANTILES, axis=0), 0, -1) if len(known) else [-1.0, 0.0, 1.0]
+    return ridge, residuals
+
+
+def prior_skill(judged: Judged) -> Array:
+    """Skill of the model over the best baseline [target, horizon], all with online correction; NaN without data."""
+    known = np.where(np.isfinite(judged.losses).all(axis=2, keepdims=True), judged.losses, np.nan)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        total = np.nansum(known, axis=0)
+        skill = 1.0 - total[:, 0] / total[:, 1:].min(axis=1)
+    return np.where(np.isfinite(skill), skill, np.nan).astype(np.float32)
+
+
+def padded(group: Sequence[Series]) -> Array:
+    """Series side by side [series, time, channel], NaN after the end of the shorter ones."""
+    values = np.full((len(group), max(len(s.values) for s in group), group[0].values.shape[1]), np.nan, np.float32)
+    for i, s in enumerate(group):
+        values[i, : len(s.values)] = s.values
+    return values
+
+
+def with_residuals(points: Array, residuals: Array) -> Array:
+    """Point forecasts [n, horizon] and residual quantiles [horizon, quantile] -> quantile forecasts."""
+    return (points[..., None] + residuals).astype(np.float32)
+
+
+def metrics(quantiles: Array, truth: Array, threshold: float) -> dict[str, float]:
+    """Metrics of quantile forecasts [n, quantile] against truth [n]; overload means beyond `threshold`."""
+    known = np.isfinite(truth)
+    q, y = quantiles[known].astype(np.float64), truth[known].astype(np.float64)
+    if not len(y):
+        return {}
+    middle = q[:, 1]
+    warned, came = middle > threshold, y > threshold
+    hits = float((warned & came).sum())
+    return {
+        "mae": float(np.abs(y - middle).mean()),
+        "rmse": float(np.sqrt(((y - middle) ** 2).mean())),
+        "pinball": float(pinball(q, y).mean()),
+        "coverage_80": float(((y >= q[:, 0]) & (y <= q[:, 2])).mean()),
+        "overload_precision": hits / float(warned.sum()) if warned.any() else float("nan"),
+        "overload_recall": hits / float(came.sum()) if came.any() else float("nan"),
+    }
+
+
+def horizon_indices(period_s: float) -> list[tuple[int, float]]:
+    """(index of the head, horizon in seconds) that a recording of this period can be judged at."""
+    wanted = {h * period_s: i for i, h in enumerate(STEPS)}
+    return [(i, s) for s, i in sorted(wanted.items()) if s in STEPS]

@@ -1,0 +1,189 @@
+"""The training loop itself: pieces of series in, a better net out. No Ray, no files: the job wraps it.
+
+Loss: pinball over all heads in units of sqrt(local x global change), plus 0.2 x cross-entropy of P(speed < 0.6). The
+local scale alone makes every quiet minute count as much as a busy one; the global one alone lets the wildest node drown
+the others; their geometric mean stands between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.grid import LONGEST, N_TARGETS, WINDOW_MAX, Array
+from models.lstm import ForecastNet, pinball
+from models.series import Series
+from models.windows import batch_of
+from shadecast.errors import ConfigError
+
+SLOW_LOAD = 0.4
+WARM_UP = 10
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig:
+    """What one training run does."""
+
+    epochs: int = 12
+    piece: int = 240
+    batch: int = 64
+    learning_rate: float = 3e-3
+    weight_decay: float = 1e-4
+    clip_norm: float = 1.0
+    slow_weight: float = 0.2
+    local: float = 0.5
+    """Share of the node's own scale in the loss's unit; 1 is local only, 0 global only."""
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "epochs": (1, 10_000),
+            "piece": (LONGEST + WARM_UP + 1, 100_000),
+            "batch": (1, 100_000),
+            "learning_rate": (1e-6, 1.0),
+            "seed": (0, 2**31),
+        }
+        for name, (low, high) in bounds.items():
+            if not low <= getattr(self, name) <= high:
+                raise ConfigError(f"train.{name} = {getattr(self, name)!r}: must be from {low:g} to {high:g}")
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """Training pieces as arrays: `inputs` [piece, time, target, feature] and so on; `unit` [piece, target] global
+    scale."""
+
+    inputs: Array
+    anchors: Array
+    scale: Array
+    truth: Array
+    known: Array
+    unit: Array
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+
+def units_of(series: Sequence[Series]) -> Array:
+    """Mean absolute 10-sample change per target over series, the global unit of the loss; 1 where nothing moves."""
+    sums, counts = np.zeros(N_TARGETS), np.zeros(N_TARGETS)
+    for one in series:
+        moved = np.abs(one.values[LONGEST:, :N_TARGETS] - one.values[:-LONGEST, :N_TARGETS])
+        sums += np.nansum(moved, axis=0)
+        counts += np.isfinite(moved).sum(axis=0)
+    mean = sums / np.maximum(counts, 1)
+    return np.where(mean > 0, mean, 1.0).astype(np.float32)
+
+
+def pieces_of(series: Sequence[Series], unit: Array, length: int, announced: Sequence[Array] | None = None) -> Pieces:
+    """Featurise series whole and cut them into pieces of `length`; the rest of a piece is padded as unknown.
+
+    `unit` [target] for all, or [series, target].
+    """
+    order = sorted(range(len(series)), key=lambda i: len(series[i].values))
+    parts: list[Pieces] = []
+    for start in range(0, len(order), 64):
+        group = order[start : start + 64]
+        batch = batch_of([series[i].values for i in group], [announced[i] for i in group] if announced else None)
+        late = np.arange(batch.values.shape[1])[None, :, None] >= WARM_UP
+        truth = np.where((np.isfinite(batch.values) & late)[..., None], batch.truth, np.nan)
+        for row, i in enumerate(group):
+            size = len(series[i].values)
+            for low in range(0, max(size - WARM_UP, 1), length):
+                high = min(low + length, size)
+                pad = length - (high - low)
+
+                def part(x: Array, row: int = row, low: int = low, high: int = high, pad: int = pad) -> Array:
+                    return np.pad(x[row, low:high], [(0, pad)] + [(0, 0)] * (x.ndim - 2))[None]
+
+                parts.append(
+                    Pieces(
+                        part(batch.inputs),
+                        part(batch.anchors),
+                        part(batch.scale),
+                        part(np.nan_to_num(truth)),
+                        part(np.isfinite(truth)),
+                        (unit if unit.ndim == 1 else unit[i])[None],
+                    )
+                )
+    return join(parts)
+
+
+def join(parts: Sequence[Pieces]) -> Pieces:
+    """All pieces as one."""
+    names = ("inputs", "anchors", "scale", "truth", "known", "unit")
+    return Pieces(*(np.concatenate([getattr(p, n) for p in parts]) for n in names))
+
+
+def batches(pieces: Pieces, size: int, rng: np.random.Generator) -> Iterator[dict[str, Array]]:
+    """Shuffled batches of pieces for one epoch."""
+    order = rng.permutation(len(pieces))
+    for start in range(0, len(order), size):
+        index = order[start : start + size]
+        yield {n: getattr(pieces, n)[index] for n in ("inputs", "anchors", "scale", "truth", "known", "unit")}
+
+
+def loss_of(net: torch.nn.Module, batch: dict[str, Tensor], config: TrainConfig) -> Tensor:
+    """Mean loss of one batch; targets become rows, so that one net serves them all."""
+
+    def rows(x: Tensor) -> Tensor:
+        return x.transpose(1, 2).flatten(0, 1)
+
+    scale, truth, known = rows(batch["scale"]), rows(batch["truth"]), rows(batch["known"])
+    heads, _ = net(rows(batch["inputs"]), rows(batch["anchors"]), scale)
+    local = torch.cat([scale, scale[..., -1:], scale[..., -1:]], dim=-1)
+    unit = batch["unit"].flatten()[:, None, None].clamp_min(1e-12)
+    # padding has scale 0: without a floor its gradient is NaN although it is masked
+    units = local.clamp_min(1e-9).pow(config.local) * unit.pow(1 - config.local)
+    per_head = pinball(heads.quantiles, truth).mean(-1) / units
+    per_head = torch.where(known, per_head, 0.0)
+    loss = per_head.sum() / known.sum().clamp_min(1)
+    slow = batch["truth"][:, :, 0, WINDOW_MAX] > SLOW_LOAD
+    judged = batch["known"][:, :, 0, WINDOW_MAX]
+    logit = heads.slow_logit.unflatten(0, (-1, N_TARGETS))[:, 0]
+    entropy = torch.nn.functional.binary_cross_entropy_with_logits(logit, slow.float(), reduction="none")
+    return loss + config.slow_weight * (entropy * judged).sum() / judged.sum().clamp_min(1)
+
+
+def train_epoch(
+    net: torch.nn.Module,
+    optimiser: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    epoch: Iterable[dict[str, Array]],
+    config: TrainConfig,
+    *,
+    device: str = "cpu",
+) -> float:
+    """One pass; returns the mean loss."""
+    net.train()
+    total, count = 0.0, 0
+    for batch in epoch:
+        tensors = {k: torch.as_tensor(v).to(device) for k, v in batch.items()}
+        optimiser.zero_grad(set_to_none=True)
+        loss = loss_of(net, tensors, config)
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip_norm)
+        optimiser.step()
+        schedule.step()
+        total, count = total + float(loss.detach()), count + 1
+    return total / max(count, 1)
+
+
+def optimiser_of(
+    net: torch.nn.Module, config: TrainConfig, batches_per_epoch: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """AdamW with one cycle over the whole run (Smith and Topin, 2019)."""
+    optimiser = torch.optim.AdamW(net.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, config.learning_rate, total_steps=max(2, config.epochs * batches_per_epoch + 1)
+    )
+    return optimiser, schedule
+
+
+def fresh_net(net: ForecastNet) -> int:
+    """Number of weights, for progress lines and cards."""
+    return sum(p.numel() for p in net.parameters())
