@@ -32,6 +32,8 @@ TAIL_E_VALUE = 20.0
 GROSS_RATIO = 2.0
 """Slower than this by single pairs rejects at once, although pairs within a second may share their noise."""
 MEDIAN_WINDOW = 255
+_MOST_IN_FLIGHT = 1e6
+"""More is a broken count: it must not swallow all other numbers."""
 UNMATCHED = 32
 """Outcomes that wait for a partner on the other side."""
 
@@ -66,6 +68,7 @@ def load_factor(in_flight: float, slots: float, batch_half: float) -> float:
     """
     if not 0.0 < in_flight < math.inf or not (0.0 < slots < math.inf or batch_half > 0.0):
         return 1.0
+    in_flight = min(in_flight, _MOST_IN_FLIGHT)
     if batch_half > 0.0 and not 1.0 < slots < math.inf:
         slots = in_flight + 1.0
     return load_cost(in_flight + 1.0, slots, batch_half) / load_cost(1.0, slots, batch_half)
@@ -271,7 +274,7 @@ class Trial(_Evidence):
     def _log_ratio(self, pair: PairedSample) -> float:
         load_shadow = load_factor(pair.shadow_in_flight, self._slots, self._batch_half)
         load_primary = load_factor(pair.primary_in_flight, self._slots, self._batch_half)
-        return math.log(pair.shadow_s / pair.primary_s) - math.log(load_shadow / load_primary)
+        return math.log(pair.shadow_s) - math.log(pair.primary_s) - math.log(load_shadow / load_primary)
 
     def rule(
         self,
@@ -334,7 +337,8 @@ class Canary(_Evidence):
         if timed:
             side = self._sums[candidate]
             side[0] += 1.0
-            side[1] += math.log(duration / load_factor(outcome.in_flight_at_start, self._slots, self._batch_half))
+            load = load_factor(outcome.in_flight_at_start, self._slots, self._batch_half)
+            side[1] += math.log(duration) - math.log(load)
             if not candidate:
                 self._median.add(duration)
         self._match(candidate, duration if timed else math.nan, outcome.ok)

@@ -269,6 +269,17 @@ def test_no_outcome_and_no_clock_whatever_they_hold_make_a_canary_raise(rows, st
         assert canary.rule(now_s).reason
 
 
+@pytest.mark.parametrize("extreme", [5e-324, 1e308])
+def test_the_most_extreme_finite_numbers_raise_nothing_and_leave_the_evidence_finite(extreme):
+    trial, canary = Trial(CONFIG, 0.0, batch_half=1e-9), Canary(CONFIG, 0.0, slots=1.0)
+    for i in range(30):
+        trial.observe(_pair(1.0 / extreme if extreme > 1 else 1e308, extreme, primary_in_flight=1e308), float(i))
+        canary.observe(candidate=bool(i % 2), outcome=Outcome(extreme, 1e308), now_s=float(i))
+        assert trial.rule(float(i)).reason
+        assert canary.rule(float(i)).reason
+    assert math.isfinite(trial.rule(30.0).evidence["mean_log_ratio"])
+
+
 def test_impossible_durations_are_dropped_and_counted():
     trial = Trial(CONFIG, 0.0)
     for bad in (NAN, -1.0, 0.0, math.inf):
