@@ -1,0 +1,43 @@
+"""One routing policy a file, each with its source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from bench.simulate.arms.base import Arm
+from bench.simulate.arms.clairvoyant import Clairvoyant
+from bench.simulate.arms.consistent_hash import ConsistentHash
+from bench.simulate.arms.least_requests import LeastRequests
+from bench.simulate.arms.p2c import LocalPowerOfTwo, TruePowerOfTwo
+from bench.simulate.arms.peak_ewma import PeakEwma
+from bench.simulate.arms.prequal import Prequal, TunedPrequal
+from bench.simulate.arms.product import Product
+from bench.simulate.arms.ray_p2c import RayPowerOfTwo
+from bench.simulate.arms.simple import RandomChoice, RoundRobin
+
+BASELINES: dict[str, Callable[[], Arm]] = {
+    "random": RandomChoice,
+    "round_robin": RoundRobin,
+    "consistent_hash": ConsistentHash,
+    "least_requests": LeastRequests,
+    "p2c_local": LocalPowerOfTwo,
+    "p2c_ray": RayPowerOfTwo,
+    "p2c_true": TruePowerOfTwo,
+    "peak_ewma": PeakEwma,
+    "prequal": Prequal,
+    "prequal_tuned": TunedPrequal,
+    "clairvoyant": Clairvoyant,
+}
+
+PRODUCT: dict[str, Callable[[], Arm]] = {
+    "live_capacity": lambda: Product(None),
+    "shadecast": lambda: Product("realistic"),
+    "shadecast_perfect": lambda: Product("perfect"),
+    "shadecast_wrong": lambda: Product("wrong"),
+}
+
+ARMS: dict[str, Callable[[], Arm]] = {
+    **{name: make for name, make in BASELINES.items() if name != "clairvoyant"},
+    **PRODUCT,
+    "clairvoyant": Clairvoyant,
+}

@@ -1,0 +1,313 @@
+"""The product's own code under virtual time: balancer, ledger, pick tables, sessions; only the transport is simulated.
+
+Each router keeps a `shadecast.ledger.Ledger` and a `shadecast.pick.PickTable` as `serve_app.router` does, reports once
+a second; nodes report telemetry and forecasts once a second; `Balancer.on_tick` runs every tick with jitter and its
+table reaches each router up to the scenario's delay late. Copies to replicas on trial take their real capacity.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from bench.simulate.arms.base import Arm
+from bench.simulate.forecasts import Kind, NodeForecaster
+from bench.simulate.workload import TOKEN_S
+from shadecast.balancer import Balancer, TickInput
+from shadecast.config import Config
+from shadecast.ledger import Ledger
+from shadecast.pick import PickTable, cost_table
+from shadecast.sessions import SessionMap
+from shadecast.types import (
+    NodeReport,
+    NodeSnapshot,
+    PairedSample,
+    RouterReport,
+    RoutingTable,
+    State,
+    Transition,
+)
+
+if TYPE_CHECKING:
+    from bench.simulate.engine import Request, Simulation
+    from bench.simulate.scenario import World
+
+_DEPLOYMENT = "sim/model"
+_TELEMETRY_S = 1.0
+_TELEMETRY_NOISE = 0.02
+_SHADOW_ITEMS = 32
+"""Streams are compared over their first items, then the copy is cancelled (design section 7)."""
+_MAX_ONGOING = 1_000
+
+
+class _Router:
+    """What one router process holds."""
+
+    def __init__(self, arm: Product, number: int, secret: bytes) -> None:
+        self.arm = arm
+        self.ledger = Ledger(f"router-{number}", _DEPLOYMENT)
+        self.table: RoutingTable | None = None
+        self.table_s = 0.0
+        self.cost_key = (1.0, 0.0)
+        self.cost = cost_table(*self.cost_key)
+        self.picks = PickTable((), None, {}, {}, self.cost)
+        self.counted: dict[str, int] = {}
+        self.by_index: list[int] = []
+        self.mirrored: list[tuple[str, float]] = []
+        self.copies: dict[str, int] = {}
+        self.sessions = SessionMap(arm.config.session, secret, arm.config.trial.drain_s)
+
+    def take_table(self, table: RoutingTable) -> None:
+        """Use a newer table; older ones are ignored."""
+        held = self.table
+        if held is not None and (table.epoch, table.version) <= (held.epoch, held.version):
+            return
+        self.table = table
+        self.table_s = self.arm.made_s[table.version]
+        self.lay_out()
+
+    def lay_out(self) -> None:
+        """Precompute the picks for the present members and table."""
+        table = self.table
+        if table is not None and (table.slots, table.batch_half) != self.cost_key:
+            self.cost_key = (table.slots, table.batch_half)
+            self.cost = cost_table(*self.cost_key)
+        self.by_index = list(self.arm.sim.members)
+        ids = [self.arm.ids[member] for member in self.by_index]
+        self.picks = PickTable(ids, table, self.ledger.all_in_flight(), self.counted, self.cost)
+        rows = table.rows if table is not None else ()
+        alive = self.picks.index
+        self.mirrored = [
+            (row.replica_id, row.mirror_fraction) for row in rows if row.mirror_fraction > 0 and row.replica_id in alive
+        ]
+        if self.arm.with_sessions:
+            weights = {row.replica_id: row.session_weight for row in rows if row.replica_id in alive}
+            if not rows:
+                weights = dict.fromkeys(ids, 1.0)
+            scores = {replica_id: self.picks.score(i) for replica_id, i in alive.items()}
+            draining = [row.replica_id for row in rows if row.state is State.DRAINING and row.replica_id in alive]
+            self.sessions.update(weights, scores, self.arm.sim.now_s, draining)
+
+    def level(self) -> str:
+        """The rung of the fail-open ladder, as `PredictiveRouter.level`."""
+        if self.table is None:
+            return "power_of_two"
+        age_s = self.arm.sim.now_s - self.table_s
+        balance = self.arm.config.balance
+        if age_s > balance.local_only_age_s:
+            return "power_of_two"
+        return "table" if age_s <= balance.table_ttl_s else "stale_table"
+
+
+class Product(Arm):
+    """`Balancer` and routers; `forecast` None is live capacity alone."""
+
+    sticky = False
+
+    def __init__(self, forecast: Kind | None, settings: Mapping[str, Any] | None = None) -> None:
+        self._kind = forecast
+        self._settings = dict(settings or {})
+        self.transitions: list[Transition] = []
+        self._mirrored = 0
+
+    def start(self, sim: Simulation, world: World, rng: random.Random) -> None:
+        """Make the balancer, the routers and the forecasters; schedule their clocks."""
+        super().start(sim, world, rng)
+        scenario = world.scenario
+        work = scenario.work
+        balance = {
+            "tick_s": scenario.tick_s,
+            "slots": float(work.slots),
+            "batch_half": work.batch_half,
+            **self._settings.get("balance", {}),
+        }
+        trial = {"copy_methods": ["*"], **self._settings.get("trial", {})}
+        self.config = Config.from_mapping({**self._settings, "balance": balance, "trial": trial})
+        self.with_sessions = scenario.session_turns > 0
+        self.ids: dict[int, str] = {}
+        self.member_of: dict[str, int] = {}
+        self.made_s: dict[int, float] = {}
+        self._balancer = Balancer(_DEPLOYMENT, self.config, 1)
+        self._routers = [_Router(self, k, b"simulation") for k in range(sim.routers)]
+        self._reports: list[RouterReport] = []
+        self._node_reports: list[NodeReport] = []
+        self._pairs: dict[int, tuple[_Router, dict[str, Any]]] = {}
+        self._node_seq = [0] * len(world.nodes)
+        self._forecasters = self._make_forecasters(world)
+        self._noise = random.Random(f"{world.seed}/telemetry")
+        for router in self._routers:
+            sim.at(rng.random() * self.config.balance.report_s, self._report, router)
+        for node in range(len(world.nodes)):
+            sim.at(rng.random() * _TELEMETRY_S, self._telemetry, node)
+        sim.at(rng.random() * scenario.tick_s, self._tick)
+
+    def _make_forecasters(self, world: World) -> list[NodeForecaster] | None:
+        if self._kind is None:
+            return None
+        scenario, nodes = world.scenario, world.nodes
+        shown = [nodes[(k + 1) % len(nodes)] if self._kind == "wrong" else node for k, node in enumerate(nodes)]
+        known = scenario.announced and self._kind != "wrong"
+        return [
+            NodeForecaster(self._kind, trace, scenario.quality, known, random.Random(f"{world.seed}/forecast/{k}"))
+            for k, trace in enumerate(shown)
+        ]
+
+    # ------------------------------------------------------------------ clocks
+
+    def _report(self, router: _Router) -> None:
+        alive = [
+            (self.ids[member], f"node-{self.sim.replicas[member].node}", _MAX_ONGOING) for member in self.sim.members
+        ]
+        self._reports.append(router.ledger.report(self.sim.now_s, alive, router.level(), table_epoch=1))
+        router.counted = {replica_id: router.picks.in_flight[i] for replica_id, i in router.picks.index.items()}
+        self.sim.at(self.sim.now_s + self.config.balance.report_s * self.rng.uniform(0.95, 1.05), self._report, router)
+
+    def _telemetry(self, node: int) -> None:
+        now_s = self.sim.now_s
+        self.sim.at(now_s + _TELEMETRY_S * self.rng.uniform(0.99, 1.01), self._telemetry, node)
+        trace = self.world.nodes[node]
+        if any(down_s <= now_s < up_s for down_s, up_s in trace.downs_s):
+            return
+        since_s = max(now_s - _TELEMETRY_S, 0.0)
+        load = 1.0 - trace.mean_speed(since_s, now_s) if trace.visible and now_s > since_s else 0.0
+        load = min(max(load + self._noise.gauss(0.0, _TELEMETRY_NOISE), 0.0), 1.0)
+        memory = trace.memory_at(now_s)
+        forecast = self._forecasters[node].make(now_s, load, memory) if self._forecasters is not None else None
+        snapshot = NodeSnapshot(load, load, memory, 0.05, 0.0, 1e6, 1e6)
+        self._node_seq[node] += 1
+        self._node_reports.append(NodeReport(f"node-{node}", self._node_seq[node], snapshot, forecast))
+
+    def _tick(self, _: Any) -> None:
+        now_s, scenario = self.sim.now_s, self.world.scenario
+        routers, nodes = tuple(self._reports), tuple(self._node_reports)
+        self._reports.clear()
+        self._node_reports.clear()
+        output = self._balancer.on_tick(TickInput(now_s, routers, nodes))
+        self.transitions.extend(output.transitions)
+        self.made_s[output.table.version] = now_s
+        for router in self._routers:
+            late_s = self.rng.random() * scenario.table_delay_s
+            self.sim.at(now_s + late_s, router.take_table, output.table)
+        jitter = self.config.balance.tick_jitter
+        self.sim.at(now_s + scenario.tick_s * self.rng.uniform(1.0 - jitter, 1.0 + jitter), self._tick)
+
+    # ------------------------------------------------------------------ requests
+
+    def on_members(self) -> None:
+        """Serve's membership is authoritative: lay out the picks anew."""
+        for member in self.sim.members:
+            if member not in self.ids:
+                replica_id = f"replica-{member}"
+                self.ids[member] = replica_id
+                self.member_of[replica_id] = member
+        for router in self._routers:
+            router.lay_out()
+
+    def pick(self, request: Request) -> int:
+        """The router's own decision."""
+        router = self._routers[request.router]
+        if request.session is not None:
+            held = router.sessions.lookup(str(request.session.id), self.sim.now_s)
+            if held is not None and held in router.picks.index:
+                return self.member_of[held]
+        picks, rng = router.picks, self.rng.random
+        i = (
+            picks.power_of_two(rng)
+            if router.level() == "power_of_two"
+            else picks.pick(rng, self.config.balance.choices)
+        )
+        return router.by_index[i] if i >= 0 else -1
+
+    def on_sent(self, request: Request) -> None:
+        """Accounts for the request; copies it to a replica on trial now and then."""
+        router = self._routers[request.router]
+        replica_id = self.ids[request.replica]
+        router.ledger.start(str(request.id), replica_id, self.sim.now_s, float(request.others))
+        i = router.picks.index.get(replica_id)
+        if i is not None:
+            router.picks.in_flight[i] += 1
+        if router.mirrored:
+            draw = self.rng.random()
+            for candidate_id, fraction in router.mirrored:
+                draw -= fraction
+                if draw < 0.0:
+                    if candidate_id != replica_id:
+                        self._copy(router, request, candidate_id)
+                    return
+
+    def on_done(self, request: Request, ok: bool) -> None:
+        """The request has ended or was lost."""
+        router = self._routers[request.router]
+        replica_id = self.ids[request.replica]
+        duration_s = router.ledger.finish(str(request.id), replica_id, self.sim.now_s, ok=ok)
+        i = router.picks.index.get(replica_id)
+        if i is not None:
+            router.picks.in_flight[i] -= 1
+        pair = self._pairs.get(request.id)
+        if pair is not None and "primary_s" not in pair[1]:
+            self._half(request.id, primary_s=duration_s, primary_ok=ok)
+
+    # ------------------------------------------------------------------ copies
+
+    def _copy(self, router: _Router, request: Request, candidate_id: str) -> None:
+        limit = min(self.config.trial.mirror_concurrency, _MAX_ONGOING)
+        work_s = request.work_s
+        streams = request.items > 0
+        if streams:
+            work_s = min(work_s, _SHADOW_ITEMS * TOKEN_S)
+        if router.copies.get(candidate_id, 0) >= limit or request.id in self._pairs:
+            router.ledger.mirror_dropped += 1
+            return
+        if streams and work_s < request.work_s:
+            primary = self.sim.replicas[request.replica]
+            if not primary.mark(request, work_s, self._primary_half, request):
+                return  # it waits for a place: its first items cannot be timed yet
+        router.ledger.mirrored += 1
+        self._mirrored += 1
+        router.copies[candidate_id] = router.copies.get(candidate_id, 0) + 1
+        facts = {
+            "candidate_id": candidate_id,
+            "primary_id": self.ids[request.replica],
+            "primary_in_flight": float(request.others),
+        }
+        self._pairs[request.id] = (router, facts)
+        copy = self.sim.send_copy(request, self.member_of[candidate_id], work_s, self._copy_ended)
+        facts["shadow_in_flight"] = float(copy.others)
+        self.sim.at(self.sim.now_s + self.config.trial.mirror_deadline_s, self._copy_late, copy)
+
+    def _primary_half(self, request: Request) -> None:
+        pair = self._pairs.get(request.id)
+        if pair is not None and request.open and "primary_s" not in pair[1]:
+            self._half(request.id, primary_s=self.sim.now_s - request.sent_s, primary_ok=True)
+
+    def _copy_late(self, copy: Request) -> None:
+        if copy.open:
+            self.sim.replicas[copy.replica].cancel(copy)
+            self._copy_ended(copy, False)
+
+    def _copy_ended(self, copy: Request, ok: bool) -> None:
+        pair = self._pairs.get(copy.id)
+        if pair is None or "shadow_s" in pair[1]:
+            return
+        pair[0].copies[self.ids[copy.replica]] -= 1
+        self._half(copy.id, shadow_s=self.sim.now_s - copy.sent_s, shadow_ok=ok)
+
+    def _half(self, request_id: int, **facts: Any) -> None:
+        router, known = self._pairs[request_id]
+        known.update(facts)
+        if "primary_s" in known and "shadow_s" in known:
+            del self._pairs[request_id]
+            if known["primary_s"] is not None:
+                router.ledger.pair(PairedSample(**known))
+
+    def extra_metrics(self) -> dict[str, float]:
+        """Copies and trials."""
+        trials = sum(1 for t in self.transitions if t.after is State.SHADOWING)
+        refused = sum(1 for t in self.transitions if t.event in ("trial_failed", "guard_tripped"))
+        return {
+            "mirrored_requests": float(self._mirrored),
+            "trials": float(trials),
+            "refused": float(refused),
+            "transitions": float(len(self.transitions)),
+        }
