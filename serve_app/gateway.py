@@ -67,7 +67,7 @@ class InferenceApi:
 
     def __init__(self, caller: ModelCaller, info: ModelInfo, settings: GatewaySettings, ready: Ready) -> None:
         self._caller = caller
-        self._info = info
+        self.info = info
         self._settings = settings
         self._ready = ready
         self.session_header = settings.session_header
@@ -97,27 +97,27 @@ class InferenceApi:
     async def model_metadata(self, request: Request) -> Response:
         """The model's tensors."""
         self._check_model(request)
-        return JSONResponse(self._info.describe())
+        return JSONResponse(self.info.describe())
 
     async def model_ready(self, request: Request) -> Response:
         """A replica of this model runs."""
         self._check_model(request)
         if not await self._ready():
-            raise ProtocolError(503, f"no replica of model {self._info.name!r} is running yet", {"Retry-After": "1"})
-        return JSONResponse({"name": self._info.name, "ready": True})
+            raise ProtocolError(503, f"no replica of model {self.info.name!r} is running yet", {"Retry-After": "1"})
+        return JSONResponse({"name": self.info.name, "ready": True})
 
     # ------------------------------------------------ inference
 
     async def infer(self, request: Request) -> Response:
         """One inference, JSON or binary."""
         self._check_model(request)
-        if not self._info.infers:
-            raise ProtocolError(400, f"model {self._info.name!r} has no infer: POST its /generate")
+        if not self.info.infers:
+            raise ProtocolError(400, f"model {self.info.name!r} has no infer: POST its /generate")
         async with self._body(request) as body:
-            asked = decode_request(body, request.headers.get(HEADER_LENGTH), self._info.inputs, self._info.outputs)
+            asked = decode_request(body, request.headers.get(HEADER_LENGTH), self.info.inputs, self.info.outputs)
             options = self._options(request, asked.parameters)
             outputs = await self._caller.infer(asked.inputs, dict(asked.parameters), options)
-            answer = encode_response(asked, outputs, self._info.name, self._info.version)
+            answer = encode_response(asked, outputs, self.info.name, self.info.version)
         if answer.header_length is None:
             response = Response(answer.body, media_type="application/json")
         else:
@@ -145,19 +145,21 @@ class InferenceApi:
 
     async def _open(self, request: Request) -> tuple[Stream, dict[str, Any], CallOptions]:
         self._check_model(request)
-        if not self._info.generates:
-            raise ProtocolError(400, f"model {self._info.name!r} has no generate: POST its /infer")
+        if not self.info.generates:
+            raise ProtocolError(400, f"model {self.info.name!r} has no generate: POST its /infer")
         async with self._body(request) as body:
             asked = parse_json_object(body)
-            parameters = asked.get("parameters") or {}
-            if not isinstance(parameters, dict):
+            parameters = asked.get("parameters")
+            if not isinstance(parameters, dict | None):
                 raise ProtocolError(400, "'parameters' of the request must be an object")
-            options = self._options(request, parameters)
+            if not isinstance(asked.get("id"), str | None):
+                raise ProtocolError(400, "'id' must be a string")
+            options = self._options(request, parameters or {})
             return await self._caller.stream(asked, options), asked, options
 
     def _event(self, item: Any, asked: Mapping[str, Any]) -> dict[str, Any]:
         """An item of the model's stream as the object that goes to the client."""
-        event = {"model_name": self._info.name, "model_version": self._info.version}
+        event = {"model_name": self.info.name, "model_version": self.info.version}
         if isinstance(asked.get("id"), str):
             event["id"] = asked["id"]
         if isinstance(item, Mapping):
@@ -170,10 +172,10 @@ class InferenceApi:
 
     def _check_model(self, request: Request) -> None:
         model, version = request.path_params["model"], request.path_params.get("version")
-        if model != self._info.name:
-            raise ProtocolError(404, f"unknown model {model[:80]!r}; this server serves {self._info.name!r}")
-        if version is not None and version != self._info.version:
-            raise ProtocolError(404, f"unknown version {version[:80]!r} of {model!r}; there is {self._info.version!r}")
+        if model != self.info.name:
+            raise ProtocolError(404, f"unknown model {model[:80]!r}; this server serves {self.info.name!r}")
+        if version is not None and version != self.info.version:
+            raise ProtocolError(404, f"unknown version {version[:80]!r} of {model!r}; there is {self.info.version!r}")
 
     def _body(self, request: Request) -> Any:
         media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -258,7 +260,7 @@ def make_app(api: InferenceApi) -> FastAPI:
             ("POST", f"{base}/generate_stream", api.generate_stream),
         ]
     for method, path, endpoint in routes:
-        app.add_api_route(path, endpoint, methods=[method], **openapi.describe(method, path))
+        app.add_api_route(path, endpoint, methods=[method], **openapi.describe(method, path, api.info))
     app.add_exception_handler(ProtocolError, _refused)
     app.add_exception_handler(HTTPException, _not_routed)
     app.add_exception_handler(Exception, _failed)

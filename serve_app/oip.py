@@ -191,8 +191,6 @@ def _requested_outputs(
         if not isinstance(entry, dict):
             raise ProtocolError(400, "each entry of 'outputs' must be an object")
         name = _name(entry, "output")
-        if name in requested:
-            raise ProtocolError(400, f"output {name!r} is requested twice")
         if known and name not in known:
             raise ProtocolError(400, f"unknown output {name!r}; the model gives {', '.join(map(repr, sorted(known)))}")
         parameters = _parameters(entry, f"output {name!r}")

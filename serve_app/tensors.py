@@ -161,14 +161,13 @@ def _typed(name: str, datatype: str, flat: list[Any]) -> Array:
         return np.array(flat, dtype=dtype)
     try:
         wide: Array = np.array(flat, dtype={"f": np.float64, "u": np.uint64, "i": np.int64}[dtype.kind])
-        with np.errstate(over="ignore"):
-            array = wide.astype(dtype)
-        fits = bool(np.isfinite(array).all() if dtype.kind == "f" else (array == wide).all())
+        limits: Any = np.finfo(dtype) if dtype.kind == "f" else np.iinfo(dtype)
+        fits = not wide.size or bool(limits.min <= wide.min() and wide.max() <= limits.max)
     except OverflowError:
         fits = False
     if not fits:
         raise ProtocolError(400, f"input {name!r}: a number does not fit into {datatype}")
-    return array
+    return wide.astype(dtype)
 
 
 def _strings(name: str, flat: list[Any]) -> Array:

@@ -465,6 +465,8 @@ def test_items_that_json_cannot_carry_end_the_stream_with_a_reason(item: Any) ->
     [
         ({"json": []}, 400, "must be a JSON object"),
         ({"json": {"parameters": 3}}, 400, "must be an object"),
+        ({"json": {"parameters": False}}, 400, "must be an object"),
+        ({"json": {"id": 3}}, 400, "'id' must be a string"),
         ({"content": b"\xff", "headers": JSON}, 400, "not UTF-8"),
         ({"content": b"{}", "headers": {"content-type": "text/plain"}}, 415, "Content-Type"),
     ],
@@ -512,7 +514,23 @@ def test_the_openapi_description_covers_every_route_with_its_errors() -> None:
     infer = paths["/v2/models/{model}/versions/{version}/infer"]["post"]
     assert {parameter["name"] for parameter in infer["parameters"]} == {"model", "version"}
     assert {"400", "404", "413", "415", "503", "504"} <= set(infer["responses"])
-    assert infer["requestBody"]["content"]["application/json"]["schema"]["required"] == ["inputs"]
+
+
+def test_requests_made_from_the_description_are_answered() -> None:
+    described = send(make_api(FakeHandle(DIGIT)), "GET", "/openapi.json").json()
+    (schema,) = described["paths"][INFER.replace("digits", "{model}")]["post"]["requestBody"]["content"].values()
+    for form in schema["schema"]["properties"]["inputs"]["anyOf"]:
+        inputs = [
+            {key: rule["const"] for key, rule in entry["properties"].items() if "const" in rule}
+            | {"data": [entry["properties"]["data"]["items"]["maximum"]] * entry["properties"]["data"]["minItems"]}
+            for entry in form["prefixItems"]
+        ]
+        assert post(json={"inputs": inputs}).status_code == 200
+
+
+def test_what_the_model_does_not_offer_is_not_described() -> None:
+    api = make_api(FakeHandle(DIGIT), info=ModelInfo(name="digits", generates=False))
+    assert "/v2/models/{model}/generate" not in send(api, "GET", "/openapi.json").json()["paths"]
 
 
 def test_an_error_of_the_gateway_itself_is_a_500_without_details() -> None:
