@@ -70,7 +70,7 @@ def start_control_plane(
             .options(name=PAGE, max_restarts=3, scheduling_strategy=here, **common)
             .remote(page_host, page_port, token)
         )
-        url = ray.get(page.start.remote(), timeout=60)
+        url, token = ray.get([page.start.remote(), page.token.remote()], timeout=60)
     return ControlPlane(coordinator, url, token)
 
 

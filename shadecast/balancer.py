@@ -74,6 +74,8 @@ class ReplicaView:
     mean_s: float
     error_fraction: float
     mirror_fraction: float
+    held: bool
+    """An operator keeps it out."""
     trial: str
     evidence: Mapping[str, float]
     retry_in_s: float
@@ -739,6 +741,7 @@ class Balancer:
             rates.duration_sum_s / succeeded if rates.finished > 0.5 else math.nan,
             rates.failed / rates.finished if rates.finished > 0.5 else math.nan,
             known.mirror_fraction,
+            c.held,
             ruling.reason if ruling is not None else "",
             dict(ruling.evidence) if ruling is not None else {},
             max(c.not_before_s - now_s, 0.0) if c.state is State.INACTIVE else 0.0,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -25,19 +27,24 @@ def cluster():
     with LocalCluster(workers=2) as local:
         local.connect()
         start_control_plane(page_port=0)
-        serve.start(proxy_location="Disabled")
-        try:
-            yield local
-        finally:
-            serve.shutdown()
+        start_serve(local.address)
+        yield local
 
 
-def deploy(folder: Any, import_path: str, name: str, **deployment: Any) -> Any:
+def start_serve(address: str) -> None:
+    """Start Serve from a process of its own, as users do: replicas take over the import path of whoever starts it."""
+    code = (
+        "import sys, ray; from ray import serve; ray.init(address=sys.argv[1]); serve.start(proxy_location='Disabled')"
+    )
+    subprocess.run([sys.executable, "-P", "-c", code, address], check=True, capture_output=True, timeout=120)
+
+
+def deploy(folder: Any, import_path: str, app_name: str, **deployment: Any) -> Any:
     """Deploy an application from `folder` as a config file would; a second call only changes what differs."""
     config = {
         "applications": [
             {
-                "name": name,
+                "name": app_name,
                 "route_prefix": None,
                 "import_path": import_path,
                 "runtime_env": {"env_vars": {"PYTHONPATH": str(folder)}},
@@ -49,15 +56,15 @@ def deploy(folder: Any, import_path: str, name: str, **deployment: Any) -> Any:
     wanted = deployment.get("num_replicas", 1)
 
     def running() -> bool:
-        app = serve.status().applications.get(name)
+        app = serve.status().applications.get(app_name)
         if app is None:
             return False
         assert app.status != "DEPLOY_FAILED", app.message
         found = app.deployments.get(deployment["name"])
         return app.status == "RUNNING" and found is not None and found.replica_states.get("RUNNING") == wanted
 
-    wait_for(running, 90.0, f"{wanted} replicas of {name}")
-    return serve.get_app_handle(name)
+    wait_for(running, 90.0, f"{wanted} replicas of {app_name}")
+    return serve.get_app_handle(app_name)
 
 
 def wait_for(condition: Callable[[], Any], timeout_s: float, what: str) -> Any:

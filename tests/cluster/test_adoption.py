@@ -1,4 +1,4 @@
-"""One line on a user's own deployment, on a real cluster of several nodes: mirror, shift, active, and every fall-back."""
+"""One line on a deployment of a user, on a real cluster of several nodes: mirror, shift, active, fall-backs."""
 
 import asyncio
 import textwrap
@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import ray
+from ray import serve
 
 from tests.cluster.conftest import deploy, deployment_status, status, wait_for
 
@@ -14,7 +15,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 USER_APP = """
     import random, time
     import ray
-    from models.answers import ANSWER            # the user's own `models` package
+    from models.answers import ANSWER            # the user's own `models` package, not ours
     from ray import serve
     from ray.serve.config import RequestRouterConfig
 
@@ -111,7 +112,9 @@ def test_newcomers_are_mirrored_then_shifted_or_turned_away_and_users_see_no_err
     write_app(tmp_path, QUICK)
     handle = deploy(tmp_path, "user_app:app", "shop", name="Model", num_replicas=2)
     assert set(load(handle, 4)) == {"healthy"}
-    wait_for(lambda: sum(r["state"] == "active" for r in deployment_status("shop/Model")["replicas"]) == 2, 10, "2 active")
+    wait_for(
+        lambda: sum(r["state"] == "active" for r in deployment_status("shop/Model")["replicas"]) == 2, 10, "2 active"
+    )
 
     ray.get(kinds.plan.remote("failing", "slow", "healthy"))
     deploy(tmp_path, "user_app:app", "shop", name="Model", num_replicas=5)
@@ -149,7 +152,7 @@ def test_every_node_has_a_forecaster_that_reports(cluster):
 
 def test_a_killed_coordinator_comes_back_and_goes_on_from_the_routers_table(cluster, kinds, tmp_path):
     handle = ray.get_actor("shadecast-coordinator", namespace="shadecast")
-    app = __import__("ray").serve.get_app_handle("shop")
+    app = serve.get_app_handle("shop")
     before = {r["replica_id"]: r["state"] for r in deployment_status("shop/Model")["replicas"]}
     ray.kill(handle, no_restart=False)
     assert set(load(app, 6)) == {"healthy"}

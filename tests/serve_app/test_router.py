@@ -1,0 +1,372 @@
+"""The router as a plain object: tables, fall-backs, counts that return to zero, copies."""
+
+import asyncio
+import gc
+import math
+import weakref
+from collections import Counter
+
+import pytest
+from ray.exceptions import TaskCancelledError
+from ray.serve._private.common import RequestProtocol
+
+from tests.serve_app.router_fakes import FakeReplica, FakeResult, make_router, request, table
+
+
+def run(coroutine):
+    return asyncio.run(coroutine)
+
+
+async def choose(router, pending=None):
+    return await router.choose_replicas(router._replicas_list, pending or request())
+
+
+async def send(router, name="r", others=0, method="infer"):
+    """Choose and have the choice accept; its result."""
+    pending = request(name, method)
+    ranks = await choose(router, pending)
+    replica = ranks[0][0]
+    result = FakeResult(others=others)
+    router.on_send_request(replica.replica_id)
+    router.on_new_queue_len_info(replica.replica_id, others + 1)
+    router.on_request_routed(pending, replica.replica_id, result)
+    return replica, result
+
+
+async def settle():
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+def test_without_a_table_two_replicas_are_offered_as_serve_does():
+    async def scenario():
+        router = make_router(FakeReplica("a"), FakeReplica("b"), FakeReplica("c"))
+        assert router.level == "power_of_two"
+        offered = Counter()
+        for _ in range(200):
+            (rank,) = await choose(router)
+            assert len({r.name for r in rank}) == 2
+            offered.update(r.name for r in rank)
+        assert set(offered) == {"a", "b", "c"}
+
+    run(scenario())
+
+
+def test_a_table_decides_who_is_eligible():
+    async def scenario():
+        router = make_router(FakeReplica("a"), FakeReplica("b"), FakeReplica("new"))
+        router.take_table(table(a=1.0, b=1.0, new=0.0))
+        assert router.level == "table"
+        for i in range(100):
+            for rank in await choose(router, request(str(i))):
+                assert {r.name for r in rank} <= {"a", "b"}
+
+    run(scenario())
+
+
+def test_an_older_table_or_one_of_a_former_coordinator_is_ignored():
+    async def scenario():
+        router = make_router(FakeReplica("a"), FakeReplica("b"))
+        router.take_table(table(version=5, epoch=2, a=1.0, b=0.0))
+        router.take_table(table(version=4, epoch=2, a=0.0, b=1.0))
+        router.take_table(table(version=9, epoch=1, a=0.0, b=1.0))
+        assert (await choose(router))[0][0].name == "a"
+        router.take_table(table(version=1, epoch=3, a=0.0, b=1.0))
+        assert (await choose(router))[0][0].name == "b"
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(("age_s", "level"), [(0.0, "table"), (4.0, "stale_table"), (30.0, "power_of_two")])
+def test_an_ageing_table_loses_its_say_step_by_step(age_s, level):
+    async def scenario():
+        router = make_router(FakeReplica("a"), FakeReplica("b"), FakeReplica("bad"))
+        router.take_table(table(age_s=age_s, a=1.0, b=1.0, bad=0.0))
+        assert router.level == level
+        for i in range(50):  # what it kept out stays out for a while
+            for rank in await choose(router, request(str(i))):
+                assert "bad" not in {r.name for r in rank}
+        router._table_s -= 100.0
+        offered = set()
+        for i in range(100):
+            offered |= {r.name for rank in await choose(router, request(f"x{i}")) for r in rank}
+        assert offered == {"a", "b", "bad"}
+
+    run(scenario())
+
+
+def test_a_replica_set_that_the_table_does_not_know_is_used():
+    async def scenario():
+        router = make_router(FakeReplica("a"))
+        router.take_table(table(a=1.0))
+        router.update_replicas([FakeReplica("x"), FakeReplica("y")])
+        offered = {(await choose(router, request(str(i))))[0][0].name for i in range(50)}
+        assert offered == {"x", "y"}
+
+    run(scenario())
+
+
+def test_a_dead_replica_is_out_at_once():
+    async def scenario():
+        a = FakeReplica("a")
+        router = make_router(a, FakeReplica("b"))
+        router.take_table(table(a=1.0, b=1.0))
+        router.on_replica_actor_died(a.replica_id)
+        for i in range(20):
+            assert (await choose(router, request(str(i))))[0][0].name == "b"
+
+    run(scenario())
+
+
+def test_every_choice_asks_for_backoff():
+    async def scenario():
+        router = make_router(FakeReplica("a"))
+        pending = request()
+        await choose(router, pending)
+        assert pending.routing_context.should_backoff
+
+    run(scenario())
+
+
+def test_an_outcome_is_counted_once_with_its_error():
+    async def scenario():
+        router = make_router(FakeReplica("a"))
+        router.take_table(table(a=1.0))
+        for i in range(3):
+            _, result = await send(router, f"r{i}", others=2)
+            result.end(None if i else ValueError("user code"))
+            router.on_request_completed(router._replicas_list[0].replica_id, f"r{i}")
+            result.end()
+            await settle()
+        view = router._make_report().replicas[0]
+        assert (view.started, view.finished, view.failed, view.in_flight) == (3, 3, 1, 0)
+        assert {o.in_flight_at_start for o in view.outcomes} == {2.0}
+        assert router._picks.in_flight == [0]
+
+    run(scenario())
+
+
+def test_a_cancelled_request_is_no_failure():
+    async def scenario():
+        router = make_router(FakeReplica("a"))
+        router.take_table(table(a=1.0))
+        _, result = await send(router)
+        result.end(TaskCancelledError())
+        await settle()
+        view = router._make_report().replicas[0]
+        assert (view.finished, view.failed, view.in_flight) == (0, 0, 0)
+
+    run(scenario())
+
+
+def test_counts_return_to_zero_after_rejections_failed_sends_and_cancelled_choices():
+    async def scenario():
+        a, b = FakeReplica("a"), FakeReplica("b")
+        router = make_router(a, b)
+        router.take_table(table(a=1.0, b=1.0))
+        rejected = request("rejected")
+        for _ in range(3):
+            replica = (await choose(router, rejected))[0][0]
+            router.on_send_request(replica.replica_id)
+            router.on_request_completed(replica.replica_id, "rejected")
+        failed = request("failed")
+        replica = (await choose(router, failed))[0][0]
+        router.on_request_completed(replica.replica_id, "failed")
+        given_up = request("given up")
+        await choose(router, given_up)
+        given_up.future.cancel()
+        ended = [await send(router, f"r{i}") for i in range(10)]
+        router.update_replicas([b])
+        for _, result in ended:
+            result.end()
+        await settle()
+        router._make_report()
+        assert router._picks.in_flight == [0]
+        assert router._sending == {}
+        assert router._ledger.all_in_flight() == {}
+
+    run(scenario())
+
+
+def test_own_choices_spread_before_any_table_says_so():
+    async def scenario():
+        router = make_router(*(FakeReplica(n) for n in "abcd"))
+        router.take_table(table(a=1.0, b=1.0, c=1.0, d=1.0))
+        chosen = Counter([(await send(router, f"r{i}"))[0].name for i in range(40)])
+        assert min(chosen.values()) >= 8, "equal but for ties, which fall at random within a tenth"
+
+    run(scenario())
+
+
+def test_copies_go_to_the_replica_on_trial_and_become_pairs():
+    async def scenario():
+        new = FakeReplica("new")
+        router = make_router(FakeReplica("a"), new, trial={"copy_methods": ["infer"]})
+        router.take_table(table(a=1.0, new=(0.0, 1.0, 1.0)))
+        replica, result = await send(router, others=1)
+        assert replica.name == "a"
+        await settle()
+        (copy,) = new.sent
+        assert copy.metadata.request_id == "r-shadow"
+        assert copy.metadata.internal_request_id == "r-shadow"
+        assert copy.args == [1]
+        new.results[0].end()
+        await settle()
+        result.end()
+        await settle()
+        report = router._make_report()
+        (pair,) = report.pairs
+        assert (pair.candidate_id, pair.primary_id) == ("new", "a")
+        assert (pair.primary_in_flight, pair.shadow_in_flight) == (1.0, 0.0)
+        assert pair.primary_ok
+        assert pair.shadow_ok
+        assert report.mirrored == 1
+        new_view = next(r for r in report.replicas if r.replica_id == "new")
+        assert new_view.started == 0, "a copy is not a live request"
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("how", ["raises", "breaks", "fails"])
+def test_whatever_a_copy_does_the_primary_goes_on(how):
+    async def scenario():
+        new = FakeReplica("new")
+        if how == "raises":
+            new.make = lambda: RuntimeError("cannot be sent")
+        elif how == "breaks":
+            new.make = lambda: FakeResult(broken=RuntimeError("gone"))
+        router = make_router(FakeReplica("a"), new, trial={"copy_methods": ["*"]})
+        router.take_table(table(a=1.0, new=(0.0, 1.0, 1.0)))
+        _, result = await send(router)
+        await settle()
+        if how == "fails":
+            new.results[0].end(ValueError("no"))
+        result.end()
+        await settle()
+        report = router._make_report()
+        view = next(r for r in report.replicas if r.replica_id == "a")
+        assert (view.finished, view.failed) == (1, 0)
+        assert [(p.primary_ok, p.shadow_ok) for p in report.pairs] == [(True, False)]
+        assert router._mirror.under_way == 0
+
+    run(scenario())
+
+
+def test_a_hung_replica_holds_no_more_than_its_cap_of_copies_and_drops_are_counted():
+    async def scenario():
+        new = FakeReplica("new")
+        router = make_router(FakeReplica("a"), new, trial={"copy_methods": ["*"], "mirror_concurrency": 3})
+        router.take_table(table(a=1.0, new=(0.0, 1.0, 1.0)))
+        for i in range(20):
+            _, result = await send(router, f"r{i}")
+            await settle()
+            result.end()
+        await settle()
+        report = router._make_report()
+        assert len(new.sent) == 3
+        assert (report.mirrored, report.mirror_dropped) == (3, 17)
+        view = next(r for r in report.replicas if r.replica_id == "a")
+        assert (view.finished, view.failed) == (20, 0)
+
+    run(scenario())
+
+
+def test_a_copy_past_its_deadline_is_cancelled_and_counts_against_the_candidate():
+    async def scenario():
+        new = FakeReplica("new")
+        router = make_router(FakeReplica("a"), new, trial={"copy_methods": ["*"], "mirror_deadline_s": 0.1})
+        router.take_table(table(a=1.0, new=(0.0, 1.0, 1.0)))
+        _, result = await send(router)
+        result.end()
+        async with asyncio.timeout(5):
+            await settle()
+            await asyncio.gather(*router._mirror._tasks)
+        (pair,) = router._make_report().pairs
+        assert not pair.shadow_ok
+        assert pair.shadow_s >= 0.1
+        assert new.results[0].cancelled
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("method", "declared", "metadata"),
+    [
+        ("buy", ["infer"], {}),
+        ("infer", [], {}),
+        ("__call__", ["*"], {"_request_protocol": "HTTP"}),
+    ],
+)
+def test_what_is_not_safe_to_copy_is_not_copied_but_counted(method, declared, metadata):
+    async def scenario():
+        new = FakeReplica("new")
+        router = make_router(FakeReplica("a"), new, trial={"copy_methods": declared})
+        router.take_table(table(a=1.0, new=(0.0, 1.0, 1.0)))
+        protocol = {"_request_protocol": RequestProtocol.HTTP} if metadata else {}
+        pending = request("r", method, **protocol)
+        replica = (await choose(router, pending))[0][0]
+        router.on_request_routed(pending, replica.replica_id, FakeResult())
+        await settle()
+        assert new.sent == []
+        assert router._make_report().uncopyable == 1
+
+    run(scenario())
+
+
+def test_a_wrong_setting_leaves_the_defaults_in_force(caplog):
+    async def scenario():
+        router = make_router(FakeReplica("a"), trial={"mirror_fraction": 7})
+        assert router._config.trial.mirror_fraction == 0.1
+        assert (await choose(router))[0][0].name == "a"
+
+    run(scenario())
+
+
+def test_a_preference_for_the_own_node_is_kept_among_eligible_replicas():
+    async def scenario():
+        router = make_router(FakeReplica("far", node_id="other"), FakeReplica("near"), FakeReplica("new"))
+        router._prefer_local_node_routing = True
+        router.take_table(table(far=1.0, near=1.0, new=0.0))
+        assert {(await choose(router, request(str(i))))[0][0].name for i in range(20)} == {"near"}
+
+    run(scenario())
+
+
+def test_a_multiplexed_model_goes_where_it_is_loaded():
+    async def scenario():
+        router = make_router(FakeReplica("a"), FakeReplica("b", multiplexed_model_ids={"m"}), FakeReplica("c"))
+        router.take_table(table(a=1.0, b=1.0, c=1.0))
+        for i in range(20):
+            assert (await choose(router, request(str(i), multiplexed_model_id="m")))[0][0].name == "b"
+
+    run(scenario())
+
+
+def test_a_router_that_nobody_holds_is_freed():
+    async def scenario():
+        router = make_router(FakeReplica("a"))
+        gone = weakref.ref(router)
+        await asyncio.sleep(0.05)
+        del router
+        gc.collect()
+        for _ in range(30):
+            if gone() is None:
+                return
+            await asyncio.sleep(0.1)
+            gc.collect()
+        raise AssertionError("the control loop keeps the router alive")
+
+    run(scenario())
+
+
+def test_reports_hold_no_impossible_numbers():
+    async def scenario():
+        router = make_router(FakeReplica("a"))
+        _, result = await send(router)
+        result.end()
+        await settle()
+        (outcome,) = router._make_report().replicas[0].outcomes
+        assert math.isfinite(outcome.duration_s)
+        assert outcome.duration_s >= 0.0
+
+    run(scenario())
