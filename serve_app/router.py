@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import random
 import time
 import uuid
@@ -23,6 +24,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError
+from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 from ray.serve.request_router import (
     LocalityMixin,
     MultiplexMixin,
@@ -39,11 +41,13 @@ from shadecast.config import Config
 from shadecast.errors import ConfigError
 from shadecast.ledger import Ledger
 from shadecast.pick import PickTable, cost_table
+from shadecast.sessions import SessionMap
 from shadecast.types import RoutingTable, State
 
 logger = logging.getLogger("ray.serve")
 
 _LONG_POLL_S = 5.0
+_SECRET_KEY = b"session-secret"
 _FORGET_TABLE_S = 60.0
 """After so long without a coordinator, replicas that the last table kept out are used again."""
 
@@ -72,6 +76,9 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         self._mirrored: list[tuple[str, float]] = []
         self._control: asyncio.Task[None] | None = None
         self._random = random.random
+        self._sessions: SessionMap | None = None
+        """Made with the first request that has a session."""
+        self._session_secret = self._deployment.encode()
         self._want_table_back = False
 
     def initialize_state(self, config: Mapping[str, Any] | None = None, **unknown: Any) -> None:
@@ -115,6 +122,10 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
             first = self._picks.pick(self._random, self._config.balance.choices)
             return [[self._by_index[first]]] if first >= 0 else []
         pending_request.routing_context.should_backoff = True
+        if pending_request.metadata.session_id:
+            kept = self._session_ranks(pending_request)
+            if kept is not None:
+                return kept
         if self._prefer_local_node_routing or pending_request.metadata.multiplexed_model_id:
             preferred = self._preferred(pending_request)
             if preferred is not None:
@@ -130,6 +141,35 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         if second == first:
             return [[self._by_index[first]]]
         return [[self._by_index[first]], [self._by_index[second]]]
+
+    def _session_ranks(self, pending_request: PendingRequest) -> list[list[RunningReplica]] | None:
+        """A session's own replica; once that was found full, the usual choice, so that a request never waits for it."""
+        context = pending_request.routing_context
+        if context.tried_same_node:
+            return None
+        context.tried_same_node = True  # Serve's mark of "the preferred replica was tried": no mixin reads it here
+        if self._sessions is None:
+            self._sessions = SessionMap(self._config.session, self._session_secret, self._config.trial.drain_s)
+            self._update_sessions(self._sessions)
+        replica_id = self._sessions.lookup(pending_request.metadata.session_id, time.monotonic())
+        i = self._picks.index.get(replica_id) if replica_id is not None else None
+        if replica_id is None or i is None:
+            return None
+        self._expect(pending_request, replica_id)
+        return [[self._by_index[i]]]
+
+    def _update_sessions(self, sessions: SessionMap) -> None:
+        """Tell the sessions of a new table or membership."""
+        picks, table = self._picks, self._table
+        rows = {row.replica_id: row for row in table.rows} if table is not None else {}
+        weights = {
+            replica_id: rows[replica_id].session_weight if replica_id in rows else 1.0
+            for i, replica_id in enumerate(picks.ids)
+            if picks.share[i] > 0.0
+        }
+        scores = {replica_id: picks.score(i) for i, replica_id in enumerate(picks.ids) if picks.share[i] > 0.0}
+        draining = [r for r in picks.ids if r in rows and rows[r].state is State.DRAINING]
+        sessions.update(weights, scores, time.monotonic(), draining)
 
     def _two_choices(self) -> list[list[RunningReplica]]:
         """Two random replicas, of which Serve takes the one with the shorter queue: its own default rule."""
@@ -250,6 +290,8 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         ids = [r.replica_id.unique_id for r in self._by_index]
         self._picks = PickTable(ids, table, mine, self._counted, self._cost)
         rows = table.rows if table is not None else ()
+        if self._sessions is not None:
+            self._update_sessions(self._sessions)
         self._mirrored = [
             (row.replica_id, row.mirror_fraction)
             for row in rows
@@ -271,9 +313,11 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         self._counted = {replica_id: self._picks.in_flight[i] for replica_id, i in self._picks.index.items()}
         return report
 
-    def shares(self) -> dict[str, State]:
-        """State of each replica by the table that is in force."""
-        return {row.replica_id: row.state for row in self._table.rows} if self._table is not None else {}
+    def _use_secret(self, secret: bytes) -> None:
+        """Place sessions by the cluster's secret, so that all routers agree and no client can choose its replica."""
+        if secret != self._session_secret:
+            self._session_secret = secret
+            self._sessions = None
 
 
 async def _control_loop(router: weakref.ref[PredictiveRouter]) -> None:
@@ -283,10 +327,14 @@ async def _control_loop(router: weakref.ref[PredictiveRouter]) -> None:
     """
     poll: asyncio.Task[Any] | None = None
     coordinator: Any = None
+    known_secret = False
     try:
         while ray.is_initialized() and (this := router()) is not None:
             period_s = this._config.balance.report_s * random.uniform(0.95, 1.05)
             try:
+                if not known_secret:
+                    this._use_secret(await asyncio.get_running_loop().run_in_executor(None, _cluster_secret))
+                    known_secret = True
                 if coordinator is None:
                     coordinator = await asyncio.get_running_loop().run_in_executor(None, _find_coordinator)
                 if coordinator is not None:
@@ -322,6 +370,13 @@ async def _poll_tables(router: weakref.ref[PredictiveRouter], coordinator: Any) 
             if this is not None and table is not None:
                 this.take_table(table)
             del this
+
+
+def _cluster_secret() -> bytes:
+    """What session ids are hashed with, made by the first router of a cluster. Blocks: call it in a thread."""
+    _internal_kv_put(_SECRET_KEY, os.urandom(16), overwrite=False, namespace=NAMESPACE.encode())
+    secret: bytes = _internal_kv_get(_SECRET_KEY, namespace=NAMESPACE.encode())
+    return secret
 
 
 def _find_coordinator() -> Any:

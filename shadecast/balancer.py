@@ -17,6 +17,7 @@ from shadecast.config import Config
 from shadecast.connection import TRANSITIONS, Connection, Event, step
 from shadecast.gate import Canary, Ruling, Trial, Verdict
 from shadecast.service_curve import CurveLearner
+from shadecast.sessions import steady_weight
 from shadecast.types import (
     NodeReport,
     Outcome,
@@ -139,6 +140,7 @@ class _Replica:
     setbacks: int = 0
     ruling: Ruling | None = None
     mirror_fraction: float = 0.0
+    session_weight: float = 0.0
     live_capacity: float = 1.0
     outlook: cap.Outlook = cap.NO_OUTLOOK
     vetoed: bool = False
@@ -685,6 +687,7 @@ class Balancer:
         for known in self._replicas.values():
             c = known.connection
             share = 1.0 if panic and not c.held and not c.rejections else c.share(ramp)
+            known.session_weight = steady_weight(known.session_weight, known.capacity * share)
             rows.append(
                 TableRow(
                     c.replica_id,
@@ -694,7 +697,7 @@ class Balancer:
                     known.capacity,
                     known.queue,
                     known.mirror_fraction,
-                    known.capacity * share,
+                    known.session_weight,
                     c.proven,
                     c.rejections,
                 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -36,7 +37,13 @@ def start_serve(address: str) -> None:
     code = (
         "import sys, ray; from ray import serve; ray.init(address=sys.argv[1]); serve.start(proxy_location='Disabled')"
     )
-    subprocess.run([sys.executable, "-P", "-c", code, address], check=True, capture_output=True, timeout=120)
+    subprocess.run(
+        [sys.executable, "-P", "-c", code, address],
+        check=True,
+        capture_output=True,
+        timeout=120,
+        cwd=tempfile.gettempdir(),
+    )
 
 
 def deploy(folder: Any, import_path: str, app_name: str, **deployment: Any) -> Any:

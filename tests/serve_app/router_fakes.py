@@ -102,5 +102,5 @@ def table(version: int = 1, epoch: int = 1, age_s: float = 0.0, **rows: Any) -> 
     for name, row in rows.items():
         share, capacity, mirror = row if isinstance(row, tuple) else (row, 1.0, 0.0)
         state = State.ACTIVE if share else State.SHADOWING
-        made.append(TableRow(name, "node", state, share, capacity, 0.0, mirror))
+        made.append(TableRow(name, "node", state, share, capacity, 0.0, mirror, share * capacity))
     return RoutingTable("app/model", epoch, version, 1, tuple(made), age_s=age_s)

@@ -342,6 +342,51 @@ def test_a_multiplexed_model_goes_where_it_is_loaded():
     run(scenario())
 
 
+def test_sessions_stay_on_their_replica_and_all_routers_agree():
+    async def scenario():
+        names = "abcd"
+        routers = [make_router(*(FakeReplica(n) for n in order)) for order in (names, names[::-1])]
+        for router in routers:
+            router.take_table(table(**dict.fromkeys(names, 1.0)))
+        homes = {}
+        for i in range(200):
+            session = f"s{i % 40}"
+            router = routers[i % 2]
+            chosen = (await choose(router, request(f"r{i}", session_id=session)))[0][0].name
+            assert homes.setdefault(session, chosen) == chosen
+        assert len(set(homes.values())) == 4
+
+    run(scenario())
+
+
+def test_a_session_never_waits_for_a_full_replica():
+    async def scenario():
+        router = make_router(*(FakeReplica(n) for n in "ab"))
+        router.take_table(table(a=1.0, b=1.0))
+        pending = request("r", session_id="s")
+        await choose(router, pending)
+        second_try = {(await choose(router, pending))[0][0].name for _ in range(40)}
+        assert second_try == {"a", "b"}
+
+    run(scenario())
+
+
+def test_sessions_are_never_placed_on_a_replica_on_trial_and_leave_one_that_is_gone():
+    async def scenario():
+        replicas = [FakeReplica(n) for n in ("a", "b", "new")]
+        router = make_router(*replicas)
+        router.take_table(table(a=1.0, b=1.0, new=0.0))
+        homes = {}
+        for i in range(50):
+            homes[i] = (await choose(router, request(f"r{i}", session_id=f"s{i}")))[0][0].name
+        assert set(homes.values()) == {"a", "b"}
+        router.update_replicas(replicas[1:])
+        for i in range(50):
+            assert (await choose(router, request(f"q{i}", session_id=f"s{i}")))[0][0].name == "b"
+
+    run(scenario())
+
+
 def test_a_router_that_nobody_holds_is_freed():
     async def scenario():
         router = make_router(FakeReplica("a"))
