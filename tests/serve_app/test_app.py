@@ -115,6 +115,19 @@ def test_text_from_the_command_line_is_enough() -> None:
     assert (args.replicas, args.num_cpus, args.config) == (3, 0.25, {"trial": {"margin": 1.2}})
 
 
+def test_serve_run_prints_the_line_and_nothing_else() -> None:
+    command = [sys.executable, "-m", "ray.serve.scripts", "run", "serve_app.app:build", "replicas=0"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1] == ("Error: replicas = '0': input should be greater than or equal to 1")
+    assert "Traceback" not in done.stderr
+
+
+def test_every_argument_is_documented() -> None:
+    text = (ROOT / "docs" / "protocol.md").read_text()
+    assert [name for name in AppArgs.model_fields if f"`{name}`" not in text and f"`{name}=" not in text] == []
+
+
 def deployments(**given: Any) -> dict[str, Any]:
     app = build(AppArgs.model_validate(given))
     gateway = app._bound_deployment

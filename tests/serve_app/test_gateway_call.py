@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from gateway_fakes import Clock, FakeHandle, FullResponse, make_caller
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
@@ -16,6 +15,7 @@ from serve_app.model_call import CallOptions, ModelCaller
 from serve_app.model_server import Refusal
 from serve_app.protocol_error import ProtocolError
 from serve_app.retry import RetryBudget
+from tests.serve_app.gateway_fakes import Clock, FakeHandle, FullResponse, make_caller
 
 OPTIONS = CallOptions(timeout_s=30.0)
 DIED = ActorDiedError()

@@ -23,10 +23,14 @@ import numpy as np
 import pytest
 import ray
 import tritonclient.http as triton
+import yaml
 from ray import serve
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeDeploySchema
 
 from serve_app import digits
-from serve_app.app import AppArgs, build
+
+ROOT = Path(__file__).parents[2]
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 
@@ -115,8 +119,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         address = started.address_info["gcs_address"]
         try:
             serve.start(http_options={"host": "127.0.0.1", "port": port})
-            args = {"replicas": 2, "num_cpus": 0.2, "session_cookie": "shadecast", "body_idle_timeout_s": 1}
-            serve.run(build(AppArgs.model_validate(args)), name="digits", route_prefix="/")
+            deploy_from_config_file(num_cpus=0.2, session_cookie="shadecast", body_idle_timeout_s=1)
             started_app = subprocess.run(
                 [
                     *(sys.executable, "-m", "ray.serve.scripts", "run", "serve_app.app:build", "--non-blocking"),
@@ -136,6 +139,15 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         finally:
             serve.shutdown()
             ray.shutdown()
+
+
+def deploy_from_config_file(**changes: Any) -> None:
+    """What `serve deploy examples/serve_config.yaml` does, with other arguments here and there."""
+    config = yaml.safe_load((ROOT / "examples" / "serve_config.yaml").read_text())
+    config["applications"][0]["args"] |= changes
+    client = _get_global_client()
+    client.deploy_apps(ServeDeploySchema.model_validate(config))
+    client._wait_for_application_running("digits", timeout_s=120)
 
 
 def probe(cluster: Cluster, timeout_s: float = 30.0, headers: dict[str, str] | None = None, **parameters: Any) -> Any:

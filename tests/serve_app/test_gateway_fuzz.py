@@ -12,11 +12,11 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from gateway_fakes import FakeHandle, call, make_api
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve_app.gateway import make_app
+from tests.serve_app.gateway_fakes import FakeHandle, call, make_api
 
 DIGIT = {"digit": np.array([7])}
 VALID = {"inputs": [{"name": "pixels", "datatype": "FP32", "shape": [1, 2], "data": [1, 2]}]}

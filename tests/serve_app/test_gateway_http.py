@@ -15,11 +15,11 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from gateway_fakes import INFO, FakeHandle, client, make_api
 from ray.exceptions import ActorDiedError, RayTaskError
 
 from serve_app.gateway import InferenceApi, Readiness, make_app
 from serve_app.model_server import ModelInfo, Refusal
+from tests.serve_app.gateway_fakes import INFO, FakeHandle, client, make_api
 
 REQUEST = {"inputs": [{"name": "pixels", "datatype": "FP32", "shape": [1, 2], "data": [1, 2]}]}
 JSON = {"content-type": "application/json"}
