@@ -78,6 +78,9 @@ def serve(  # noqa: PLR0917 - options of a command are named by the user
     sys.path.insert(0, str(Path.cwd()))
     application = build(AppArgs.model_validate({"model": model, "replicas": replicas, "router": router}))
     sys.path.remove(str(Path.cwd()))
+    _check_free(port)
+    if page_port:
+        _check_free(page_port)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
@@ -117,15 +120,19 @@ def serve(  # noqa: PLR0917 - options of a command are named by the user
     console.print("Stopped.")
 
 
-def _deploy(application: Any, port: int) -> str:
-    """Serve an application on loopback, through one proxy: the nodes of a local cluster share the machine's ports."""
+def _check_free(port: int) -> None:
+    """Raise ShadecastError if something listens on a port of loopback already."""
     with socket.socket() as probe:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             raise ShadecastError(
-                f"--port {port}: 127.0.0.1:{port} is taken ({error.strerror}); stop what uses it or give another port"
+                f"port {port}: 127.0.0.1:{port} is taken ({error.strerror}); stop what uses it or give another port"
             ) from None
+
+
+def _deploy(application: Any, port: int) -> str:
+    """Serve an application on loopback, through one proxy: the nodes of a local cluster share the machine's ports."""
     ray_serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
     ray_serve.run(application, name="default", route_prefix="/")
     return f"http://127.0.0.1:{port}"

@@ -6,6 +6,7 @@ machine's cores, so it shows behaviour, not speed.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import psutil
 import ray
 from ray.cluster_utils import Cluster
 
@@ -108,9 +110,24 @@ class LocalCluster:
         address_file().unlink(missing_ok=True)
         ray.shutdown()
         if self._cluster is not None:
-            for node in [*self._cluster.worker_nodes, self._cluster.head_node]:
-                if node is not None:
-                    node.kill_all_processes(check_alive=False, allow_graceful=False)
+            nodes = [n for n in [*self._cluster.worker_nodes, self._cluster.head_node] if n is not None]
+            descendants = [child for node in nodes for child in _descendants(node)]
+            for node in nodes:
+                node.kill_all_processes(check_alive=False, allow_graceful=False)
+            for child in descendants:  # agents and workers would notice only after half a minute
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
+            psutil.wait_procs(descendants, timeout=10)
+
+
+def _descendants(node: Any) -> list[psutil.Process]:
+    """Processes that a node's own processes have started."""
+    found = []
+    for infos in node.all_processes.values():
+        for info in infos:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found += psutil.Process(info.process.pid).children(recursive=True)
+    return found
 
 
 def find_address(given: str | None) -> str:

@@ -14,7 +14,7 @@ from statistics import median
 
 from shadecast import capacity as cap
 from shadecast.config import Config
-from shadecast.connection import TRANSITIONS, Connection, Event, step
+from shadecast.connection import TRANSITIONS, Connection, Event, backoff_s, step
 from shadecast.gate import Canary, Ruling, Trial, Verdict
 from shadecast.service_curve import CurveLearner
 from shadecast.sessions import steady_weight
@@ -189,8 +189,9 @@ class Balancer:
                 continue
             kept = row.state if row.state in (State.ACTIVE, State.DRAINING) else State.INACTIVE
             held = row.state is State.DRAINING
+            again_s = now_s + backoff_s(row.rejections, self.config.trial)
             connection = Connection(
-                row.replica_id, row.node_id, kept, now_s, 0, row.rejections, now_s, row.proven, held
+                row.replica_id, row.node_id, kept, now_s, 0, row.rejections, again_s, row.proven, held
             )
             known = self._add(connection, now_s)
             known.capacity = known.live_capacity = max(row.capacity, 0.01)
@@ -600,6 +601,10 @@ class Balancer:
                 self._apply(known, Event.STEP_PASSED, now_s, f"no harm at a share of {share:g}", rulings[0])
 
     def _guard(self, known: _Replica, now_s: float) -> None:
+        """An ACTIVE replica: errors that the others do not have drain it; long good service is a clean slate."""
+        c = known.connection
+        if c.rejections and now_s - c.since_s > self.config.trial.backoff_max_s:
+            known.connection = replace(c, rejections=0)
         if known.cusum < _CUSUM_LIMIT or known.rates.failed < 3.0:
             return
         others = sum(1 for r in self._replicas.values() if r is not known and r.connection.state is State.ACTIVE)

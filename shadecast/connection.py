@@ -122,8 +122,12 @@ def step(connection: Connection, event: Event, now_s: float, config: TrialConfig
     match event:
         case Event.ADMIT | Event.DRAINED:
             return changed
-        case Event.ADMIT_UNTRIED | Event.RAMP_DONE:
+        case Event.ADMIT_UNTRIED:
             return replace(changed, proven=True, rejections=0, step=0)
+        case (
+            Event.RAMP_DONE
+        ):  # rejections stay until it has served well for long: else it would flap at the first pause
+            return replace(changed, proven=True, step=0)
         case Event.ADMIT_URGENT:
             urgent = next((i for i, share in enumerate(config.ramp) if share >= config.urgent_share), 0)
             return replace(changed, step=urgent)

@@ -1,0 +1,158 @@
+"""`make serve`, as a stranger runs it: comes up, reads digits, shows its state, stops without a trace."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from sklearn.datasets import load_digits
+
+from tests.cluster.conftest import wait_for
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def get(url, body=None, headers=None):
+    data = json.dumps(body).encode() if body is not None else None
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json", **(headers or {})})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return answer.read()
+
+
+@pytest.fixture(scope="module")
+def serving(tmp_path_factory):
+    """The running command: (process, url of predictions, url of the page, environment, its output file)."""
+    folder = tmp_path_factory.mktemp("serve")
+    port, page_port = free_port(), free_port()
+    env = {
+        **os.environ,
+        "XDG_CACHE_HOME": str(folder),
+        "SHADECAST_TOKEN": "secret-token",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    env.pop("RAY_ADDRESS", None)
+    log = (folder / "log").open("w+")
+    command = [sys.executable, "-m", "serve_app", "serve", "--port", str(port), "--page-port", str(page_port)]
+    process = subprocess.Popen([*command, "--workers", "2", "--replicas", "2"], stdout=log, stderr=log, env=env)
+    try:
+        wait_for(lambda: process.poll() is not None or "Ctrl-C stops" in (folder / "log").read_text(), 180, "ready")
+        assert process.poll() is None, (folder / "log").read_text()
+        yield process, f"http://127.0.0.1:{port}", f"http://127.0.0.1:{page_port}", env, folder / "log"
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def test_it_reads_digits_rightly(serving):
+    _, url, *_ = serving
+    pixels, labels = load_digits(return_X_y=True)
+    body = {"inputs": [{"name": "pixels", "datatype": "FP32", "shape": [50, 64], "data": pixels[:50].ravel().tolist()}]}
+    outputs = {o["name"]: o for o in json.loads(get(f"{url}/v2/models/digits/infer", body))["outputs"]}
+    assert outputs["digit"]["datatype"] == "INT64"
+    assert outputs["digit"]["shape"] == [50]
+    assert outputs["probabilities"]["shape"] == [50, 10]
+    assert np.mean(np.array(outputs["digit"]["data"]) == labels[:50]) >= 0.97
+
+
+def test_the_curl_line_of_the_readme_gives_a_zero(serving):
+    _, url, *_ = serving
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    body = re.search(r"-d '(\{.*?\})'", readme, re.DOTALL).group(1)
+    (output,) = json.loads(get(f"{url}/v2/models/digits/infer", json.loads(body)))["outputs"]
+    assert output["data"] == [0]
+
+
+def test_status_shows_nodes_and_replicas(serving):
+    *_, env, _ = serving
+    run = [sys.executable, "-m", "serve_app", "status"]
+    status = json.loads(subprocess.run([*run, "--json"], env=env, capture_output=True, check=True, timeout=60).stdout)
+    assert len(status["nodes"]) == 3
+    (deployment,) = (d for d in status["deployments"] if d["deployment"] == "default/digits")
+    assert [r["state"] for r in deployment["replicas"]] == ["active", "active"]
+    assert {r["level"] for r in deployment["routers"]} == {"table"}
+    shown = subprocess.run(run, env=env, capture_output=True, check=True, timeout=60, text=True).stdout
+    assert "default/digits" in shown
+
+
+def test_the_page_shows_the_same_and_takes_orders_only_with_the_token(serving):
+    _, _, page, *_ = serving
+    assert b"<html" in get(page + "/").lower()
+    status = json.loads(get(page + "/api/status"))
+    replica = status["deployments"][0]["replicas"][0]["replica_id"]
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        get(page + "/api/drain", {"target": replica})
+    assert refused.value.code == 401
+    get(page + "/api/drain", {"target": replica}, {"Authorization": "Bearer secret-token"})
+
+    def drained():
+        replicas = json.loads(get(page + "/api/status"))["deployments"][0]["replicas"]
+        return {r["replica_id"]: r["state"] for r in replicas}[replica] in ("draining", "inactive")
+
+    wait_for(drained, 20, "the replica drains")
+    get(page + "/api/release", {"target": replica}, {"Authorization": "Bearer secret-token"})
+
+
+def test_a_port_that_is_taken_is_one_line():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        ran = subprocess.run(
+            [sys.executable, "-m", "serve_app", "serve", "--port", port],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert ran.returncode == 2
+    assert len(ran.stderr.strip().splitlines()) == 1
+    assert port in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [("--model", "nowhere:Class", ["model", "nowhere"]), ("--router", "magic", ["router", "magic", "predictive"])],
+)
+def test_a_wrong_argument_stops_the_start_with_one_line(option, value, words):
+    command = [sys.executable, "-m", "serve_app", "serve", option, value]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ran.returncode != 0
+    assert len(ran.stderr.strip().splitlines()) == 1, ran.stderr
+    for word in words:
+        assert word in ran.stderr
+
+
+def test_ctrl_c_stops_everything_that_was_started(serving):
+    process, url, _, _, log = serving
+    started = psutil.Process(process.pid).children(recursive=True)
+    assert len(started) > 5
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0, log.read_text()
+    deadline_s = time.monotonic() + 20
+    while any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in started) and time.monotonic() < deadline_s:
+        time.sleep(0.2)
+    left = [p for p in started if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    assert left == []
+    with pytest.raises(urllib.error.URLError):
+        get(url + "/v2/health/live")
+    assert "Traceback" not in log.read_text()
