@@ -151,7 +151,7 @@ class History(RuleBasedStateMachine):
         self.connection = step(self.connection, event, self.now_s, CONFIG)
         if event in (Event.TRIAL_FAILED, Event.GUARD_TRIPPED):
             self.rejected_s, self.in_a_row = self.now_s, self.in_a_row + 1
-        elif event in (Event.LOST, Event.RAMP_DONE, Event.ADMIT_UNTRIED):
+        elif event in (Event.LOST, Event.ADMIT_UNTRIED):
             self.rejected_s, self.in_a_row = None, 0
 
     @rule(dt=st.floats(0.0, 700.0))
