@@ -403,7 +403,8 @@ class Balancer:
             known.live_capacity = math.exp(log_live)
             known.outlook = outlooks[node_id]
             known.vetoed = node_id in vetoed
-            wanted = math.exp(cap.blend(log_live, known.outlook.log_change, config))
+            view = known.outlook
+            wanted = math.exp(cap.blend(log_live, view.log_change, config, view.error_sigma))
             if known.vetoed:
                 wanted *= config.veto_factor
             known.capacity = max(cap.limit_rate(known.capacity, wanted, elapsed_s, config), 0.01)

@@ -23,6 +23,8 @@ _MIN_HEADROOM = 0.05
 _MIN_LOG_SPEED = math.log(0.01)
 _MAX_LOG_SPEED = math.log(4.0)
 _PRIOR_SIGMA = 0.5
+_NORMAL_10_TO_90 = 2.563
+"""Standard deviations between the .1 and the .9 quantile of a normal distribution."""
 _SQRT_2 = math.sqrt(2.0)
 _SQRT_2_PI = math.sqrt(2.0 * math.pi)
 
@@ -168,6 +170,8 @@ class Outlook:
 
     log_change: float = 0.0
     """Gated change of log speed from now to the look-ahead; 0 without a usable forecast."""
+    error_sigma: float = 0.0
+    """Spread of that change by the forecast's own quantiles."""
     worst_log_speed: float = 0.0
     """Log speed by the unfavourable quantile, relative to an idle node."""
     memory_high: float = 0.0
@@ -190,21 +194,24 @@ def outlook(
     if forecast is None or snapshot is None:
         return NO_OUTLOOK
     now = headroom_now(snapshot)
-    change, worst, memory_high = 0.0, 0.0, 0.0
+    change, variance, worst, memory_high = 0.0, 0.0, 0.0, 0.0
     for k, resource in enumerate(RESOURCES):
         rows = forecast.quantiles.get(resource)
         if not rows or len(rows) != len(HORIZONS_S):
             continue
+        low = at_horizon(rows, age_s + ahead_s, 0)
         median = at_horizon(rows, age_s + ahead_s, 1)
         high = at_horizon(rows, age_s + ahead_s, 2)
-        if not (math.isfinite(median) and math.isfinite(high)):
+        if not (math.isfinite(low) and math.isfinite(median) and math.isfinite(high)):
             continue
         gate = min(max(forecast.gate.get(resource, 0.0), 0.0), 1.0)
         change += gate * gamma[k] * (log_headroom(median) - now[k])
+        spread = gamma[k] * (log_headroom(low) - log_headroom(high)) / _NORMAL_10_TO_90
+        variance += (gate * spread) ** 2
         worst += gamma[k] * log_headroom(high)
         if resource == "memory":
             memory_high = high
-    return Outlook(change, worst, memory_high, forecast.veto_allowed)
+    return Outlook(change, math.sqrt(variance), worst, memory_high, forecast.veto_allowed)
 
 
 def blend(log_live: float, log_change: float, config: BalanceConfig, error_sigma: float = 0.0) -> float:

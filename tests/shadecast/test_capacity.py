@@ -1,0 +1,180 @@
+"""Capacity: censored observations, learned sensitivities, forecasts read by clock time, rate limits, vetoes."""
+
+import math
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shadecast import capacity as cap
+from shadecast.config import BalanceConfig
+from shadecast.service_curve import CurveLearner
+from shadecast.types import HORIZONS_S, Forecast, NodeSnapshot
+
+CONFIG = BalanceConfig()
+
+
+def snapshot(cpu=0.0, memory=0.0, network=0.0):
+    return NodeSnapshot(cpu, cpu, memory, network, network, 0.0, 0.0)
+
+
+def forecast(cpu, spread=0.0, gate=1.0, veto=False, memory=0.0):
+    """`cpu` gives the median at each horizon."""
+
+    def rows(values):
+        return tuple((max(v - spread, 0.0), v, min(v + spread, 1.0)) for v in values)
+
+    flat = rows([0.0] * len(HORIZONS_S))
+    quantiles = {"cpu": rows(cpu), "memory": rows([memory] * len(HORIZONS_S)), "network": flat}
+    return Forecast(quantiles, gate={"cpu": gate, "memory": gate}, veto_allowed=veto)
+
+
+@pytest.mark.parametrize("z", [-5.0, -1.0, 0.0, 1.0, 3.0, 5.9, 6.1, 20.0])
+def test_a_request_that_lasts_is_expected_to_last_longer(z):
+    """The inverse Mills ratio, against numbers: E[Y | Y > z] > max(z, E[Y])."""
+    excess = cap.censored_excess(z)
+    assert excess > max(z, 0.0)
+    assert excess < max(z, 0.0) + 0.8
+
+
+def test_the_inverse_mills_ratio_matches_sampling():
+    rng = random.Random(1)
+    draws = [rng.gauss(0, 1) for _ in range(200_000)]
+    for z in (-1.0, 0.0, 1.0):
+        over = [d for d in draws if d > z]
+        error = 4 / math.sqrt(len(over))
+        assert cap.censored_excess(z) == pytest.approx(sum(over) / len(over), abs=error)
+
+
+def test_noisy_requests_say_less_than_clear_ones_and_all_fade():
+    estimate = cap.SpeedEstimate(2.0, 0.0)
+    for _ in range(4):
+        estimate.observe(-1.0)
+    assert estimate.residual(0.1) < estimate.residual(1.0) < 0.0
+    before = estimate.residual(0.5)
+    estimate.advance(20.0)
+    assert before < estimate.residual(0.5) < 0.0
+    estimate.advance(10.0)
+    estimate.observe(math.nan)
+    assert math.isfinite(estimate.residual(0.5))
+
+
+@pytest.mark.parametrize(("true_gamma", "low", "high"), [(0.0, 0.0, 0.15), (0.5, 0.4, 0.6), (1.0, 0.9, 1.1)])
+def test_a_deployments_sensitivity_to_cpu_is_learned(true_gamma, low, high):
+    rng = random.Random(2)
+    sensitivity = cap.Sensitivity()
+    for _ in range(4000):
+        h = rng.gauss(0, 0.4)
+        sensitivity.observe((h, rng.gauss(0, 0.05), 0.0), true_gamma * h + rng.gauss(0, 0.3))
+    gamma = sensitivity.solve()
+    assert low <= gamma[0] <= high
+    assert gamma[1] >= 0.0
+
+
+def test_a_resource_that_moves_together_with_another_is_not_counted_twice():
+    rng = random.Random(3)
+    sensitivity = cap.Sensitivity()
+    for _ in range(4000):
+        h = rng.gauss(0, 0.4)
+        sensitivity.observe((h, h + rng.gauss(0, 0.1), 0.0), h + rng.gauss(0, 0.2))
+    gamma = sensitivity.solve()
+    assert gamma[0] + gamma[1] == pytest.approx(1.0, abs=0.1)
+
+
+def test_a_forecast_is_read_by_clock_time():
+    ramp = forecast([0.1, 0.2, 0.3, 0.5, 0.8, 0.8])
+    for age_s in (0.0, 1.0, 3.0):
+        # what lies 5 s after the forecast was made is 5 - age seconds ahead now
+        view = cap.outlook(ramp, snapshot(), (1.0, 0.0, 0.0), age_s, 5.0 - age_s)
+        assert view.log_change == pytest.approx(math.log(0.5))
+    assert cap.at_horizon(((0, 0.0, 0), (0, 1.0, 0)) + ((0, 2.0, 0),) * 4, 1.5, 1) == 0.5
+    assert cap.at_horizon(((0, 0.0, 0), (0, 1.0, 0)) + ((0, 2.0, 0),) * 4, 99.0, 1) == 2.0
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        None,
+        Forecast({}),
+        Forecast({"cpu": ()}, gate={"cpu": 1.0}),
+        Forecast({"cpu": ((math.nan,) * 3,) * 6}, gate={"cpu": 1.0}),
+        Forecast({"cpu": ((0.5, 0.5, 0.5),) * 3}, gate={"cpu": 1.0}),
+    ],
+)
+def test_a_broken_forecast_changes_nothing(broken):
+    assert cap.outlook(broken, snapshot(), (1.0, 1.0, 1.0), 0.0, 5.0).log_change == 0.0
+
+
+def test_a_forecast_of_what_is_already_there_changes_nothing():
+    view = cap.outlook(forecast([0.6] * 6), snapshot(cpu=0.6), (1.0, 0.0, 0.0), 0.0, 5.0)
+    assert view.log_change == pytest.approx(0.0)
+
+
+def test_an_unsure_forecast_counts_less():
+    changes = []
+    for spread in (0.0, 0.2, 0.35):
+        view = cap.outlook(forecast([0.6] * 6, spread), snapshot(), (1.0, 0.0, 0.0), 0.0, 5.0)
+        changes.append(cap.blend(0.0, view.log_change, CONFIG, view.error_sigma))
+    assert changes[0] < changes[1] < changes[2] <= 0.0
+
+
+@given(st.floats(-3, 1), st.floats(-3, 3), st.floats(0, 2))
+def test_the_blend_never_overshoots_the_forecast_and_ignores_small_changes(live, change, sigma):
+    blended = cap.blend(live, change, CONFIG, sigma)
+    assert min(live, live + change) - 1e-9 <= blended <= max(live, live + change) + 1e-9
+    if abs(change) <= CONFIG.dead_band:
+        assert blended == live
+
+
+@given(st.floats(0.01, 4), st.one_of(st.floats(-10, 10), st.just(math.nan)), st.floats(-5, 5))
+def test_capacity_moves_no_faster_than_its_rates(before, wanted, elapsed_s):
+    after = cap.limit_rate(before, wanted, elapsed_s, CONFIG)
+    allowed_s = max(elapsed_s, 0.0)
+    assert -CONFIG.fall_per_s * allowed_s - 1e-9 <= after - before <= CONFIG.rise_per_s * allowed_s + 1e-9
+
+
+def test_vetoes_need_leave_and_hit_the_worst_few():
+    gamma = (1.0, 0.0, 0.0)
+    views = {
+        f"n{i}": cap.outlook(
+            forecast([0.95] * 6, veto=i != 0, memory=0.99 if i == 3 else 0.0), snapshot(), gamma, 0.0, 5.0
+        )
+        for i in range(8)
+    }
+    vetoed = cap.vetoes(views, CONFIG, memory_limit=0.92)
+    assert len(vetoed) == 2
+    assert "n3" in vetoed
+    assert "n0" not in vetoed
+
+
+def durations(slots, batch_half, seed=1, count=2000, top=24):
+    rng = random.Random(seed)
+    for _ in range(count):
+        n = rng.randrange(top)
+        if batch_half:
+            yield n, 0.2 * (1 + (n + 1) / batch_half) * rng.lognormvariate(0, 0.3)
+        else:
+            yield n, 0.2 * (1 + max(n + 1 - slots, 0) / slots) * rng.lognormvariate(0, 0.3)
+
+
+@pytest.mark.parametrize(("slots", "batch_half"), [(1, 0), (4, 0), (16, 0), (0, 4), (0, 16)])
+def test_the_service_curve_is_learned_from_loads_and_durations(slots, batch_half):
+    learner = CurveLearner(0.0, 0.0)
+    assert learner.curve.correction(10) == 1.0
+    for n, duration_s in durations(slots, batch_half):
+        learner.observe(n, math.log(duration_s))
+    curve = learner.fit()
+    assert curve.learned
+    if batch_half:
+        assert batch_half / 2 <= curve.batch_half <= batch_half * 2
+    else:
+        assert curve.batch_half == 0.0
+        assert slots / 1.5 <= curve.slots <= slots * 1.5
+
+
+def test_a_curve_that_was_given_is_not_relearned():
+    learner = CurveLearner(2.0, 0.0)
+    for n, duration_s in durations(16, 0):
+        learner.observe(n, math.log(duration_s))
+    assert (learner.fit().slots, learner.fit().batch_half) == (2.0, 0.0)
