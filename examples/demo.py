@@ -236,8 +236,8 @@ def main() -> None:
     """Parse the arguments, run both arms, print, and leave nothing running."""
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--seconds", type=float, default=90.0, help="length of each replay")
-    parser.add_argument("--speed", type=float, default=3.0, help="pace of the trace")
-    parser.add_argument("--seed", type=int, default=3, help="which part of the trace")
+    parser.add_argument("--speed", type=float, default=2.5, help="pace of the trace")
+    parser.add_argument("--seed", type=int, default=10, help="which part of the trace")
     parser.add_argument("--workers", type=int, default=3, help="worker nodes")
     parser.add_argument("--port", type=int, default=8010)
     parser.add_argument("--json", default="", help="write the numbers to this file")

@@ -718,6 +718,7 @@ class Balancer:
             tuple(rows),
             curve.slots,
             curve.batch_half,
+            math.exp(self._reference) if self._reference is not None else 0.0,
             panic,
         )
         return TickOutput(

@@ -80,6 +80,8 @@ class BalanceConfig(_Section):
     slots: float = _bounded(0.0, 0.0, 4096.0, "c, parallel slots of a replica; 0 learns it")
     batch_half: float = _bounded(0.0, 0.0, 4096.0, "b0, batch at which speed halves; 0 means FIFO slots")
     bootstrap_s: float = _bounded(15.0, 0.0, 600.0, "after a deployment is first seen, replicas enter without a trial")
+    rescue_fraction: float = _bounded(0.01, 0.0, 0.2, "of requests may be sent again from a collapsed replica; 0: none")
+    rescue_speed: float = _bounded(0.25, 0.0, 1.0, "a replica below this part of the median capacity has collapsed")
     lost_after_s: float = _bounded(5.0, 1.0, 120.0, "a replica or router not heard of for so long is gone")
 
 

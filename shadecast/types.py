@@ -206,6 +206,8 @@ class RoutingTable:
     """c, parallel slots of a replica."""
     batch_half: float = 0.0
     """b0, the batch at which a replica's speed halves; 0 means FIFO slots."""
+    reference_s: float = 0.0
+    """Nominal processing time of a request alone on a replica; 0 until it is known."""
     panic: bool = False
     age_s: float = 0.0
     """Seconds since it was made, at sending."""

@@ -1,0 +1,96 @@
+"""Which requests to take off a replica that has collapsed under them (design section 5).
+
+A hog leaves the requests that it caught throttled until it ends: quick detection bounds their number, only sending them
+again helps them. Rescue is rare by construction: only idempotent requests, only once each, only from a replica whose
+capacity has fallen far below the others', only where starting anew elsewhere is expected to end in less than half the
+time, and within a budget of 1 % of the requests. The first attempt is cancelled: hedging that leaves both attempts
+running was unsafe in simulation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from statistics import median
+
+from shadecast.config import BalanceConfig
+from shadecast.pick import load_cost
+from shadecast.types import RoutingTable
+
+_BURST = 8.0
+"""Rescues that may be saved up: about the requests that one replica holds."""
+_GAIN = 2.0
+"""Starting anew must be expected to end in at most 1/_GAIN of the time that staying takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stuck:
+    """An idempotent live request under way, as a candidate for rescue."""
+
+    request_id: str
+    replica_id: str
+    age_s: float
+    in_flight_at_start: float
+    cost: float = 1.0
+
+
+class RescueBudget:
+    """Tokens: each request that starts earns a fraction of one, each rescue takes one."""
+
+    def __init__(self, fraction: float) -> None:
+        self._fraction = fraction
+        self.tokens = 1.0 if fraction > 0.0 else 0.0
+
+    def earn(self, requests: float = 1.0) -> None:
+        """Requests have started."""
+        self.tokens = min(self.tokens + self._fraction * requests, _BURST)
+
+    def take(self) -> bool:
+        """Whether one more rescue may be made; if so it is paid for."""
+        if self.tokens < 1.0:
+            return False
+        self.tokens -= 1.0
+        return True
+
+
+def collapsed(table: RoutingTable, config: BalanceConfig) -> dict[str, float]:
+    """Capacity of the replicas that have fallen below `rescue_speed` of the median of those that take traffic."""
+    serving = [row.capacity for row in table.rows if row.share > 0.0]
+    if len(serving) < 2 or config.rescue_fraction <= 0.0:
+        return {}
+    limit = config.rescue_speed * median(serving)
+    return {row.replica_id: row.capacity for row in table.rows if row.capacity < limit}
+
+
+def worth_rescuing(
+    stuck: Iterable[Stuck],
+    table: RoutingTable,
+    scores: Mapping[str, float],
+    config: BalanceConfig,
+) -> list[Stuck]:
+    """Those that gain most first. `scores` are the relative times that one more request takes on each eligible replica.
+
+    Staying is expected to take what the collapsed replica needs for the whole request less the request's age, and at
+    least as long again as it has taken already; starting anew takes the best score times the reference time.
+    """
+    slow = collapsed(table, config)
+    others = [score for replica_id, score in scores.items() if replica_id not in slow]
+    if not slow or not others or not table.reference_s > 0.0:
+        return []
+    best = min(others)
+    gains = []
+    for each in stuck:
+        capacity = slow.get(each.replica_id)
+        if capacity is None or not math.isfinite(each.age_s):
+            continue
+        alone_s = table.reference_s * each.cost
+        whole_s = (
+            alone_s * load_cost(each.in_flight_at_start + 1.0, table.slots, table.batch_half) / max(capacity, 1e-3)
+        )
+        stay_s = max(whole_s - each.age_s, each.age_s)
+        anew_s = alone_s * best
+        if each.age_s > alone_s and stay_s > _GAIN * anew_s:
+            gains.append((stay_s - anew_s, each))
+    gains.sort(key=lambda pair: (-pair[0], pair[1].request_id))
+    return [each for _, each in gains]
