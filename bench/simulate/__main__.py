@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -31,25 +31,42 @@ def _default_trace() -> Path:
     return Path(data) / "traces" / "AzureLLMInferenceTrace_code.csv.gz"
 
 
-def _run(job: tuple[Scenario, str, int]) -> list[Row]:
-    scenario, arm, seed = job
-    metrics = simulate(scenario, ARMS[arm], seed)
-    return [Row(scenario.name, arm, seed, metric, value) for metric, value in metrics.items()]
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One run, by name, because scenarios hold functions that do not travel between processes."""
+
+    scenario: str
+    trace: Path | None
+    quick: bool
+    arm: str
+    seed: int
 
 
-def _prepare(scenarios: list[Scenario], trace: Path | None, quick: bool, console: Console) -> list[Scenario]:
-    ready = []
-    for scenario in scenarios:
-        chosen = scenario
-        if scenario.name == "trace":
-            path = trace or _default_trace()
-            if not path.exists():
-                if trace is not None:
-                    raise FileNotFoundError(f"--trace {path}: no such file")
-                console.print(f"trace: left out, {path} is not there; give --trace FILE or set SHADECAST_DATA")
-                continue
-            chosen = replace(scenario, trace=path)
-        ready.append(chosen.quick() if quick else chosen)
+def _load(name: str, trace: Path | None, quick: bool) -> Scenario:
+    scenario = replace(find(name, exact=True)[0], trace=trace)
+    return scenario.quick() if quick else scenario
+
+
+def _run(job: _Job) -> list[Row]:
+    scenario = _load(job.scenario, job.trace, job.quick)
+    metrics = simulate(scenario, ARMS[job.arm], job.seed)
+    return [Row(scenario.name, job.arm, job.seed, metric, value) for metric, value in metrics.items()]
+
+
+def _prepare(name: str, trace: Path | None, console: Console) -> list[tuple[str, Path | None]]:
+    """Names of the scenarios to run, with the trace file of those that replay one."""
+    ready: list[tuple[str, Path | None]] = []
+    for scenario in find(name):
+        if scenario.name != "trace":
+            ready.append((scenario.name, None))
+            continue
+        path = trace or _default_trace()
+        if path.exists():
+            ready.append((scenario.name, path))
+        elif trace is not None:
+            raise FileNotFoundError(f"--trace {path}: no such file")
+        else:
+            console.print(f"trace: left out, {path} is not there; give --trace FILE or set SHADECAST_DATA")
     return ready
 
 
@@ -77,28 +94,33 @@ def main(
     names = [name.strip() for name in arms.split(",") if name.strip()] or list(ARMS)
     try:
         _check_arms(names)
-        ready = _prepare(find(scenario), trace, quick, console)
+        ready = _prepare(scenario, trace, console)
     except (ValueError, FileNotFoundError) as error:
         console.print(f"bench.simulate: {error}", style="red", markup=False)
         raise typer.Exit(2) from None
     rows: list[Row] = []
+    done: list[Scenario] = []
     with Progress(console=console, transient=True) as progress, ProcessPoolExecutor(jobs) as pool:
-        work = [(each, [arm for arm in names if each.replicas < 1000 or arm in _SCALE_ARMS or arms]) for each in ready]
-        bar = progress.add_task("simulating", total=sum(len(own) * seeds for _, own in work))
-        for each, own in work:
+        for name, path in ready:
+            each = _load(name, path, quick)
+            own = [arm for arm in names if each.replicas < 1000 or arm in _SCALE_ARMS or arms]
+            todo = [_Job(name, path, quick, arm, seed) for seed in range(seeds) for arm in own]
+            bar = progress.add_task(name, total=len(todo))
             mine: list[Row] = []
-            todo = [(each, arm, seed) for seed in range(seeds) for arm in own]
             for found in pool.map(_run, todo) if jobs > 1 else map(_run, todo):
                 mine += found
                 progress.advance(bar)
             rows += mine
+            done.append(each)
             print_table(console, each, mine, quick)
             if json_file is not None:
                 json_file.write_text(json.dumps([row.as_dict() for row in rows], indent=0) + "\n", encoding="utf-8")
     if markdown is not None:
-        write_markdown(markdown, ready, rows, machine(), quick)
+        write_markdown(markdown, done, rows, machine(), quick)
         console.print(f"wrote {markdown}")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(main)
+    app()

@@ -225,13 +225,16 @@ FAMILIES = _families()
 """Name on the command line -> the scenarios that it runs."""
 
 
-def find(name: str) -> list[Scenario]:
-    """Scenarios of a family, or the single one of that exact name; raises ValueError that lists what there is."""
-    if name == "all":
+def find(name: str, exact: bool = False) -> list[Scenario]:
+    """Scenarios of a family (or `all`), or the single one of that name; raises ValueError that lists what there is.
+
+    With `exact`, only the one of that name: a family's plain name then means its first member.
+    """
+    if name == "all" and not exact:
         return [scenario for family in FAMILIES.values() for scenario in family]
-    if name in FAMILIES:
+    if name in FAMILIES and not exact:
         return FAMILIES[name]
-    exact = [scenario for family in FAMILIES.values() for scenario in family if scenario.name == name]
-    if not exact:
+    single = [scenario for family in FAMILIES.values() for scenario in family if scenario.name == name]
+    if not single:
         raise ValueError(f"scenario {name!r}: unknown; known are all, {', '.join(FAMILIES)}")
-    return exact
+    return single
