@@ -48,6 +48,7 @@ class _Deployment:
     seen: dict[str, tuple[float, str]] = field(default_factory=dict)
     mirrored: int = 0
     mirror_dropped: int = 0
+    rescued: int = 0
     finished: int = 0
     failed: int = 0
 
@@ -86,6 +87,7 @@ class Coordinator:
         known.seen[report.router_id] = (now_s, report.level)
         known.mirrored += report.mirrored
         known.mirror_dropped += report.mirror_dropped
+        known.rescued += report.rescued
         known.finished += sum(max(r.finished, 0) for r in report.replicas)
         known.failed += sum(max(r.failed, 0) for r in report.replicas)
         if report.held_table is not None and not known.restored:
@@ -263,6 +265,7 @@ class Coordinator:
             "failed": known.failed,
             "mirrored": known.mirrored,
             "mirror_dropped": known.mirror_dropped,
+            "rescued": known.rescued,
             "routers": [
                 {"router_id": router_id, "level": level, "heard_s": now_s - at_s}
                 for router_id, (at_s, level) in known.seen.items()

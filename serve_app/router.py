@@ -20,6 +20,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -37,10 +38,12 @@ from ray.serve.request_router import (
 
 from serve_app.control import COORDINATOR, NAMESPACE
 from serve_app.mirror import Mirror, was_cancelled, watch_end
+from serve_app.rescue import RESCUE_SUFFIX, Rescuable
 from shadecast.config import Config
 from shadecast.errors import ConfigError
 from shadecast.ledger import Ledger
 from shadecast.pick import PickTable, cost_table
+from shadecast.rescue import RescueBudget, Stuck, collapsed, worth_rescuing
 from shadecast.sessions import SessionMap
 from shadecast.types import RoutingTable, State
 
@@ -75,6 +78,9 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         """This router's own requests per replica, at the last report."""
         self._mirrored: list[tuple[str, float]] = []
         self._control: asyncio.Task[None] | None = None
+        self._rescuable: dict[str, Rescuable] = {}
+        self._rescue_budget = RescueBudget(self._config.balance.rescue_fraction)
+        self._rescues: set[asyncio.Task[None]] = set()
         self._random = random.random
         self._sessions: SessionMap | None = None
         """Made with the first request that has a session."""
@@ -95,6 +101,7 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
                 f"shadecast: {self._deployment}: request_router_kwargs: {error}. Routing goes on with the defaults."
             )
         self._mirror = self._new_mirror()
+        self._rescue_budget = RescueBudget(self._config.balance.rescue_fraction)
 
     def _new_mirror(self) -> Mirror:
         return Mirror(self._config.trial, time.monotonic, self._ledger.pair, self._count_drop)
@@ -223,6 +230,9 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         self._ledger.start(request_id, replica, time.monotonic(), others)
         self._shift(replica, 1)
         watch_end(result, self._event_loop, lambda error: self._ended(request_id, replica, error))
+        self._rescue_budget.earn()
+        if not pending_request.metadata.is_streaming and self._mirror.copyable(pending_request):
+            self._rescuable[request_id] = Rescuable(pending_request, result)
         if self._mirrored:
             self._maybe_copy(pending_request, replica, others)
 
@@ -237,6 +247,7 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         duration_s = self._ledger.finish(request_id, replica, time.monotonic(), ok=error is None, counted=not cancelled)
         if duration_s is None:
             return
+        self._rescuable.pop(request_id, None)
         self._shift(replica, -1)
         self._mirror.primary_done(request_id, None if cancelled else duration_s, ok=error is None)
 
@@ -253,6 +264,55 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
                     copied = self._mirror.copy(pending_request, self._by_index[i], primary, primary_in_flight)
                     self._ledger.mirrored += copied
                 return
+
+    # ------------------------------------------------------------------ rescue
+
+    def _rescue_stuck(self, table: RoutingTable) -> None:
+        """Send requests again that a collapsed replica holds, as far as the budget goes."""
+        slow = collapsed(table, self._config.balance)
+        if not slow or not self._rescuable:
+            return
+        now_s = time.monotonic()
+        stuck = [
+            Stuck(request_id, replica_id, now_s - entry.started_s, entry.in_flight_at_start, entry.cost)
+            for replica_id in slow
+            for request_id, entry in self._ledger.open_on(replica_id)
+            if (known := self._rescuable.get(request_id)) is not None and known.awaited and not known.rescued
+        ]
+        picks = self._picks
+        scores = {replica_id: picks.score(i) for i, replica_id in enumerate(picks.ids) if picks.share[i] >= 1.0}
+        for each in worth_rescuing(stuck, table, scores, self._config.balance):
+            if not self._rescue_budget.take():
+                return
+            self._rescuable[each.request_id].rescued = True
+            task = self._event_loop.create_task(self._rescue(each))
+            self._rescues.add(task)
+            task.add_done_callback(self._rescues.discard)
+
+    async def _rescue(self, stuck: Stuck) -> None:
+        """One second attempt; if it cannot be placed, the first one simply goes on."""
+        held = self._rescuable.get(stuck.request_id)
+        i = self._picks.pick(self._random, self._config.balance.choices)
+        if held is None or i < 0 or self._picks.ids[i] == stuck.replica_id:
+            return
+        replica = self._by_index[i]
+        request_id = stuck.request_id + RESCUE_SUFFIX
+        labels = replace(held.request.metadata, internal_request_id=request_id)
+        again = PendingRequest(args=held.request.args, kwargs=held.request.kwargs, metadata=labels, resolved=True)
+        try:
+            second = replica.try_send_request(again, with_rejection=True)
+            answer = await second.get_rejection_response()
+        except Exception as error:  # the first attempt is untouched
+            logger.debug(f"shadecast: rescue of {stuck.request_id} failed: {error}")
+            return
+        if answer is None or not answer.accepted or not held.move(second):
+            second.cancel()
+            return
+        replica_id = replica.replica_id.unique_id
+        self._ledger.start(request_id, replica_id, time.monotonic(), max(answer.num_ongoing_requests - 1.0, 0.0))
+        self._ledger.rescued += 1
+        self._shift(replica_id, 1)
+        watch_end(second, self._event_loop, lambda error: self._ended(request_id, replica_id, error))
 
     # ------------------------------------------------------------------ membership and tables
 
@@ -276,6 +336,7 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         self._table = table
         self._table_s = time.monotonic() - max(table.age_s, 0.0)
         self._lay_out()
+        self._rescue_stuck(table)
 
     def _lay_out(self) -> None:
         """Precompute the picks for the present replicas and table."""

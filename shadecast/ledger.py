@@ -47,7 +47,7 @@ class Ledger:
         self._pairs: list[PairedSample] = []
         self._seq = 0
         self._reported_s: float | None = None
-        self.mirrored = self.mirror_dropped = self.uncopyable = 0
+        self.mirrored = self.mirror_dropped = self.uncopyable = self.rescued = 0
         self.finished_total = self.failed_total = 0
 
     def start(
@@ -95,6 +95,11 @@ class Ledger:
         """Live requests of this router on one replica."""
         counts = self._replicas.get(replica_id)
         return len(counts.open) if counts is not None else 0
+
+    def open_on(self, replica_id: str) -> list[tuple[str, Started]]:
+        """Live requests of this router on one replica, oldest first."""
+        counts = self._replicas.get(replica_id)
+        return list(counts.open.items()) if counts is not None else []
 
     def all_in_flight(self) -> dict[str, int]:
         """Live requests of this router on every replica that has any."""
@@ -152,10 +157,11 @@ class Ledger:
             self.mirrored,
             self.mirror_dropped,
             self.uncopyable,
+            self.rescued,
             table_epoch,
             level,
             held_table,
         )
         self._pairs = []
-        self.mirrored = self.mirror_dropped = self.uncopyable = 0
+        self.mirrored = self.mirror_dropped = self.uncopyable = self.rescued = 0
         return report

@@ -160,6 +160,8 @@ class RouterReport:
     mirror_dropped: int = 0
     uncopyable: int = 0
     """Requests that could not be copied (unsafe method, streamed body) since the last report."""
+    rescued: int = 0
+    """Requests sent again from a collapsed replica since the last report."""
     table_epoch: int = 0
     """Epoch of the table that the router holds; 0 without one."""
     level: str = ""

@@ -31,6 +31,9 @@ class FakeResult:
             raise self.broken
         return self.info
 
+    async def get_async(self) -> None:
+        """Never awaited here."""
+
     def to_object_ref(self) -> FakeResult:
         return self
 

@@ -5,6 +5,7 @@ import gc
 import math
 import weakref
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from ray.exceptions import TaskCancelledError
@@ -413,5 +414,136 @@ def test_reports_hold_no_impossible_numbers():
         (outcome,) = router._make_report().replicas[0].outcomes
         assert math.isfinite(outcome.duration_s)
         assert outcome.duration_s >= 0.0
+
+    run(scenario())
+
+
+class AwaitedResult(FakeResult):
+    """A result that a caller really awaits."""
+
+    def __init__(self, answer=None, **kwargs):
+        super().__init__(**kwargs)
+        self.answer = answer
+        self.done = asyncio.Event()
+
+    async def get_async(self):
+        await self.done.wait()
+        return self.answer
+
+
+async def stuck_request(router, collapsed_table, age_s=5.0):
+    """A request that waits on replica "a" for long, then the table that shows the collapse."""
+    pending = request("stuck")
+    a = next(r for r in router._replicas_list if r.name == "a")
+    result = AwaitedResult("first")
+    router.on_request_routed(pending, a.replica_id, result)
+    caller = asyncio.create_task(result.get_async())
+    await settle()
+    for _ in range(200):
+        router._rescue_budget.earn()
+    router._ledger.open_on("a")[0][1].started_s -= age_s
+    router.take_table(collapsed_table)
+    await settle()
+    return result, caller
+
+
+def collapse(version=2, reference_s=0.1, **rows):
+    return replace(table(version=version, **rows), reference_s=reference_s)
+
+
+def test_a_request_stuck_on_a_collapsed_replica_is_answered_by_another_one():
+    async def scenario():
+        b = FakeReplica("b", make=lambda: AwaitedResult("second"))
+        router = make_router(FakeReplica("a"), b, FakeReplica("c", make=b.make), trial={"copy_methods": ["*"]})
+        result, caller = await stuck_request(router, collapse(a=(1.0, 0.02, 0.0), b=1.0, c=1.0))
+        assert result.cancelled, "the first attempt is cancelled"
+        (second,) = [r for replica in router._replicas_list for r in replica.results]
+        second.done.set()
+        assert await caller == "second"
+        result.end(TaskCancelledError())
+        second.end()
+        await settle()
+        report = router._make_report()
+        assert report.rescued == 1
+        assert sum(r.finished for r in report.replicas) == 1
+        assert router._picks.in_flight == [0, 0, 0]
+        assert router._rescuable == {}
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows", "age_s"),
+    [
+        ({"trial": {"copy_methods": []}}, {"a": (1.0, 0.02, 0.0), "b": 1.0, "c": 1.0}, 5.0),
+        ({"trial": {"copy_methods": ["*"]}}, {"a": (1.0, 0.5, 0.0), "b": 1.0, "c": 1.0}, 5.0),
+        ({"trial": {"copy_methods": ["*"]}}, {"a": (1.0, 0.02, 0.0), "b": 1.0, "c": 1.0}, 0.0),
+        (
+            {"trial": {"copy_methods": ["*"]}, "balance": {"rescue_fraction": 0.0}},
+            {"a": (1.0, 0.02, 0.0), "b": 1.0},
+            5.0,
+        ),
+    ],
+    ids=["not idempotent", "not collapsed", "young", "switched off"],
+)
+def test_nothing_else_is_rescued(settings, rows, age_s):
+    async def scenario():
+        others = [FakeReplica(n) for n in "bc"]
+        router = make_router(FakeReplica("a"), *others, **settings)
+        result, caller = await stuck_request(router, collapse(**rows), age_s)
+        assert [r.sent for r in others] == [[], []]
+        result.done.set()
+        assert await caller == "first"
+
+    run(scenario())
+
+
+def test_a_rescue_that_finds_no_place_leaves_the_first_attempt_alone():
+    async def scenario():
+        full = [FakeReplica(n, make=lambda: AwaitedResult(accepted=False)) for n in "bc"]
+        router = make_router(FakeReplica("a"), *full, trial={"copy_methods": ["*"]})
+        result, caller = await stuck_request(router, collapse(a=(1.0, 0.02, 0.0), b=1.0, c=1.0))
+        assert not result.cancelled
+        result.done.set()
+        assert await caller == "first"
+
+    run(scenario())
+
+
+def test_a_caller_that_gives_up_after_a_rescue_is_cancelled_and_so_are_both_attempts():
+    async def scenario():
+        b = FakeReplica("b", make=lambda: AwaitedResult("second"))
+        router = make_router(FakeReplica("a"), b, FakeReplica("c", make=b.make), trial={"copy_methods": ["*"]})
+        result, caller = await stuck_request(router, collapse(a=(1.0, 0.02, 0.0), b=1.0, c=1.0))
+        (second,) = [r for replica in router._replicas_list for r in replica.results]
+        caller.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await caller
+        result.cancel()
+        assert second.cancelled
+
+    run(scenario())
+
+
+def test_rescues_stay_within_their_budget():
+    async def scenario():
+        replicas = [FakeReplica(n, make=lambda: AwaitedResult("second")) for n in "abc"]
+        router = make_router(*replicas, trial={"copy_methods": ["*"]}, balance={"rescue_fraction": 0.01})
+        a = next(r for r in router._replicas_list if r.name == "a")
+        callers = []
+        for i in range(200):
+            result = AwaitedResult("first")
+            router.on_request_routed(request(f"r{i}"), a.replica_id, result)
+            callers.append(asyncio.create_task(result.get_async()))
+        await settle()
+        for _, entry in router._ledger.open_on("a"):
+            entry.started_s -= 5.0
+        for version in range(2, 12):
+            router.take_table(collapse(version, a=(1.0, 0.02, 0.0), b=1.0, c=1.0))
+            await settle()
+        assert 1 <= router._make_report().rescued <= 3
+        for caller in callers:
+            caller.cancel()
+        await asyncio.gather(*callers, return_exceptions=True)
 
     run(scenario())
