@@ -35,7 +35,7 @@ class Rescuable:
                 try:
                     return await first_answer()
                 except asyncio.CancelledError:
-                    if not self.moved or (task is not None and task.uncancel() > 0):
+                    if self._second is None or (task is not None and task.uncancel() > 0):
                         raise  # the caller itself gave up
                 finally:
                     self._waiter = None
