@@ -1,0 +1,239 @@
+"""A node's loop keeps time and goes on whatever its borders do."""
+
+from __future__ import annotations
+
+import math
+import threading
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.forecaster_actor import ForecasterSettings, actor_name
+from actors.node_forecaster import UNKNOWN, NodeForecaster
+from actors.telemetry import Sample
+from models.forecaster import Model
+from models.registry import Registry
+from shadecast.errors import ConfigError
+from shadecast.types import HORIZONS_S, QUANTILES, RESOURCES, NodeReport, NodeSnapshot
+from tests.actors.proc_tree import Clock
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    registry = Registry()
+    return registry.load(registry.champion())
+
+
+@dataclass
+class FakeSampler:
+    """Gives a busy-enough node; can be told to fail or to lack values."""
+
+    fail: bool = False
+    missing: bool = False
+    n: int = 0
+
+    def read(self) -> Sample:
+        self.n += 1
+        if self.fail:
+            raise OSError("no /proc today")
+        cpu = math.nan if self.missing else 0.5 + 0.3 * math.sin(self.n / 3)
+        return Sample(NodeSnapshot(cpu, cpu, 0.4, 0.1, 0.1, 1e6, 2e6), "host", 2.0, load1=1.0)
+
+
+@dataclass
+class Rig:
+    """A forecaster with everything around it faked."""
+
+    sampler: FakeSampler = field(default_factory=FakeSampler)
+    clock: Clock = field(default_factory=Clock)
+    sent: list[NodeReport] = field(default_factory=list)
+    rows: list[tuple[dict[str, Any], float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.forecaster = NodeForecaster(
+            "node-1", self.sampler, self.sent.append, self.clock, lambda: 5.0, lambda r, w: self.rows.append((r, w))
+        )
+
+    def ticks(self, count: int) -> NodeReport:
+        for _ in range(count):
+            self.forecaster.tick()
+            self.clock.now_s += 1.0
+        return self.sent[-1]
+
+
+@pytest.fixture
+def rig(model: Model) -> Rig:
+    rig = Rig()
+    rig.forecaster.use(model)
+    return rig
+
+
+def test_a_report_carries_rising_quantiles_in_bounds_for_every_resource(rig: Rig, model: Model) -> None:
+    report = rig.ticks(30)
+    assert report.seq == 30
+    assert report.forecast is not None
+    assert set(report.forecast.quantiles) == set(RESOURCES)
+    for rows in report.forecast.quantiles.values():
+        table = np.asarray(rows)
+        assert table.shape == (len(HORIZONS_S), len(QUANTILES))
+        assert (np.diff(table, axis=1) >= 0).all()
+        assert table.min() >= 0
+        assert table.max() <= 1
+    assert report.forecast.model_version == model.version
+    assert set(report.forecast.gate) == set(RESOURCES)
+    assert report.rss_bytes > 0
+
+
+def test_there_is_no_forecast_before_enough_samples_or_without_a_model(model: Model) -> None:
+    rig = Rig()
+    assert rig.ticks(20).forecast is None
+    rig.forecaster.use(model)
+    assert rig.ticks(1).forecast is None
+    assert rig.ticks(15).forecast is not None
+
+
+def test_missing_cpu_means_no_forecast_and_its_return_a_forecast_again(rig: Rig) -> None:
+    rig.ticks(30)
+    rig.sampler.missing = True
+    report = rig.ticks(1)
+    assert report.forecast is None
+    assert math.isnan(report.snapshot.cpu_fraction)
+    rig.sampler.missing = False
+    assert rig.ticks(1).forecast is not None
+
+
+def test_a_sampler_that_raises_is_reported_as_unknown_and_the_loop_lives(rig: Rig) -> None:
+    rig.ticks(30)
+    rig.sampler.fail = True
+    report = rig.ticks(5)
+    assert report.snapshot is UNKNOWN
+    assert report.forecast is None
+    assert rig.forecaster.failures == 5
+    rig.sampler.fail = False
+    assert rig.ticks(2).forecast is not None
+
+
+def test_a_sender_or_log_that_raises_never_stops_the_loop(model: Model) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("gone")
+
+    forecaster = NodeForecaster("n", FakeSampler(), broken, Clock(), lambda: 0.0, broken)
+    forecaster.use(model)
+    for _ in range(3):
+        forecaster.tick()
+    assert forecaster.failures == 6
+
+
+def test_a_model_that_raises_is_started_afresh(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig.ticks(30)
+    with monkeypatch.context() as patch:
+        patch.setattr("models.forecaster.OnlineForecaster.step", lambda *_: 1 / 0)
+        assert rig.ticks(1).forecast is None
+    assert rig.ticks(15).forecast is not None
+
+
+def test_a_promoted_version_goes_on_without_a_pause_and_is_named_in_the_next_report(rig: Rig, model: Model) -> None:
+    rig.ticks(30)
+    rig.forecaster.use(replace(model, version="v-next"))
+    report = rig.ticks(1)
+    assert report.forecast is not None
+    assert report.forecast.model_version == "v-next"
+
+
+def test_a_challenger_is_scored_in_shadow_and_never_reported(rig: Rig, model: Model) -> None:
+    rig.forecaster.use(replace(model, version="challenger"), challenger=True)
+    report = rig.ticks(40)
+    assert report.forecast is not None
+    assert report.forecast.model_version == model.version
+    versions = rig.forecaster.versions()
+    assert versions["challenger"]["version"] == "challenger"
+    assert set(versions["challenger"]["skill"]) == set(RESOURCES)
+
+
+def test_a_long_gap_starts_the_forecaster_afresh(rig: Rig) -> None:
+    rig.ticks(30)
+    rig.clock.now_s += 500.0
+    assert rig.ticks(1).forecast is None
+    assert rig.ticks(15).forecast is not None
+
+
+def test_the_log_gets_each_sample_with_time_since_the_start_and_what_serve_carries(rig: Rig) -> None:
+    rig.forecaster.note_serving(in_flight=3.0, arrivals_per_s=12.0)
+    rig.ticks(3)
+    row, wall_s = rig.rows[-1]
+    assert (row["t_s"], wall_s) == (2.0, 5.0)
+    assert (row["in_flight"], row["arrivals_per_s"], row["memory_fraction"]) == (3.0, 12.0, 0.4)
+
+
+def test_an_announced_event_reaches_the_model_at_the_horizons_it_covers(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    real = type(rig.forecaster._champion).step  # type: ignore[union-attr]
+
+    def spy(self: Any, values: Any, announced: Any = None) -> Any:
+        seen.append(None if announced is None else announced[0].tolist())
+        return real(self, values, announced)
+
+    monkeypatch.setattr("models.forecaster.OnlineForecaster.step", spy)
+    rig.forecaster.announce(starts_in_s=2.5, lasts_s=3.0, strength=0.8)
+    rig.ticks(8)
+    assert seen[0] == pytest.approx([0, 0, 0.8, 0.8, 0, 0])
+    assert seen[2] == pytest.approx([0.8, 0.8, 0.8, 0, 0, 0])
+    assert seen[7] is None
+
+
+@pytest.mark.parametrize("event", [(-1.0, 1.0, 1.0), (0.0, 0.0, 1.0), (0.0, math.inf, 1.0), (0.0, 1.0, 1.5)])
+def test_an_impossible_event_is_refused(rig: Rig, event: tuple[float, float, float]) -> None:
+    with pytest.raises(ValueError, match="announce"):
+        rig.forecaster.announce(*event)
+
+
+class StopAfter(threading.Event):
+    """An event whose wait moves the fake clock, and that is set after some waits."""
+
+    def __init__(self, clock: Clock, waits: int, oversleep_s: float) -> None:
+        super().__init__()
+        self._clock, self._left, self._oversleep_s = clock, waits, oversleep_s
+        self.due_s: list[float] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.due_s.append(self._clock.now_s + (timeout or 0.0))
+        self._clock.now_s = self.due_s[-1] + self._oversleep_s
+        self._left -= 1
+        if self._left <= 0:
+            self.set()
+        return self.is_set()
+
+
+def test_a_late_tick_does_not_shift_the_ones_after_it(rig: Rig) -> None:
+    stop = StopAfter(rig.clock, waits=10, oversleep_s=0.04)
+    start_s = rig.clock.now_s
+    rig.forecaster.run(stop)
+    assert stop.due_s == pytest.approx([start_s + k for k in range(1, 11)])
+
+
+def test_missed_ticks_are_skipped_not_caught_up(rig: Rig) -> None:
+    real = rig.sampler.read
+
+    def slow_once() -> Sample:
+        if rig.sampler.n == 3:
+            rig.clock.now_s += 3.4
+        return real()
+
+    rig.sampler.read = slow_once  # type: ignore[method-assign]
+    stop = StopAfter(rig.clock, waits=6, oversleep_s=0.0)
+    start_s = rig.clock.now_s
+    rig.forecaster.run(stop)
+    assert stop.due_s == pytest.approx([start_s + k for k in (1, 2, 3, 7, 8, 9)])
+
+
+def test_settings_are_checked_before_an_actor_is_started() -> None:
+    assert ForecasterSettings.from_mapping({"link_bytes_per_s": 1e9}).link_bytes_per_s == 1e9
+    with pytest.raises(ConfigError, match=r"forecaster\.perod_s.*unknown"):
+        ForecasterSettings.from_mapping({"perod_s": 1.0})
+    with pytest.raises(ConfigError, match=r"forecaster\.period_s = 0"):
+        ForecasterSettings.from_mapping({"period_s": 0})
+    assert actor_name("abcdef0123456789ffff") == "shadecast-forecaster-abcdef0123456789"
