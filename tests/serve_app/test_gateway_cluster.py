@@ -7,6 +7,7 @@ started from there with `serve run`, as a user would.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import socket
@@ -265,6 +266,34 @@ def test_a_deadline_ends_the_request_and_frees_the_replica(cluster: Cluster) -> 
         answer = probe(cluster, wait_for="never", timeout=300_000)
         assert answer.status_code == 504
     assert probe(cluster).status_code == 200
+
+
+def test_clients_that_leave_free_their_replicas(cluster: Cluster) -> None:
+    for _ in range(3):
+        with pytest.raises(httpx.ReadTimeout):
+            probe(cluster, timeout_s=0.3, wait_for="never")
+    url = f"http://{cluster.address}/user/v2/models/probe/generate_stream"
+    for _ in range(3):
+        with httpx.stream("POST", url, json={"wait_for": "never"}, timeout=30.0) as response:
+            assert next(stream_events(response))["text_output"] == "first "
+    assert probe(cluster).status_code == 200
+
+
+def test_the_documented_fastapi_application_works_with_the_router_on_its_model(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = (ROOT / "docs" / "protocol.md").read_text().split("```python\n")
+    (code,) = (block.split("```")[0] for block in blocks if "serve.ingress(api)" in block)
+    code = code.replace("num_replicas=4,", 'num_replicas=1, ray_actor_options={"num_cpus": 0.1},')
+    code = code.replace("@serve.deployment\n", '@serve.deployment(ray_actor_options={"num_cpus": 0.1})\n')
+    (tmp_path / "documented.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    documented = importlib.import_module("documented")
+    ray.cloudpickle.register_pickle_by_value(documented)
+    serve.run(documented.app, name="documented", route_prefix="/own")
+    answer = httpx.post(f"http://{cluster.address}/own/score", params={"text": "Hi!!"}, timeout=30.0)
+    assert (answer.status_code, answer.json()) == (200, 0.5)
+    serve.delete("documented")
 
 
 def wait_until_two_replicas_answer(cluster: Cluster) -> None:
