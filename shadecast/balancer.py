@@ -706,6 +706,7 @@ class Balancer:
                     known.session_weight,
                     c.proven,
                     c.rejections,
+                    known.live_capacity,
                 )
             )
             views.append(self._view(known, share, now_s))

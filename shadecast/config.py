@@ -15,6 +15,15 @@ from typing import Any, Self
 from shadecast.errors import ConfigError
 
 
+def _check_function(name: str, value: Any, words: tuple[str, ...], what: str) -> None:
+    """Refuse what is neither one of `words` nor "module:function"."""
+    module, _, function = value.partition(":") if isinstance(value, str) else ("", "", "")
+    path = all(part.isidentifier() for part in (*module.split("."), function))
+    if value not in words and not path:
+        known = ", ".join(f'"{word}"' for word in words)
+        raise ConfigError(f'{name} = {value!r}: must be {known} or "module:function" ({what})')
+
+
 def _bounded(default: float, low: float, high: float, why: str) -> Any:
     return field(default=default, metadata={"low": low, "high": high, "why": why})
 
@@ -83,6 +92,12 @@ class BalanceConfig(_Section):
     rescue_fraction: float = _bounded(0.01, 0.0, 0.2, "of requests may be sent again from a collapsed replica; 0: none")
     rescue_speed: float = _bounded(0.25, 0.0, 1.0, "a replica below this part of the median capacity has collapsed")
     lost_after_s: float = _bounded(5.0, 1.0, 120.0, "a replica or router not heard of for so long is gone")
+    cost: str = ""
+    """A "module:function" of (args, kwargs) of a call that gives its cost in units of work; empty: each costs 1."""
+
+    def __post_init__(self) -> None:
+        super(BalanceConfig, self).__post_init__()
+        _check_function("balance.cost", self.cost, ("",), "it gives the cost of a call")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +133,17 @@ class TrialConfig(_Section):
     ramp: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4, 1.0)
     copy_methods: tuple[str, ...] = ()
     """Methods of the deployment that are safe to call twice ("*": all). Others get a small live canary instead."""
+    compare: str = ""
+    """Whether a copy's answer is compared with the primary's: "exact", "close" (see `compare_tolerance`), or a
+    "module:function" of (primary's answer, copy's answer) that says whether they are equal; empty: not compared."""
+    compare_tolerance: float = _bounded(1e-3, 0.0, 1e6, 'relative or absolute, by which numbers may differ for "close"')
 
     def __post_init__(self) -> None:
         super(TrialConfig, self).__post_init__()
         methods: Any = self.copy_methods
         if isinstance(methods, str) or not all(isinstance(m, str) for m in methods):
             raise ConfigError(f"trial.copy_methods = {methods!r}: must be a list of method names")
+        _check_function("trial.compare", self.compare, ("", "exact", "close"), "it compares two answers")
         ramp = self.ramp
         try:
             rising = len(ramp) > 0 and all(0 < a < b for a, b in pairwise(ramp)) and ramp[0] > 0

@@ -66,24 +66,33 @@ class Ledger:
 
         `counted` False (a cancelled client) frees the place without an outcome.
         """
-        counts = self._replicas.get(replica_id)
-        entry = counts.open.pop(request_id, None) if counts is not None else None
-        if counts is None or entry is None:
+        entry = self.release(request_id, replica_id)
+        if entry is None:
             return None
         duration_s = max(now_s - entry.started_s, 0.0)
         if counted:
-            counts.finished += 1
-            self.finished_total += 1
-            if not ok:
-                counts.failed += 1
-                self.failed_total += 1
-            outcomes = counts.outcomes
-            if len(outcomes) >= _MAX_OUTCOMES:
-                del outcomes[0]
-            outcomes.append(
-                Outcome(duration_s, entry.in_flight_at_start, ok, entry.cost, entry.first_item_s, entry.items)
-            )
+            self.record(entry, duration_s, ok=ok)
         return duration_s
+
+    def release(self, request_id: str, replica_id: str) -> Started | None:
+        """Free a request's place without an outcome yet; None if it was not open (so: only once)."""
+        counts = self._replicas.get(replica_id)
+        return counts.open.pop(request_id, None) if counts is not None else None
+
+    def record(self, entry: Started, duration_s: float, *, ok: bool) -> None:
+        """Keep the outcome of a request whose place was freed, for the next report."""
+        counts = self._replicas.get(entry.replica_id)
+        if counts is None:
+            counts = self._replicas[entry.replica_id] = _Counts()
+        counts.finished += 1
+        self.finished_total += 1
+        if not ok:
+            counts.failed += 1
+            self.failed_total += 1
+        outcomes = counts.outcomes
+        if len(outcomes) >= _MAX_OUTCOMES:
+            del outcomes[0]
+        outcomes.append(Outcome(duration_s, entry.in_flight_at_start, ok, entry.cost, entry.first_item_s, entry.items))
 
     def pair(self, sample: PairedSample) -> None:
         """Keep a mirrored pair for the next report; the oldest give way."""

@@ -21,6 +21,8 @@ from shadecast.types import RoutingTable
 _MAX_QUEUE = 4096
 """Longest queue that the cost table tells apart; beyond it all are equally bad."""
 _MIN_CAPACITY = 1e-3
+_FULL = 1e9
+"""Added to the score of a replica that has all the requests that it takes."""
 _TIE = 0.9
 """A score must be better by a tenth to count: capacities are not known more exactly, and routers must not herd."""
 
@@ -45,7 +47,7 @@ class PickTable:
     `in_flight` is the router's live count per index; the owner adds and subtracts as requests start and end.
     """
 
-    __slots__ = ("_base", "_cost", "_full", "_inverse", "_partial", "_routers", "ids", "in_flight", "index", "share")
+    __slots__ = ("_base", "_cost", "_inverse", "_limit", "_routers", "ids", "in_flight", "index", "pool", "share")
 
     def __init__(
         self,
@@ -54,12 +56,17 @@ class PickTable:
         mine_now: Mapping[str, int],
         mine_at_table: Mapping[str, int],
         cost: list[float],
+        *,
+        limits: Sequence[float] | None = None,
+        live_only: bool = False,
     ) -> None:
         """Lay out `table` for the replicas `ids` that are alive here.
 
         `mine_now` and `mine_at_table` count this router's own requests now and when the table was counted.
         Replicas that the table does not know get no traffic while it names others; if none of those that are
         alive is eligible by the table (it is missing, or all that it names are gone), all are.
+        `limits` are the requests that each replica takes at most: one that seems full is picked only where all do.
+        `live_only` leaves out what was forecast, for a table that is older than forecasts are good for.
         """
         self.ids = tuple(ids)
         self.index = {replica_id: i for i, replica_id in enumerate(self.ids)}
@@ -71,67 +78,62 @@ class PickTable:
         self.share = [0.0] * count
         self._inverse = [1.0] * count
         self._base = [0.0] * count
+        self._limit = [float(limit) for limit in limits] if limits is not None else [float(_MAX_QUEUE)] * count
         for i, replica_id in enumerate(self.ids):
             row = rows.get(replica_id)
             if row is None:
                 continue
+            capacity = row.live_capacity if live_only and row.live_capacity > 0.0 else row.capacity
             self.share[i] = row.share
-            self._inverse[i] = 1.0 / max(row.capacity, _MIN_CAPACITY)
+            self._inverse[i] = 1.0 / max(capacity, _MIN_CAPACITY)
             self._base[i] = row.queue - self._routers * mine_at_table.get(replica_id, 0)
         if not any(self.share):
             self.share = [1.0] * count
-        self._full = [i for i in range(count) if self.share[i] >= 1.0]
-        self._partial = [i for i in range(count) if 0.0 < self.share[i] < 1.0]
+        self.pool = [i for i in range(count) if self.share[i] > 0.0]
 
     def score(self, i: int) -> float:
-        """Predicted relative time of one more request on the replica at index `i`."""
-        queue = self._base[i] + self._routers * self.in_flight[i]
-        if queue <= 0.0:
-            return self._cost[0] * self._inverse[i]
-        return self._cost[min(int(queue + 0.5), len(self._cost) - 1)] * self._inverse[i]
+        """Predicted relative time of one more request on the replica at index `i`; a full one is worse than others."""
+        queue = self._base[i] + self._routers * self.in_flight[i] + 0.5
+        cost = self._cost
+        score = cost[0 if queue < 1.0 else -1 if queue >= len(cost) else int(queue)] * self._inverse[i]
+        return score if queue - 0.5 < self._limit[i] else score + _FULL
 
-    def pick(self, random: Callable[[], float], choices: int = 4) -> int:
+    def pick(
+        self, random: Callable[[], float], choices: int = 4, without: int = -1, pool: Sequence[int] | None = None
+    ) -> int:
         """Index of the replica for the next request, -1 if there is none. `random` gives floats in [0, 1).
 
-        A replica with a share below 1 is eligible for that fraction of the picks.
+        `choices` replicas are drawn with replacement (all, if there are no more), and the least score wins. A replica
+        with a share below 1 is eligible for that fraction of the draws. `without` leaves one out; `pool` is a part of
+        the eligible replicas to pick from. Draws, scores and compares numbers only: nothing is allocated.
         """
-        full, partial = self._full, self._partial
-        count = len(full)
-        if partial:
-            eligible = [i for i in partial if random() < self.share[i]]
-            if eligible or not count:
-                return self._pick_mixed(random, choices, eligible or partial)
-        if count <= choices:
-            drawn: Sequence[int] = full
-            if not count:
-                return -1
-            start = int(random() * count)  # ties must not always fall to the first
-        else:
-            drawn = [full[int(random() * count)] for _ in range(choices)]
-            start = 0
-        cost, inverse, base, routers, mine = self._cost, self._inverse, self._base, self._routers, self.in_flight
-        last = len(cost) - 1
+        if pool is None:
+            pool = self.pool
+        count = len(pool)
+        if not count:
+            return -1
+        shares, cost, inverse, base, limit = self.share, self._cost, self._inverse, self._base, self._limit
+        routers, mine = self._routers, self.in_flight
+        longest = len(cost)
+        all_of_them = count <= choices
+        k = int(random() * count)  # ties must not always fall to the first
         best, best_score = -1, 0.0
-        for k in range(start, start + len(drawn)):
-            i = drawn[k - len(drawn)]
+        drawn, tries = 0, count if all_of_them else 4 * choices
+        while tries and drawn < choices:
+            tries -= 1
+            i = pool[k]
+            k = (k + 1 if k + 1 < count else 0) if all_of_them else int(random() * count)
+            share = shares[i]
+            if i == without or (share < 1.0 and random() >= share):
+                continue
+            drawn += 1
             queue = base[i] + routers * mine[i] + 0.5
-            score = cost[0 if queue < 1.0 else last if queue > last else int(queue)] * inverse[i]
+            score = cost[0 if queue < 1.0 else -1 if queue >= longest else int(queue)] * inverse[i]
+            if queue - 0.5 >= limit[i]:
+                score += _FULL
             if best < 0 or score < best_score * _TIE:
                 best, best_score = i, score
-        return best
-
-    def _pick_mixed(self, random: Callable[[], float], choices: int, eligible: list[int]) -> int:
-        """The pick when replicas with a partial share are in this time: d draws from both kinds together."""
-        pool_full, extra = len(self._full), len(eligible)
-        pool = pool_full + extra
-        if pool <= choices:
-            drawn = [*self._full, *eligible]
-            start = int(random() * pool)
-            drawn = drawn[start:] + drawn[:start]
-        else:
-            picks = (int(random() * pool) for _ in range(choices))
-            drawn = [self._full[k] if k < pool_full else eligible[k - pool_full] for k in picks]
-        return min(drawn, key=self.score)
+        return best if best >= 0 or pool[k] == without else pool[k]  # none was eligible this time
 
     def power_of_two(self, random: Callable[[], float]) -> int:
         """Power of two choices over this router's own counts: what is left without a usable table."""

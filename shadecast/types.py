@@ -193,6 +193,8 @@ class TableRow:
     """Whether the replica has been ACTIVE before."""
     rejections: int = 0
     """Trials failed in a row; sets the back-off."""
+    live_capacity: float = 0.0
+    """`capacity` without the forecast's part; 0 where it is not known."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """The pick: shares, scores, fall-backs."""
 
 import random
+import tracemalloc
 from collections import Counter
 from itertools import pairwise
 
@@ -122,3 +123,48 @@ def test_a_stale_table_never_sends_everything_to_one_replica():
         picks.in_flight[i] += 1
         counts[i] += 1
     assert max(counts.values()) <= 10
+
+
+def test_a_full_replica_is_picked_only_where_all_are_full():
+    made = table((1, 4.0, 8), (1, 0.1, 3), (1, 0.1, 3))
+    some = PickTable(ids(3), made, {}, {}, COST, limits=[8, 8, 8])
+    assert set(spread(some, 200)) == {1, 2}
+    every = PickTable(ids(3), made, {}, {}, COST, limits=[8, 2, 2])
+    assert sum(spread(every, 200).values()) == 200
+
+
+def test_a_second_pick_leaves_out_the_first():
+    for count in (1, 2, 4, 9):
+        picks = PickTable(ids(count), table(*[(1, 1 + i, 0) for i in range(count)]), {}, {}, COST)
+        rng = random.Random(count)
+        for first in range(count):
+            seconds = {picks.pick(rng.random, without=first) for _ in range(30)}
+            assert first not in seconds
+            assert (seconds == {-1}) == (count == 1)
+
+
+def test_without_the_forecast_the_live_capacity_counts():
+    rows = (
+        TableRow("r0", "n", State.ACTIVE, 1.0, 1.0, 0.0, live_capacity=0.2),
+        TableRow("r1", "n", State.ACTIVE, 1.0, 0.2, 0.0, live_capacity=1.0),
+    )
+    made = RoutingTable("app/d", 1, 1, 1, rows)
+    assert set(spread(PickTable(ids(2), made, {}, {}, COST), 50)) == {0}
+    assert set(spread(PickTable(ids(2), made, {}, {}, COST, live_only=True), 50)) == {1}
+
+
+def test_a_pick_allocates_nothing_that_grows_with_the_replicas():
+    def peak_bytes(count):
+        rows = [(0.3 if i % 3 == 0 else 1.0, 1.0, 0) for i in range(count)]
+        picks = PickTable(ids(count), table(*rows), {}, {}, COST)
+        rng = random.Random(1)
+        picks.pick(rng.random)
+        tracemalloc.start()
+        try:
+            for _ in range(100):
+                picks.pick(rng.random)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    assert peak_bytes(2000) <= peak_bytes(8) + 256
