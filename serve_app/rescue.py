@@ -8,6 +8,7 @@ never rescued pays for nothing but that indirection. Callers that block in `resu
 from __future__ import annotations
 
 import asyncio
+import weakref
 from typing import Any, cast
 
 from ray.serve.request_router import PendingRequest, ReplicaResult
@@ -26,14 +27,20 @@ class Rescuable:
         self._second: ReplicaResult | None = None
         self._waiter: asyncio.Task[Any] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        first_answer, self._cancel_first = result.get_async, result.cancel
+        held, kind = weakref.ref(result), type(result)  # weak: a cycle would keep the answer alive for long
+
+        def cancel_first() -> None:
+            if (first := held()) is not None:
+                kind.cancel(first)
+
+        self._cancel_first = cancel_first
 
         async def get_async() -> Any:
             if not self.moved:
                 task = asyncio.current_task()
                 self._waiter, self._loop = task, asyncio.get_running_loop()
                 try:
-                    return await first_answer()
+                    return await kind.get_async(held())
                 except asyncio.CancelledError:
                     if self._second is None or (task is not None and task.uncancel() > 0):
                         raise  # the caller itself gave up
@@ -42,7 +49,7 @@ class Rescuable:
             return await cast("ReplicaResult", self._second).get_async()
 
         def cancel() -> None:
-            self._cancel_first()
+            cancel_first()
             if self._second is not None:
                 self._second.cancel()
 

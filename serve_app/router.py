@@ -14,12 +14,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import random
 import time
 import uuid
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -37,11 +38,13 @@ from ray.serve.request_router import (
 )
 
 from serve_app.control import COORDINATOR, NAMESPACE
-from serve_app.mirror import Mirror, was_cancelled, watch_end
+from serve_app.mirror import Mirror, key_of
 from serve_app.rescue import RESCUE_SUFFIX, Rescuable
+from serve_app.user_functions import load_function
+from serve_app.watch import StreamWatch, was_cancelled, watch_end
 from shadecast.config import Config
 from shadecast.errors import ConfigError
-from shadecast.ledger import Ledger
+from shadecast.ledger import Ledger, Started
 from shadecast.pick import PickTable, cost_table
 from shadecast.rescue import RescueBudget, Stuck, collapsed, worth_rescuing
 from shadecast.sessions import SessionMap
@@ -50,6 +53,10 @@ from shadecast.types import RoutingTable, State
 logger = logging.getLogger("ray.serve")
 
 _LONG_POLL_S = 5.0
+_SEND_FAILED_S = 60.0
+"""A choice that no replica has accepted after so long, and that nobody waits for, was never sent."""
+_TOLD_S = 1.5
+"""How long a queue length that a replica told is better than a table's."""
 _SECRET_KEY = b"session-secret"
 _FORGET_TABLE_S = 60.0
 """After so long without a coordinator, replicas that the last table kept out are used again."""
@@ -69,11 +76,15 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         self._table: RoutingTable | None = None
         self._table_s = 0.0
         self._cost_key = (1.0, 0.0)
-        self._cost = cost_table(*self._cost_key)
+        self._costs = cost_table(*self._cost_key)
         self._by_index: list[RunningReplica] = []
-        self._picks = PickTable((), None, {}, {}, self._cost)
+        self._picks = PickTable((), None, {}, {}, self._costs)
         self._sending: dict[str, tuple[str, PendingRequest]] = {}
-        """Requests chosen for a replica that has not accepted them yet."""
+        """Requests chosen for a replica that has not accepted them yet, by `key_of`."""
+        self._unsent: dict[str, str] = {}
+        """Serve's id of such a request -> its key: calls that one request makes share Serve's id."""
+        self._told: dict[str, tuple[float, int, float]] = {}
+        """Queue length that a replica told with its last acceptance, own requests there then, when."""
         self._counted: dict[str, int] = {}
         """This router's own requests per replica, at the last report."""
         self._mirrored: list[tuple[str, float]] = []
@@ -86,6 +97,12 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         """Made with the first request that has a session."""
         self._session_secret = self._deployment.encode()
         self._want_table_back = False
+        self._cost_of: Callable[[list[Any], dict[Any, Any]], float] | None = None
+        self._laid_out_for = ""
+        """The level that the picks were laid out for."""
+        self._near: tuple[list[int], list[int]] = ([], [])
+        """Indices of eligible replicas on the own node, and in the own zone."""
+        self._with_model: dict[str, list[int]] = {}
 
     def initialize_state(self, config: Mapping[str, Any] | None = None, **unknown: Any) -> None:
         """Take `request_router_kwargs`: `{"config": {"trial": {...}, "balance": {...}}}`.
@@ -102,6 +119,8 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
             )
         self._mirror = self._new_mirror()
         self._rescue_budget = RescueBudget(self._config.balance.rescue_fraction)
+        cost = self._config.balance.cost
+        self._cost_of = load_function("balance.cost", cost) if cost else None
 
     def _new_mirror(self) -> Mirror:
         return Mirror(self._config.trial, time.monotonic, self._ledger.pair, self._count_drop)
@@ -124,28 +143,38 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """One choice, as ranks: the picked replica alone, then a second pick in case the first one is full."""
+        """One choice, as ranks: the picked replica alone, then a second pick in case the first one is full.
+
+        A request that comes back found both full: it is offered several others at once, of which Serve takes the one
+        with the shortest queue, with its own growing pauses in between.
+        """
+        level = self.level
+        if level != self._laid_out_for:
+            self._lay_out()
+        picks, choices, random_ = self._picks, self._config.balance.choices, self._random
         if pending_request is None:
-            first = self._picks.pick(self._random, self._config.balance.choices)
+            first = picks.pick(random_, choices)
             return [[self._by_index[first]]] if first >= 0 else []
         pending_request.routing_context.should_backoff = True
-        if pending_request.metadata.session_id:
+        metadata = pending_request.metadata
+        again = key_of(pending_request) in self._sending
+        if metadata.session_id:
             kept = self._session_ranks(pending_request)
             if kept is not None:
                 return kept
-        if self._prefer_local_node_routing or pending_request.metadata.multiplexed_model_id:
-            preferred = self._preferred(pending_request)
-            if preferred is not None:
-                return preferred
-        if self.level == "power_of_two":
-            return self._two_choices()
-        picks, choices = self._picks, self._config.balance.choices
-        first = picks.pick(self._random, choices)
+        pool: Sequence[int] | None = None
+        if self._prefer_local_node_routing or self._prefer_local_az_routing or metadata.multiplexed_model_id:
+            pool = self._preferred(pending_request)
+        if pool is None and level == "power_of_two":
+            return self._several(2)
+        if pool is None and again:
+            return self._several(max(choices, 2))
+        first = picks.pick(random_, choices, -1, pool)
         if first < 0:
             return []
         self._expect(pending_request, picks.ids[first])
-        second = picks.pick(self._random, choices)
-        if second == first:
+        second = picks.pick(random_, choices, first, pool)
+        if second < 0:
             return [[self._by_index[first]]]
         return [[self._by_index[first]], [self._by_index[second]]]
 
@@ -178,34 +207,57 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         draining = [r for r in picks.ids if r in rows and rows[r].state is State.DRAINING]
         sessions.update(weights, scores, time.monotonic(), draining)
 
-    def _two_choices(self) -> list[list[RunningReplica]]:
-        """Two random replicas, of which Serve takes the one with the shorter queue: its own default rule."""
-        picks = self._picks
-        pool = [i for i, share in enumerate(picks.share) if share > 0.0]
-        if not pool or time.monotonic() - self._table_s > _FORGET_TABLE_S:
-            pool = list(range(len(picks.ids)))
-        if not pool:
-            return []
-        return [[self._by_index[i] for i in random.sample(pool, min(2, len(pool)))]]
+    def _several(self, count: int) -> list[list[RunningReplica]]:
+        """Random eligible replicas, of which Serve takes the one with the shortest queue: with two its default rule."""
+        pool: Sequence[int] = self._picks.pool
+        if time.monotonic() - self._table_s > _FORGET_TABLE_S:
+            pool = range(len(self._by_index))
+        if len(pool) <= count:
+            return [[self._by_index[i] for i in pool]] if pool else []
+        return [[self._by_index[i] for i in random.sample(pool, count)]]
 
-    def _preferred(self, pending_request: PendingRequest) -> list[list[RunningReplica]] | None:
-        """Serve's own preferences (multiplexed model, same node), within what the table makes eligible."""
-        if pending_request.metadata.multiplexed_model_id:
-            wanted = self.apply_multiplex_routing(pending_request)
-        else:
-            wanted = self.apply_locality_routing(pending_request)
-        pending_request.routing_context.should_backoff = True
-        picks = self._picks
-        pool = [i for i, r in enumerate(self._by_index) if r.replica_id in wanted and picks.share[i] > 0.0]
-        if not pool or len(pool) == len(picks.ids):
+    def _preferred(self, pending_request: PendingRequest) -> Sequence[int] | None:
+        """Serve's own preferences within what the table makes eligible, each tried once: replicas that have the
+        multiplexed model, else those with the fewest models; or the same node, then the same zone.
+        """
+        context, model_id = pending_request.routing_context, pending_request.metadata.multiplexed_model_id
+        if model_id:
+            if not context.tried_first_multiplexed_models:
+                context.tried_first_multiplexed_models = True
+                if pool := self._pool_with_model(model_id):
+                    return pool
+            if not context.tried_fewest_multiplexed_models:
+                context.tried_fewest_multiplexed_models = True
+                return self._pool_with_model("") or None
             return None
-        best = min(pool, key=picks.score)
-        self._expect(pending_request, picks.ids[best])
-        return [[self._by_index[best]]]
+        if self._prefer_local_node_routing and not context.tried_same_node:
+            context.tried_same_node = True
+            if self._near[0]:
+                return self._near[0]
+        if self._prefer_local_az_routing and not context.tried_same_az:
+            context.tried_same_az = True
+            if self._near[1]:
+                return self._near[1]
+        return None
+
+    def _pool_with_model(self, model_id: str) -> list[int]:
+        """Eligible replicas that have the model, or with "" those with the fewest; kept until the next layout."""
+        pool = self._with_model.get(model_id)
+        if pool is None:
+            held = self._by_index
+            eligible = self._picks.pool
+            if model_id:
+                pool = [i for i in eligible if model_id in held[i].multiplexed_model_ids]
+            else:
+                fewest = min((len(held[i].multiplexed_model_ids) for i in eligible), default=0)
+                pool = [i for i in eligible if len(held[i].multiplexed_model_ids) == fewest]
+            self._with_model[model_id] = pool
+        return pool
 
     def _expect(self, pending_request: PendingRequest, replica_id: str) -> None:
         """Count a request from its choice on, so that the next choice, milliseconds later, already sees it."""
-        request_id = pending_request.metadata.internal_request_id
+        request_id = key_of(pending_request)
+        self._unsent[pending_request.metadata.internal_request_id] = request_id
         before = self._sending.get(request_id)
         if before is not None:
             self._shift(before[0], -1)
@@ -221,24 +273,74 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult) -> None:
         """A replica has accepted the request: account for it, and copy it to a replica on trial now and then."""
-        request_id = pending_request.metadata.internal_request_id
+        request_id = key_of(pending_request)
         replica = replica_id.unique_id
+        self._unsent.pop(pending_request.metadata.internal_request_id, None)
         expected = self._sending.pop(request_id, None)
         if expected is not None:
             self._shift(expected[0], -1)
         others = max((self._replica_queue_len_cache.get(replica_id) or 1) - 1.0, 0.0)
-        self._ledger.start(request_id, replica, time.monotonic(), others)
+        metadata = pending_request.metadata
+        stream = None
+        now_s = time.monotonic()
+        self._ledger.start(request_id, replica, now_s, others, self._cost(pending_request))
         self._shift(replica, 1)
-        watch_end(result, self._event_loop, lambda error: self._ended(request_id, replica, error))
+        self._note_queue(replica, others + 1.0, now_s)
+        if metadata.is_streaming or not metadata._by_reference:
+            stream = self._watch_stream(result, request_id, replica, unary=not metadata.is_streaming)
+        else:
+            watch_end(result, self._event_loop, lambda error: self._ended(request_id, replica, error))
+            if self._mirror.copyable(pending_request):
+                self._rescuable[request_id] = Rescuable(pending_request, result)
         self._rescue_budget.earn()
-        if not pending_request.metadata.is_streaming and self._mirror.copyable(pending_request):
-            self._rescuable[request_id] = Rescuable(pending_request, result)
         if self._mirrored:
-            self._maybe_copy(pending_request, replica, others)
+            self._maybe_copy(pending_request, replica, others, result, stream)
+
+    def _cost(self, pending_request: PendingRequest) -> float:
+        """Units of work of a request, by the user's function."""
+        if self._cost_of is None:
+            return 1.0
+        try:
+            cost = float(self._cost_of(pending_request.args, pending_request.kwargs))
+        except Exception as error:
+            logger.debug(f"shadecast: balance.cost failed: {error!r}")
+            return 1.0
+        return cost if 0.0 < cost < math.inf else 1.0
+
+    def _watch_stream(self, result: ReplicaResult, request_id: str, replica: str, *, unary: bool) -> StreamWatch:
+        entry: Started | None = None
+
+        def freed() -> None:
+            nonlocal entry
+            entry = self._ledger.release(request_id, replica)
+            self._shift(replica, -1)
+
+        def ended(error: BaseException | None, duration_s: float) -> None:
+            cancelled = was_cancelled(error)
+            if entry is not None and not cancelled:
+                entry.items, entry.first_item_s = (1, math.nan) if unary else (watch.items, watch.first_item_s)
+                self._ledger.record(entry, duration_s, ok=error is None)
+            self._mirror.primary_done(request_id, None if cancelled else duration_s, ok=error is None)
+
+        def marked() -> None:
+            self._mirror.primary_done(request_id, watch.times_s[-1], ok=True)
+
+        watch = StreamWatch(
+            result, self._event_loop, time.monotonic, freed=freed, ended=ended, marked=marked, unary=unary
+        )
+        return watch
+
+    def _note_queue(self, replica: str, queue: float, now_s: float) -> None:
+        """The replica's own count at this moment is fresher than any table's."""
+        picks = self._picks
+        i = picks.index.get(replica)
+        if i is not None:
+            picks.note(i, queue)
+            self._told[replica] = (queue, picks.in_flight[i], now_s)
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         """A request that was sent has ended; one that was never accepted leaves the counts here."""
-        expected = self._sending.pop(internal_request_id, None)
+        expected = self._sending.pop(self._unsent.pop(internal_request_id, ""), None)
         if expected is not None:
             self._shift(expected[0], -1)
 
@@ -251,18 +353,29 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         self._shift(replica, -1)
         self._mirror.primary_done(request_id, None if cancelled else duration_s, ok=error is None)
 
-    def _maybe_copy(self, pending_request: PendingRequest, primary: str, primary_in_flight: float) -> None:
-        if not self._mirror.copyable(pending_request):
-            self._ledger.uncopyable += 1
-            return
+    def _maybe_copy(
+        self,
+        pending_request: PendingRequest,
+        primary: str,
+        primary_in_flight: float,
+        result: ReplicaResult,
+        stream: StreamWatch | None,
+    ) -> None:
         draw = self._random()
         for candidate_id, fraction in self._mirrored:
             draw -= fraction
             if draw < 0.0:
                 i = self._picks.index.get(candidate_id)
-                if i is not None and candidate_id != primary:
-                    copied = self._mirror.copy(pending_request, self._by_index[i], primary, primary_in_flight)
+                if i is None or candidate_id == primary:
+                    return
+                candidate = self._by_index[i]
+                if self._mirror.copyable(pending_request, candidate):
+                    copied = self._mirror.copy(
+                        pending_request, candidate, primary, primary_in_flight, primary=result, stream=stream
+                    )
                     self._ledger.mirrored += copied
+                else:
+                    self._ledger.uncopyable += 1
                 return
 
     # ------------------------------------------------------------------ rescue
@@ -343,13 +456,26 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         table = self._table
         if table is not None and (table.slots, table.batch_half) != self._cost_key:
             self._cost_key = (table.slots, table.batch_half)
-            self._cost = cost_table(*self._cost_key)
+            self._costs = cost_table(*self._cost_key)
         mine = self._ledger.all_in_flight()
         for replica_id, _ in self._sending.values():
             mine[replica_id] = mine.get(replica_id, 0) + 1
         self._by_index = list(self._replicas.values())
         ids = [r.replica_id.unique_id for r in self._by_index]
-        self._picks = PickTable(ids, table, mine, self._counted, self._cost)
+        self._laid_out_for = self.level
+        oldest_s = time.monotonic() - _TOLD_S
+        self._told = {replica_id: told for replica_id, told in self._told.items() if told[2] >= oldest_s}
+        self._picks = PickTable(
+            ids,
+            table,
+            mine,
+            self._counted,
+            self._costs,
+            seen={replica_id: (queue, mine_then) for replica_id, (queue, mine_then, _) in self._told.items()},
+            limits=[r.max_ongoing_requests for r in self._by_index],
+            live_only=self._laid_out_for != "table",
+        )
+        self._lay_out_preferences()
         rows = table.rows if table is not None else ()
         if self._sessions is not None:
             self._update_sessions(self._sessions)
@@ -359,12 +485,23 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
             if row.mirror_fraction > 0.0 and row.replica_id in self._picks.index
         ]
 
+    def _lay_out_preferences(self) -> None:
+        self._with_model = {}
+        if self._prefer_local_node_routing or self._prefer_local_az_routing:
+            eligible, held = self._picks.pool, self._by_index
+            node, zone = self._self_node_id, self._self_availability_zone
+            self._near = (
+                [i for i in eligible if node is not None and held[i].node_id == node],
+                [i for i in eligible if zone is not None and held[i].availability_zone == zone],
+            )
+
     # ------------------------------------------------------------------ control plane
 
     def _make_report(self) -> Any:
         """This second's report; forgets choices whose request was cancelled before it was sent."""
         for request_id, (replica_id, pending) in list(self._sending.items()):
-            if pending.future.cancelled():
+            failed = pending.future.done() and time.time() - pending.created_at > _SEND_FAILED_S
+            if pending.future.cancelled() or failed:
                 del self._sending[request_id]
                 self._shift(replica_id, -1)
         alive = [(r.replica_id.unique_id, r.node_id or "", r.max_ongoing_requests) for r in self._by_index]

@@ -49,6 +49,42 @@ class FakeResult:
         self.cancelled = True
 
 
+class FakeStream(FakeResult):
+    """A streaming result: `give` makes items, `end` completes it; user code's errors come with the items."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.items: asyncio.Queue[Any] = asyncio.Queue()
+
+    def to_object_ref(self) -> FakeResult:
+        raise AssertionError("a stream has no object")
+
+    def add_done_callback(self, callback: Any) -> None:
+        self._on_completed(callback)
+
+    def give(self, *items: Any) -> None:
+        for item in items:
+            self.items.put_nowait(item)
+
+    def end(self, outcome: Any = None, *, raised: Exception | None = None) -> None:
+        self.items.put_nowait(raised or outcome or StopAsyncIteration())
+        super().end(outcome)
+
+    async def __anext__(self) -> Any:
+        item = await self.items.get()
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    def __next__(self) -> Any:
+        item = self.items.get_nowait()
+        if isinstance(item, StopAsyncIteration):
+            raise StopIteration
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+
 @dataclass
 class FakeReplica:
     """A running replica that keeps what was sent to it."""
@@ -62,6 +98,7 @@ class FakeReplica:
     queue_len: int = 0
     availability_zone: str | None = None
     multiplexed_model_ids: set[str] = field(default_factory=set)
+    replica_metadata: dict[str, Any] = field(default_factory=dict)
 
     @property
     def replica_id(self) -> ReplicaID:
