@@ -8,7 +8,9 @@ whatever the number of replicas: draw d replicas at random, score each as `g(n) 
     batching (b0 > 0):  g(n) = 1 + min(n, c)/b0 + max(n - c, 0)/c * (1 + c/b0)
     FIFO slots:         g(n) = 1 + max(n - c, 0)/c + 0.05 n/c
 
-with c slots. The queue is estimated between tables as `q_i = Q_i + R * (mine_now - mine_at_table)`, R routers.
+with c slots. The queue is estimated as `q_i = Q_i + (1 + (R - 1)/2) * (mine_now - mine_then)` with R routers: Q_i comes
+from the table or, fresher, from the replica's answer to this router's last request there; what this router did since
+says half of what the others did, on average (taking it for all of it, R, amplified noise; docs/decisions/0020).
 Random choice among d breaks herding (Mitzenmacher 2001); d = 4 because the scores differ by capacity too.
 """
 
@@ -23,6 +25,8 @@ _MAX_QUEUE = 4096
 _MIN_CAPACITY = 1e-3
 _FULL = 1e9
 """Added to the score of a replica that has all the requests that it takes."""
+_OTHERS = 0.5
+"""How far this router's own changes are taken for those of each other router."""
 _TIE = 0.9
 """A score must be better by a tenth to count: capacities are not known more exactly, and routers must not herd."""
 
@@ -57,12 +61,14 @@ class PickTable:
         mine_at_table: Mapping[str, int],
         cost: list[float],
         *,
+        seen: Mapping[str, tuple[float, int]] | None = None,
         limits: Sequence[float] | None = None,
         live_only: bool = False,
     ) -> None:
         """Lay out `table` for the replicas `ids` that are alive here.
 
-        `mine_now` and `mine_at_table` count this router's own requests now and when the table was counted.
+        `mine_now` and `mine_at_table` count this router's own requests now and when the table was counted. `seen` holds
+        queue lengths that replicas told lately, each with this router's own count then; they replace the table's.
         Replicas that the table does not know get no traffic while it names others; if none of those that are
         alive is eligible by the table (it is missing, or all that it names are gone), all are.
         `limits` are the requests that each replica takes at most: one that seems full is picked only where all do.
@@ -72,7 +78,7 @@ class PickTable:
         self.index = {replica_id: i for i, replica_id in enumerate(self.ids)}
         self.in_flight = [mine_now.get(replica_id, 0) for replica_id in self.ids]
         self._cost = cost
-        self._routers = float(max(table.routers, 1)) if table is not None else 1.0
+        self._routers = 1.0 + _OTHERS * (max(table.routers, 1) - 1.0) if table is not None else 1.0
         rows = {row.replica_id: row for row in table.rows} if table is not None else {}
         count = len(self.ids)
         self.share = [0.0] * count
@@ -86,10 +92,15 @@ class PickTable:
             capacity = row.live_capacity if live_only and row.live_capacity > 0.0 else row.capacity
             self.share[i] = row.share
             self._inverse[i] = 1.0 / max(capacity, _MIN_CAPACITY)
-            self._base[i] = row.queue - self._routers * mine_at_table.get(replica_id, 0)
+            told, mine = (seen or {}).get(replica_id) or (row.queue, mine_at_table.get(replica_id, 0))
+            self._base[i] = told - self._routers * mine
         if not any(self.share):
             self.share = [1.0] * count
         self.pool = [i for i in range(count) if self.share[i] > 0.0]
+
+    def note(self, i: int, queue: float) -> None:
+        """The replica at index `i` has told its queue length, all routers' requests, just now."""
+        self._base[i] = queue - self._routers * self.in_flight[i]
 
     def score(self, i: int) -> float:
         """Predicted relative time of one more request on the replica at index `i`; a full one is worse than others."""

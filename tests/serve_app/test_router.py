@@ -189,11 +189,46 @@ def test_counts_return_to_zero_after_rejections_failed_sends_and_cancelled_choic
     run(scenario())
 
 
+def test_calls_that_share_serves_request_id_are_told_apart():
+    """All handle calls that one request of a composition makes carry the same internal id in Ray 2.60."""
+
+    async def scenario():
+        new = FakeReplica("new")
+        router = make_router(FakeReplica("a"), FakeReplica("b"), new, trial={"copy_methods": ["*"]})
+        router.take_table(table(a=1.0, b=1.0, new=(0.0, 1.0, 1.0)))
+        pendings = [request("same") for _ in range(3)]
+        chosen = [(await choose(router, pending))[0][0] for pending in pendings]
+        results = [FakeResult() for _ in pendings]
+        for pending, replica, result in zip(pendings, chosen, results, strict=True):
+            router.on_request_routed(pending, replica.replica_id, result)
+        await settle()
+        assert sum(router._ledger.all_in_flight().values()) == 3
+        for copy in new.results:
+            copy.end()
+        for replica, result in zip(chosen, results, strict=True):
+            result.end()
+            router.on_request_completed(replica.replica_id, "same")
+        await settle()
+        report = router._make_report()
+        assert sum(r.finished for r in report.replicas) == 3
+        assert len(report.pairs) == 3
+        assert router._picks.in_flight == [0, 0, 0]
+        assert router._sending == {}
+
+    run(scenario())
+
+
 def test_own_choices_spread_before_any_table_says_so():
     async def scenario():
         router = make_router(*(FakeReplica(n) for n in "abcd"))
         router.take_table(table(a=1.0, b=1.0, c=1.0, d=1.0))
-        chosen = Counter([(await send(router, f"r{i}"))[0].name for i in range(40)])
+        chosen = Counter()
+        for i in range(40):
+            pending = request(f"r{i}")
+            replica = (await choose(router, pending))[0][0]
+            router.on_new_queue_len_info(replica.replica_id, chosen[replica.name] + 1)
+            router.on_request_routed(pending, replica.replica_id, FakeResult())
+            chosen[replica.name] += 1
         assert min(chosen.values()) >= 8, "equal but for ties, which fall at random within a tenth"
 
     run(scenario())
@@ -209,7 +244,8 @@ def test_copies_go_to_the_replica_on_trial_and_become_pairs():
         await settle()
         (copy,) = new.sent
         assert copy.metadata.request_id == "r-shadow"
-        assert copy.metadata.internal_request_id == "r-shadow"
+        assert copy.metadata.internal_request_id.startswith("r/")
+        assert copy.metadata.internal_request_id.endswith("-shadow")
         assert copy.args == [1]
         new.results[0].end()
         await settle()

@@ -73,13 +73,20 @@ def test_a_slow_replica_is_picked_only_when_the_others_are_busy():
     assert spread(busy, 200)[1] == 0
 
 
-def test_own_requests_since_the_table_count_for_all_routers():
-    picks = PickTable(ids(2), table((1, 1, 5), (1, 1, 8), routers=4), {"r0": 3}, {"r0": 1}, COST)
-    # replica 0: 5 + 4 * (3 - 1) = 13 waiting, replica 1: 8
-    assert picks.score(0) == pytest.approx(load_cost(14, 1, 0))
+def test_own_requests_since_the_table_count_for_half_of_what_the_others_did():
+    picks = PickTable(ids(2), table((1, 1, 5), (1, 1, 8), routers=5), {"r0": 3}, {"r0": 1}, COST)
+    # replica 0: 5 + (1 + 4/2) * (3 - 1) = 11 waiting, replica 1: 8
+    assert picks.score(0) == pytest.approx(load_cost(12, 1, 0))
     assert picks.score(1) == pytest.approx(load_cost(9, 1, 0))
     picks.in_flight[0] -= 2
     assert picks.score(0) == pytest.approx(load_cost(6, 1, 0))
+
+
+def test_what_a_replica_told_itself_replaces_the_tables_count():
+    picks = PickTable(ids(2), table((1, 1, 5), (1, 1, 8)), {"r0": 1}, {}, COST, seen={"r0": (20.0, 1)})
+    assert picks.score(0) == pytest.approx(load_cost(21, 1, 0))
+    picks.note(1, 0.0)
+    assert picks.score(1) == pytest.approx(load_cost(1, 1, 0))
 
 
 @pytest.mark.parametrize("batch_half", [0.0, 8.0])

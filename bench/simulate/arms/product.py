@@ -18,6 +18,7 @@ from shadecast.balancer import Balancer, TickInput
 from shadecast.config import Config
 from shadecast.ledger import Ledger
 from shadecast.pick import PickTable, cost_table
+from shadecast.rescue import RescueBudget, Stuck, collapsed, worth_rescuing
 from shadecast.sessions import SessionMap
 from shadecast.types import (
     NodeReport,
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 _DEPLOYMENT = "sim/model"
 _TELEMETRY_S = 1.0
+_TOLD_S = 1.5
+"""As `serve_app.router`: how long a queue length that a replica told is better than a table's."""
 _TELEMETRY_NOISE = 0.02
 _SHADOW_ITEMS = 32
 """Streams are compared over their first items, then the copy is cancelled (design section 7)."""
@@ -54,9 +57,13 @@ class _Router:
         self.picks = PickTable((), None, {}, {}, self.cost)
         self.counted: dict[str, int] = {}
         self.by_index: list[int] = []
+        self.told: dict[str, tuple[float, int, float]] = {}
         self.mirrored: list[tuple[str, float]] = []
         self.copies: dict[str, int] = {}
         self.sessions = SessionMap(arm.config.session, secret, arm.config.trial.drain_s)
+        self.rescue_budget = RescueBudget(arm.config.balance.rescue_fraction)
+        self.open: dict[str, Request] = {}
+        """Live requests that may still be rescued, by id."""
 
     def take_table(self, table: RoutingTable) -> None:
         """Use a newer table; older ones are ignored."""
@@ -66,6 +73,7 @@ class _Router:
         self.table = table
         self.table_s = self.arm.made_s[table.version]
         self.lay_out()
+        self.arm.rescue(self, table)
 
     def lay_out(self) -> None:
         """Precompute the picks for the present members and table."""
@@ -75,17 +83,19 @@ class _Router:
             self.cost = cost_table(*self.cost_key)
         self.by_index = list(self.arm.sim.members)
         ids = [self.arm.ids[member] for member in self.by_index]
-        self.picks = PickTable(ids, table, self.ledger.all_in_flight(), self.counted, self.cost)
+        oldest_s = self.arm.sim.now_s - _TOLD_S
+        told = {key: (queue, mine) for key, (queue, mine, at_s) in self.told.items() if at_s >= oldest_s}
+        self.picks = PickTable(ids, table, self.ledger.all_in_flight(), self.counted, self.cost, seen=told)
         rows = table.rows if table is not None else ()
         alive = self.picks.index
         self.mirrored = [
             (row.replica_id, row.mirror_fraction) for row in rows if row.mirror_fraction > 0 and row.replica_id in alive
         ]
         if self.arm.with_sessions:
-            weights = {row.replica_id: row.session_weight for row in rows if row.replica_id in alive}
-            if not rows:
-                weights = dict.fromkeys(ids, 1.0)
-            scores = {replica_id: self.picks.score(i) for replica_id, i in alive.items()}
+            known = {row.replica_id: row for row in rows}
+            open_ids = [(i, replica_id) for i, replica_id in enumerate(ids) if self.picks.share[i] > 0.0]
+            weights = {r: known[r].session_weight if r in known else 1.0 for _, r in open_ids}
+            scores = {replica_id: self.picks.score(i) for i, replica_id in open_ids}
             draining = [row.replica_id for row in rows if row.state is State.DRAINING and row.replica_id in alive]
             self.sessions.update(weights, scores, self.arm.sim.now_s, draining)
 
@@ -110,6 +120,7 @@ class Product(Arm):
         self._settings = dict(settings or {})
         self.transitions: list[Transition] = []
         self._mirrored = 0
+        self._rescued = 0
 
     def start(self, sim: Simulation, world: World, rng: random.Random) -> None:
         """Make the balancer, the routers and the forecasters; schedule their clocks."""
@@ -223,10 +234,16 @@ class Product(Arm):
         """Accounts for the request; copies it to a replica on trial now and then."""
         router = self._routers[request.router]
         replica_id = self.ids[request.replica]
-        router.ledger.start(str(request.id), replica_id, self.sim.now_s, float(request.others))
+        request_id = str(request.id)
+        router.ledger.start(request_id, replica_id, self.sim.now_s, float(request.others))
+        router.rescue_budget.earn()
+        if not request.items and request.attempts == 0:  # streams have shown their first items: they stay
+            router.open[request_id] = request
         i = router.picks.index.get(replica_id)
         if i is not None:
             router.picks.in_flight[i] += 1
+            router.picks.note(i, request.others + 1.0)
+            router.told[replica_id] = (request.others + 1.0, router.picks.in_flight[i], self.sim.now_s)
         if router.mirrored:
             draw = self.rng.random()
             for candidate_id, fraction in router.mirrored:
@@ -240,13 +257,43 @@ class Product(Arm):
         """The request has ended or was lost."""
         router = self._routers[request.router]
         replica_id = self.ids[request.replica]
-        duration_s = router.ledger.finish(str(request.id), replica_id, self.sim.now_s, ok=ok)
+        request_id = str(request.id)
+        router.open.pop(request_id, None)
+        duration_s = router.ledger.finish(request_id, replica_id, self.sim.now_s, ok=ok)
         i = router.picks.index.get(replica_id)
         if i is not None:
             router.picks.in_flight[i] -= 1
         pair = self._pairs.get(request.id)
         if pair is not None and "primary_s" not in pair[1]:
             self._half(request.id, primary_s=duration_s, primary_ok=ok)
+
+    def rescue(self, router: _Router, table: RoutingTable) -> None:
+        """As `PredictiveRouter._rescue_stuck`: send stuck requests again, once, within the budget."""
+        slow = collapsed(table, self.config.balance)
+        if not slow:
+            return
+        now_s, picks = self.sim.now_s, router.picks
+        stuck = [
+            Stuck(request_id, replica_id, now_s - entry.started_s, entry.in_flight_at_start, entry.cost)
+            for replica_id in slow
+            for request_id, entry in router.ledger.open_on(replica_id)
+            if request_id in router.open
+        ]
+        scores = {replica_id: picks.score(i) for i, replica_id in enumerate(picks.ids) if picks.share[i] >= 1.0}
+        for each in worth_rescuing(stuck, table, scores, self.config.balance):
+            if not router.rescue_budget.take():
+                return
+            request = router.open.pop(each.request_id)
+            i = picks.pick(self.rng.random, self.config.balance.choices)
+            if i < 0 or picks.ids[i] == each.replica_id:
+                continue
+            request.attempts += 1
+            before = picks.index.get(each.replica_id)
+            if before is not None:
+                picks.in_flight[before] -= 1
+            router.ledger.finish(each.request_id, each.replica_id, now_s, ok=True, counted=False)
+            self._rescued += 1
+            self.sim.move(request, router.by_index[i])
 
     # ------------------------------------------------------------------ copies
 
@@ -307,6 +354,7 @@ class Product(Arm):
         refused = sum(1 for t in self.transitions if t.event in ("trial_failed", "guard_tripped"))
         return {
             "mirrored_requests": float(self._mirrored),
+            "rescued_requests": float(self._rescued),
             "trials": float(trials),
             "refused": float(refused),
             "transitions": float(len(self.transitions)),
