@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve demo test check clean
+.PHONY: help setup serve demo test check bench-sim bench-forecast bench-micro clean
 
 help: ## List the commands
 	@grep -E '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk 'BEGIN {FS = ":.*?## "}; {printf "  make %-16s %s\n", $$1, $$2}'
@@ -31,6 +31,15 @@ test: $(STAMP) ## Run all tests, the real clusters too
 
 check: $(STAMP) ## ruff, mypy strict, import rules
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-cache
+
+bench-sim: $(STAMP) ## Simulate all scenarios and arms, write docs/benchmarks/simulation.md (about an hour)
+	@$(BIN)/python -m bench.simulate --scenario all --seeds 5 --jobs 2 --json docs/benchmarks/simulation.json --markdown docs/benchmarks/simulation.md $(ARGS)
+
+bench-forecast: $(STAMP) ## Judge all forecasting models, write docs/benchmarks/forecast.md
+	@$(BIN)/python -m bench.forecast $(ARGS)
+
+bench-micro: $(STAMP) ## Time the decision, the table and the outcome path; throughput beside Serve's routers
+	@$(BIN)/python -m bench.micro $(ARGS)
 
 clean: ## Remove .venv and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
