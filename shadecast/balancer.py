@@ -137,6 +137,8 @@ class _Replica:
     mean_weight: float = 0.0
     trial: Trial | None = None
     canary: Canary | None = None
+    neighbours_before: float = math.nan
+    """Log speed of the node's other replicas over that of other nodes', when the trial began."""
     setbacks: int = 0
     ruling: Ruling | None = None
     mirror_fraction: float = 0.0
@@ -484,6 +486,7 @@ class Balancer:
         match known.connection.state:
             case State.SHADOWING:
                 known.setbacks = 0
+                known.neighbours_before = self._neighbours(known)[0]
                 known.trial = Trial(
                     self.config.trial,
                     now_s,
@@ -552,10 +555,36 @@ class Balancer:
         node = self._nodes.get(known.connection.node_id)
         return node.report.snapshot.memory_fraction if node is not None else math.nan
 
+    def _neighbours(self, known: _Replica) -> tuple[float, float]:
+        """Mean log speed of ACTIVE replicas on the same node less that of those elsewhere, and its standard error."""
+        groups: tuple[list[_Replica], list[_Replica]] = ([], [])
+        for other in self._replicas.values():
+            if other is not known and other.connection.state is State.ACTIVE and other.speed.weight > 0.5:
+                groups[other.connection.node_id != known.connection.node_id].append(other)
+        if not groups[0] or not groups[1]:
+            return math.nan, math.nan
+        means = [sum(r.speed.residual(self._noise) for r in group) / len(group) for group in groups]
+        variance = sum(1.0 / sum(r.speed.weight for r in group) for group in groups)
+        return means[0] - means[1], self._noise * math.sqrt(variance)
+
+    def _neighbours_rise(self, known: _Replica) -> float:
+        """By how much a trial has slowed the primaries beside it, at least; NaN where there are none.
+
+        Against primaries on other nodes, because a burst slows all; two standard errors are taken off.
+        """
+        now, error = self._neighbours(known)
+        if math.isnan(now) or math.isnan(known.neighbours_before):
+            return math.nan
+        return math.exp(max(known.neighbours_before - now - 2.0 * error, 0.0)) - 1.0
+
     def _judge_trial(self, known: _Replica, now_s: float) -> None:
         if known.trial is None:
             return
-        ruling = known.trial.rule(now_s, candidate_memory_fraction=self._memory_fraction(known))
+        ruling = known.trial.rule(
+            now_s,
+            candidate_memory_fraction=self._memory_fraction(known),
+            primary_p99_rise=self._neighbours_rise(known),
+        )
         known.ruling = ruling
         waited_s = now_s - known.connection.since_s
         no_pairs = not ruling.evidence.get("pairs", 0.0)

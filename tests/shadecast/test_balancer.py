@@ -136,6 +136,28 @@ def test_mirrored_requests_stay_within_their_bounds():
     assert world.mirrored <= 0.13 * (world.requests - before)
 
 
+def test_a_trial_that_slows_the_primaries_beside_it_ends():
+    world = grown()
+    world.add("new", node_id="node-old0")
+    world.tick()
+    assert world.state("new") is State.SHADOWING
+    world.machines["old0"].speed = 0.4
+    world.run(10)
+    failed = [t for t in world.transitions if t.event == "trial_failed"]
+    assert failed
+    assert "primar" in failed[0].reason
+
+
+def test_a_burst_that_slows_all_primaries_ends_no_trial():
+    world = grown()
+    world.add("new", node_id="node-old0")
+    world.tick()
+    for machine in world.machines.values():
+        machine.speed = 0.4
+    world.run(60)
+    assert "trial_failed" not in world.events("new")
+
+
 # ---------------------------------------------------------------- leaving
 
 
