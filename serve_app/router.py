@@ -20,7 +20,7 @@ import random
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -102,7 +102,14 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         """The level that the picks were laid out for."""
         self._near: tuple[list[int], list[int]] = ([], [])
         """Indices of eligible replicas on the own node, and in the own zone."""
+        self._has_near = False
         self._with_model: dict[str, list[int]] = {}
+        self._take_settings()
+
+    def _take_settings(self) -> None:
+        """What every choice looks up."""
+        balance = self._config.balance
+        self._choices, self._table_ttl_s = balance.choices, balance.table_ttl_s
 
     def initialize_state(self, config: Mapping[str, Any] | None = None, **unknown: Any) -> None:
         """Take `request_router_kwargs`: `{"config": {"trial": {...}, "balance": {...}}}`.
@@ -117,6 +124,7 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
             logger.error(  # noqa: TRY400
                 f"shadecast: {self._deployment}: request_router_kwargs: {error}. Routing goes on with the defaults."
             )
+        self._take_settings()
         self._mirror = self._new_mirror()
         self._rescue_budget = RescueBudget(self._config.balance.rescue_fraction)
         cost = self._config.balance.cost
@@ -142,41 +150,48 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
-    ) -> list[list[RunningReplica]]:
+    ) -> Sequence[list[RunningReplica]]:
         """One choice, as ranks: the picked replica alone, then a second pick in case the first one is full.
 
         A request that comes back found both full: it is offered several others at once, of which Serve takes the one
         with the shortest queue, with its own growing pauses in between.
         """
-        level = self.level
-        if level != self._laid_out_for:
-            self._lay_out()
-        picks, choices, random_ = self._picks, self._config.balance.choices, self._random
+        if self._laid_out_for != "table" or time.monotonic() - self._table_s > self._table_ttl_s:
+            self._check_level()
+        picks, choices = self._picks, self._choices
         if pending_request is None:
-            first = picks.pick(random_, choices)
+            first = picks.pick(self._random, choices)
             return [[self._by_index[first]]] if first >= 0 else []
-        pending_request.routing_context.should_backoff = True
-        metadata = pending_request.metadata
-        again = key_of(pending_request) in self._sending
+        context, metadata = pending_request.routing_context, pending_request.metadata
+        again, context.should_backoff = context.should_backoff, True
         if metadata.session_id:
             kept = self._session_ranks(pending_request)
             if kept is not None:
                 return kept
         pool: Sequence[int] | None = None
-        if self._prefer_local_node_routing or self._prefer_local_az_routing or metadata.multiplexed_model_id:
+        if self._has_near or metadata.multiplexed_model_id:
             pool = self._preferred(pending_request)
-        if pool is None and level == "power_of_two":
-            return self._several(2)
-        if pool is None and again:
-            return self._several(max(choices, 2))
-        first = picks.pick(random_, choices, -1, pool)
+        if pool is None:
+            if self._laid_out_for == "power_of_two":
+                return self._several(2)
+            if again:
+                return self._several(max(choices, 2))
+        first = picks.pick(self._random, choices, -1, pool)
         if first < 0:
             return []
-        self._expect(pending_request, picks.ids[first])
-        second = picks.pick(random_, choices, first, pool)
-        if second < 0:
-            return [[self._by_index[first]]]
-        return [[self._by_index[first]], [self._by_index[second]]]
+        self._expect(pending_request, first)
+        return _Ranks(self, self._by_index[first], pool)
+
+    def _check_level(self) -> None:
+        if self.level != self._laid_out_for:
+            self._lay_out()
+
+    def _second(self, first: RunningReplica, pool: Sequence[int] | None) -> list[RunningReplica]:
+        """Another replica, for the case that the first one is full; empty if there is none."""
+        picks = self._picks
+        without = picks.index.get(first.replica_id.unique_id, -1)
+        second = picks.pick(self._random, self._choices, without, pool)
+        return [self._by_index[second]] if second >= 0 else []
 
     def _session_ranks(self, pending_request: PendingRequest) -> list[list[RunningReplica]] | None:
         """A session's own replica; once that was found full, the usual choice, so that a request never waits for it."""
@@ -191,7 +206,7 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         i = self._picks.index.get(replica_id) if replica_id is not None else None
         if replica_id is None or i is None:
             return None
-        self._expect(pending_request, replica_id)
+        self._expect(pending_request, i)
         return [[self._by_index[i]]]
 
     def _update_sessions(self, sessions: SessionMap) -> None:
@@ -254,20 +269,21 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
             self._with_model[model_id] = pool
         return pool
 
-    def _expect(self, pending_request: PendingRequest, replica_id: str) -> None:
+    def _expect(self, pending_request: PendingRequest, i: int) -> None:
         """Count a request from its choice on, so that the next choice, milliseconds later, already sees it."""
+        picks = self._picks
         request_id = key_of(pending_request)
         self._unsent[pending_request.metadata.internal_request_id] = request_id
         before = self._sending.get(request_id)
         if before is not None:
             self._shift(before[0], -1)
-        self._sending[request_id] = (replica_id, pending_request)
-        self._shift(replica_id, 1)
+        self._sending[request_id] = (picks.ids[i], pending_request)
+        picks.shift(i, 1)
 
     def _shift(self, replica_id: str, by: int) -> None:
         i = self._picks.index.get(replica_id)
         if i is not None:
-            self._picks.in_flight[i] += by
+            self._picks.shift(i, by)
 
     # ------------------------------------------------------------------ outcomes
 
@@ -487,7 +503,8 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
 
     def _lay_out_preferences(self) -> None:
         self._with_model = {}
-        if self._prefer_local_node_routing or self._prefer_local_az_routing:
+        self._has_near = self._prefer_local_node_routing or self._prefer_local_az_routing
+        if self._has_near:
             eligible, held = self._picks.pool, self._by_index
             node, zone = self._self_node_id, self._self_availability_zone
             self._near = (
@@ -516,6 +533,30 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         if secret != self._session_secret:
             self._session_secret = secret
             self._sessions = None
+
+
+class _Ranks(Sequence[list[RunningReplica]]):
+    """The first choice, and a second that is made only if somebody asks for it."""
+
+    __slots__ = ("_first", "_picks", "_pool", "_router")
+
+    def __init__(self, router: PredictiveRouter, first: RunningReplica, pool: Sequence[int] | None) -> None:
+        self._router, self._first, self._pool, self._picks = router, first, pool, router._picks
+
+    def __len__(self) -> int:
+        return 2
+
+    def __iter__(self) -> Iterator[list[RunningReplica]]:
+        yield [self._first]
+        yield self[1]
+
+    def __getitem__(self, rank: Any) -> Any:
+        if rank == 0:
+            return [self._first]
+        if rank != 1:
+            raise IndexError(rank)
+        router = self._router
+        return router._second(self._first, self._pool if router._picks is self._picks else None)
 
 
 async def _control_loop(router: weakref.ref[PredictiveRouter]) -> None:

@@ -1,7 +1,8 @@
 """Score tables and the d-choice pick: the hot path of every request.
 
 A `PickTable` is built once per routing table (or change of membership). A decision then costs `d` look-ups,
-whatever the number of replicas: draw d replicas at random, score each as `g(n) / C_i`, take the least.
+whatever the number of replicas: draw d replicas at random and take the one with the least score, `g(n) / C_i`. Scores
+are kept up to date as requests start and end.
 
 `g` is the cost of being one of n requests on a nominal replica (design section 5):
 
@@ -27,6 +28,8 @@ _FULL = 1e9
 """Added to the score of a replica that has all the requests that it takes."""
 _OTHERS = 0.5
 """How far this router's own changes are taken for those of each other router."""
+_DRAWS = (range(0), *(range(d - 1) for d in range(1, 65)))
+"""After the first draw, by the number of choices."""
 _TIE = 0.9
 """A score must be better by a tenth to count: capacities are not known more exactly, and routers must not herd."""
 
@@ -48,10 +51,13 @@ def cost_table(slots: float, batch_half: float, length: int = _MAX_QUEUE) -> lis
 class PickTable:
     """Everything that a pick looks up, laid out by index. Immutable but for the router's own counts.
 
-    `in_flight` is the router's live count per index; the owner adds and subtracts as requests start and end.
+    `in_flight` is the router's live count per index, which the owner changes by `shift` as requests start and end.
     """
 
-    __slots__ = ("_base", "_cost", "_inverse", "_limit", "_routers", "ids", "in_flight", "index", "pool", "share")
+    __slots__ = (
+        *("_base", "_cost", "_inverse", "_limit", "_partial", "_routers"),
+        *("ids", "in_flight", "index", "pool", "scores", "share"),
+    )
 
     def __init__(
         self,
@@ -97,17 +103,26 @@ class PickTable:
         if not any(self.share):
             self.share = [1.0] * count
         self.pool = [i for i in range(count) if self.share[i] > 0.0]
+        self._partial = any(self.share[i] < 1.0 for i in self.pool)
+        self.scores = [self.score(i) for i in range(count)]
 
     def note(self, i: int, queue: float) -> None:
         """The replica at index `i` has told its queue length, all routers' requests, just now."""
         self._base[i] = queue - self._routers * self.in_flight[i]
+        self.scores[i] = self.score(i)
+
+    def shift(self, i: int, by: int) -> None:
+        """This router has `by` more requests on the replica at index `i`."""
+        self.in_flight[i] += by
+        self.scores[i] = self.score(i)
 
     def score(self, i: int) -> float:
         """Predicted relative time of one more request on the replica at index `i`; a full one is worse than others."""
-        queue = self._base[i] + self._routers * self.in_flight[i] + 0.5
+        queue = self._base[i] + self._routers * self.in_flight[i]
         cost = self._cost
-        score = cost[0 if queue < 1.0 else -1 if queue >= len(cost) else int(queue)] * self._inverse[i]
-        return score if queue - 0.5 < self._limit[i] else score + _FULL
+        at = int(queue + 0.5) if queue > 0.0 else 0
+        score = (cost[at] if at < len(cost) else cost[-1]) * self._inverse[i]
+        return score if queue < self._limit[i] else score + _FULL
 
     def pick(
         self, random: Callable[[], float], choices: int = 4, without: int = -1, pool: Sequence[int] | None = None
@@ -116,16 +131,29 @@ class PickTable:
 
         `choices` replicas are drawn with replacement (all, if there are no more), and the least score wins. A replica
         with a share below 1 is eligible for that fraction of the draws. `without` leaves one out; `pool` is a part of
-        the eligible replicas to pick from. Draws, scores and compares numbers only: nothing is allocated.
+        the eligible replicas to pick from. Draws and compares numbers only: nothing is allocated.
         """
         if pool is None:
             pool = self.pool
         count = len(pool)
+        if count <= choices or self._partial or without >= 0:
+            return self._pick_carefully(random, choices, without, pool)
+        scores = self.scores
+        best = pool[int(random() * count)]
+        best_score = scores[best] * _TIE
+        for _ in _DRAWS[choices]:
+            i = pool[int(random() * count)]
+            score = scores[i]
+            if score < best_score:
+                best, best_score = i, score * _TIE
+        return best
+
+    def _pick_carefully(self, random: Callable[[], float], choices: int, without: int, pool: Sequence[int]) -> int:
+        """The pick where some draws do not count: few replicas, partial shares, one left out."""
+        count = len(pool)
         if not count:
             return -1
-        shares, cost, inverse, base, limit = self.share, self._cost, self._inverse, self._base, self._limit
-        routers, mine = self._routers, self.in_flight
-        longest = len(cost)
+        shares, scores = self.share, self.scores
         all_of_them = count <= choices
         k = int(random() * count)  # ties must not always fall to the first
         best, best_score = -1, 0.0
@@ -138,12 +166,9 @@ class PickTable:
             if i == without or (share < 1.0 and random() >= share):
                 continue
             drawn += 1
-            queue = base[i] + routers * mine[i] + 0.5
-            score = cost[0 if queue < 1.0 else -1 if queue >= longest else int(queue)] * inverse[i]
-            if queue - 0.5 >= limit[i]:
-                score += _FULL
-            if best < 0 or score < best_score * _TIE:
-                best, best_score = i, score
+            score = scores[i]
+            if best < 0 or score < best_score:
+                best, best_score = i, score * _TIE
         return best if best >= 0 or pool[k] == without else pool[k]  # none was eligible this time
 
     def power_of_two(self, random: Callable[[], float]) -> int:

@@ -78,7 +78,7 @@ def test_own_requests_since_the_table_count_for_half_of_what_the_others_did():
     # replica 0: 5 + (1 + 4/2) * (3 - 1) = 11 waiting, replica 1: 8
     assert picks.score(0) == pytest.approx(load_cost(12, 1, 0))
     assert picks.score(1) == pytest.approx(load_cost(9, 1, 0))
-    picks.in_flight[0] -= 2
+    picks.shift(0, -2)
     assert picks.score(0) == pytest.approx(load_cost(6, 1, 0))
 
 
@@ -127,7 +127,7 @@ def test_a_stale_table_never_sends_everything_to_one_replica():
     counts = Counter()
     for _ in range(64):
         i = picks.pick(rng.random)
-        picks.in_flight[i] += 1
+        picks.shift(i, 1)
         counts[i] += 1
     assert max(counts.values()) <= 10
 

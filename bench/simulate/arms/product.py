@@ -241,7 +241,7 @@ class Product(Arm):
             router.open[request_id] = request
         i = router.picks.index.get(replica_id)
         if i is not None:
-            router.picks.in_flight[i] += 1
+            router.picks.shift(i, 1)
             router.picks.note(i, request.others + 1.0)
             router.told[replica_id] = (request.others + 1.0, router.picks.in_flight[i], self.sim.now_s)
         if router.mirrored:
@@ -262,7 +262,7 @@ class Product(Arm):
         duration_s = router.ledger.finish(request_id, replica_id, self.sim.now_s, ok=ok)
         i = router.picks.index.get(replica_id)
         if i is not None:
-            router.picks.in_flight[i] -= 1
+            router.picks.shift(i, -1)
         pair = self._pairs.get(request.id)
         if pair is not None and "primary_s" not in pair[1]:
             self._half(request.id, primary_s=duration_s, primary_ok=ok)
@@ -290,7 +290,7 @@ class Product(Arm):
             request.attempts += 1
             before = picks.index.get(each.replica_id)
             if before is not None:
-                picks.in_flight[before] -= 1
+                picks.shift(before, -1)
             router.ledger.finish(each.request_id, each.replica_id, now_s, ok=True, counted=False)
             self._rescued += 1
             self.sim.move(request, router.by_index[i])
