@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from page_scene import CHAT, DIGITS, NODES, Scene, make_scene
 from prometheus_client.parser import text_string_to_metric_families
 
 from serve_app.page_metrics import prometheus_text
 from serve_app.page_watch import HISTORY_S, NODE_SERIES, Watch, to_json
 from shadecast.types import State
+from tests.serve_app.page_scene import CHAT, DIGITS, NODES, Scene, make_scene
 
 NOT_YET = {"held"}
 """Fields that the page shows where the coordinator sends them, and does without elsewhere."""
