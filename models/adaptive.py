@@ -54,6 +54,10 @@ class AdaptiveRidge:
         predicted: Array = values[..., None] + np.einsum("stk,stkh->sth", row, self._weight)
         return predicted
 
+    def lags(self, count: int) -> Array:
+        """The last `count` values before the newest, oldest first, [series, target, lag]."""
+        return self._lags[..., -1 - count : -1]
+
     def _row(self, lags: Array, mean: Array) -> Array:
         newest = lags[..., -1:]
         return np.concatenate([lags[..., :-1] - newest, mean[..., None] - newest], axis=-1)

@@ -20,6 +20,10 @@ from models.grid import CHANNELS, COVARIATES, LONGEST, N_HORIZONS, N_TARGETS, ST
 HALF_LIFE = 60.0
 FAST_HALF_LIFE = 5.0
 CLIP = 6.0
+N_LAGS = 20
+"""Differences of the last samples to the newest, straight to the model: short periods and shapes."""
+FLOOR = 2e-6
+"""Least spread of a fraction, well under the grain of any meter: a constant stays a constant."""
 ANCHORS: tuple[str, ...] = ("last_value", "short_mean", "long_mean", "adaptive_ridge")
 N_ANCHORS = len(ANCHORS)
 _COMPARED = (0, 3, 5)
@@ -111,7 +115,7 @@ class Features:
         self._peak = np.maximum(self._peak * np.float32(0.9995), np.abs(filled))
 
         mean, short = self._mean.mean(), self._short.mean()
-        floor = np.where(np.arange(len(CHANNELS)) < 2, 1e-4, 1e-4 * np.abs(mean) + 1e-9).astype(np.float32)
+        floor = np.where(np.arange(len(CHANNELS)) < 2, FLOOR, FLOOR * np.abs(mean) + 1e-12).astype(np.float32)
         spread = np.maximum(np.sqrt(self._square.mean()), floor)
         slow = np.maximum(self._slow.mean(), floor)
         z = _squash((filled - mean) / spread)
@@ -128,8 +132,10 @@ class Features:
         ratios = _squash(np.log(error[..., 1:] / scale[..., None])[:, :, list(_COMPARED)]).reshape(
             self.series, N_TARGETS, -1
         )
+        lags = self._adaptive.lags(N_LAGS) - filled[:, targets, None]
+        shape = _squash(lags / scale[..., :1])
         inputs = self._assemble(z, d, trend, roughness, burst, level, present, scale, announced)
-        return Step(np.concatenate([inputs, ratios], axis=-1), anchors, scale, present[:, targets])
+        return Step(np.concatenate([inputs, ratios, shape], axis=-1), anchors, scale, present[:, targets])
 
     def _anchors(self, last: Array, short: Array, mean: Array, spread: Array) -> Array:
         """Simple predictions [series, target, head, anchor]; those of the horizons are remembered to be judged."""
@@ -165,7 +171,7 @@ class Features:
             growth = _squash(np.log(scale[:, t, -1] / np.maximum(scale[:, t, 0], 1e-12)))
             own = [z[:, t], d[:, t], trend[:, t], roughness[:, t], burst[:, t], level[:, t], growth]
             rest = [z[:, o] * known[:, o] for o in (*others, *range(N_TARGETS, len(CHANNELS)))]
-            rest += [d[:, o] * known[:, o] for o in others]
+            rest += [x[:, o] * known[:, o] for x in (d, trend) for o in (*others, *range(N_TARGETS, len(CHANNELS)))]
             masks = [known[:, t], known[:, others[0]], known[:, others[1]], np.minimum(self._seen[:, t] / 60.0, 1.0)]
             identity = [np.full(self.series, float(t == k)) for k in range(N_TARGETS)]
             columns.append(np.stack([*own, *rest, *masks, *identity], axis=-1))
@@ -175,7 +181,7 @@ class Features:
         return np.concatenate([inputs, ahead], axis=-1).astype(np.float32)
 
 
-N_FEATURES = 7 + (2 + len(COVARIATES)) + 2 + 4 + N_TARGETS + len(STEPS) + len(_COMPARED) * (N_ANCHORS - 1)
+N_FEATURES = 7 + 3 * (2 + len(COVARIATES)) + 4 + N_TARGETS + len(STEPS) + len(_COMPARED) * (N_ANCHORS - 1) + N_LAGS
 
 
 def _squash(x: Array) -> Array:

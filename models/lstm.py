@@ -30,11 +30,12 @@ class LstmConfig:
 
     features: int = N_FEATURES
     anchors: int = N_ANCHORS
-    hidden: int = 32
+    hidden: int = 64
     layers: int = 1
+    mlp: int = 96
 
     def __post_init__(self) -> None:
-        for name in ("features", "anchors", "hidden", "layers"):
+        for name in ("features", "anchors", "hidden", "layers", "mlp"):
             value = getattr(self, name)
             if not isinstance(value, int) or not 1 <= value <= 1024:
                 raise ConfigError(f"lstm.{name} = {value!r}: must be a whole number from 1 to 1024")
@@ -56,13 +57,19 @@ class Heads:
 
 
 class ForecastNet(nn.Module):
-    """LSTM over features, then one linear layer for all heads."""
+    """LSTM over features, two dense layers over its state and the features, one linear layer for all heads."""
 
     def __init__(self, config: LstmConfig) -> None:
         super().__init__()
         self.config = config
         self.lstm = nn.LSTM(config.features, config.hidden, config.layers, batch_first=True)
-        self.head = nn.Linear(config.hidden + config.features, N_HEADS * (config.anchors + N_QUANTILES) + 1)
+        self.mlp = nn.Sequential(
+            nn.Linear(config.hidden + config.features, config.mlp),
+            nn.GELU(),
+            nn.Linear(config.mlp, config.mlp),
+            nn.GELU(),
+        )
+        self.head = nn.Linear(config.mlp + config.features, N_HEADS * (config.anchors + N_QUANTILES) + 1)
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
         with torch.no_grad():
@@ -78,7 +85,8 @@ class ForecastNet(nn.Module):
         Returns heads with leading [batch, time] and the state after the last step.
         """
         hidden, state = self.lstm(inputs, state)
-        out = self.head(torch.cat([hidden, inputs], dim=-1))
+        deep = self.mlp(torch.cat([hidden, inputs], dim=-1))
+        out = self.head(torch.cat([deep, inputs], dim=-1))
         slow_logit = out[..., -1]
         table = out[..., :-1].unflatten(-1, (N_HEADS, self.config.anchors + N_QUANTILES))
         mix = torch.softmax(table[..., : self.config.anchors], dim=-1)

@@ -134,7 +134,9 @@ class Registry:
             "channels": list(CHANNELS),
             "horizons_s": list(HORIZONS_S),
             "quantiles": list(QUANTILES),
-            "lstm": {name: getattr(model.net.config, name) for name in ("features", "anchors", "hidden", "layers")},
+            "lstm": {
+                name: getattr(model.net.config, name) for name in ("features", "anchors", "hidden", "layers", "mlp")
+            },
             "weights_sha256": hashlib.sha256(blob).hexdigest(),
         }
         self._fs.create_dir(f"{self._root}/{model.version}", recursive=True)

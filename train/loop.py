@@ -28,11 +28,11 @@ WARM_UP = 10
 class TrainConfig:
     """What one training run does."""
 
-    epochs: int = 12
+    epochs: int = 20
     piece: int = 240
-    batch: int = 64
-    learning_rate: float = 3e-3
-    weight_decay: float = 1e-4
+    batch: int = 16
+    learning_rate: float = 4e-3
+    weight_decay: float = 1e-2
     clip_norm: float = 1.0
     slow_weight: float = 0.2
     local: float = 0.5
