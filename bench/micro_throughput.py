@@ -20,12 +20,16 @@ _REPLICAS = 4
 _CONCURRENCY = 16
 
 
-@serve.deployment(num_replicas=_REPLICAS, max_ongoing_requests=16, ray_actor_options={"num_cpus": 0.1})
 class _Noop:
     """Answers at once."""
 
     async def __call__(self, x: int) -> int:
         return x
+
+
+def _application(**router: Any) -> Any:
+    options = {"num_replicas": _REPLICAS, "max_ongoing_requests": 16, "ray_actor_options": {"num_cpus": 0.1}}
+    return serve.deployment(**options, **router)(_Noop).bind()
 
 
 def compare(rounds: int, seconds: float) -> Iterator[tuple[str, str, int, str, float]]:
@@ -36,10 +40,8 @@ def compare(rounds: int, seconds: float) -> Iterator[tuple[str, str, int, str, f
         start_control_plane(page_port=0)
         serve.start(proxy_location="Disabled")
         handles = {
-            "ray_default": serve.run(_Noop.bind(), name="default", route_prefix=None),
-            "shadecast": serve.run(
-                _Noop.options(request_router_config=ours).bind(), name="shadecast", route_prefix=None
-            ),
+            "ray_default": serve.run(_application(), name="default", route_prefix=None),
+            "shadecast": serve.run(_application(request_router_config=ours), name="shadecast", route_prefix=None),
         }
         rates: dict[str, list[float]] = {arm: [] for arm in handles}
         for handle in handles.values():
