@@ -22,6 +22,7 @@ from shadecast.errors import ConfigError
 
 SLOW_LOAD = 0.4
 WARM_UP = 10
+LEAST_LOCAL = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +138,8 @@ def loss_of(net: torch.nn.Module, batch: dict[str, Tensor], config: TrainConfig)
     heads, _ = net(rows(batch["inputs"]), rows(batch["anchors"]), scale)
     local = torch.cat([scale, scale[..., -1:], scale[..., -1:]], dim=-1)
     unit = batch["unit"].flatten()[:, None, None].clamp_min(1e-12)
-    # padding has scale 0: without a floor its gradient is NaN although it is masked
-    units = local.clamp_min(1e-9).pow(config.local) * unit.pow(1 - config.local)
+    # the floor keeps a constant that jumps once from outweighing everything, and padding (scale 0) from making NaN
+    units = torch.maximum(local, LEAST_LOCAL * unit).pow(config.local) * unit.pow(1 - config.local)
     per_head = pinball(heads.quantiles, truth).mean(-1) / units
     per_head = torch.where(known, per_head, 0.0)
     loss = per_head.sum() / known.sum().clamp_min(1)
