@@ -33,9 +33,12 @@ _PAIRS_PER_S = 5.0
 """Pairs that a trial wants: with little traffic the mirrored fraction grows towards it."""
 _BOOTSTRAP_REQUESTS = 20
 _SLOW_MEAN_WEIGHT = 200.0
+_SLOW_HALF_LIFE_S = 60.0
 _CUSUM_LIMIT = 9.0
 """Log likelihood ratio at which an error guard trips; about one false alarm in e^9 requests."""
 _MAX_SETBACKS = 2
+_OVERDUE = 2.0
+"""Standard deviations beyond its expected log duration from which an unfinished request is evidence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +145,8 @@ class _Replica:
     setbacks: int = 0
     ruling: Ruling | None = None
     mirror_fraction: float = 0.0
+    slow_capacity: float = 1.0
+    """Capacity with a half-life of a minute, which places sessions; a slowed replica they leave by their own rule."""
     session_weight: float = 0.0
     live_capacity: float = 1.0
     outlook: cap.Outlook = cap.NO_OUTLOOK
@@ -196,7 +201,7 @@ class Balancer:
                 row.replica_id, row.node_id, kept, now_s, 0, row.rejections, again_s, row.proven, held
             )
             known = self._add(connection, now_s)
-            known.capacity = known.live_capacity = max(row.capacity, 0.01)
+            known.capacity = known.live_capacity = known.slow_capacity = max(row.capacity, 0.01)
         if table.rows:
             self._first_seen_s = now_s - self.config.balance.bootstrap_s
             self._finished_total = _BOOTSTRAP_REQUESTS
@@ -410,6 +415,8 @@ class Balancer:
             if known.vetoed:
                 wanted *= config.veto_factor
             known.capacity = max(cap.limit_rate(known.capacity, wanted, elapsed_s, config), 0.01)
+            keep = 0.5 ** (max(elapsed_s, 0.0) / _SLOW_HALF_LIFE_S)
+            known.slow_capacity = keep * known.slow_capacity + (1.0 - keep) * known.capacity
         self._load = self._predicted_load()
 
     def _unfinished(self, now_s: float) -> dict[str, list[tuple[float, float, float]]]:
@@ -429,7 +436,11 @@ class Balancer:
         unfinished: Iterable[tuple[float, float, float]],
         explained: float,
     ) -> float:
-        """The residual log speed after counting requests that have run longer than expected."""
+        """The residual log speed after counting requests that have run far longer than expected.
+
+        Only far longer: of those under way at any time the long ones are the most, and slowness of the replica is not
+        what makes them long.
+        """
         residual = known.speed.residual(self._noise)
         if self._reference is None:
             return residual
@@ -438,14 +449,12 @@ class Balancer:
         for age_s, others, cost in unfinished:
             expected = self._reference + math.log(cost) + math.log(self._curve.curve.correction(others))
             over = math.log(max(age_s, 1e-6)) - (expected - explained - residual)
-            if over > 0.0:  # older than its own expected duration
-                imputed = residual - sigma * cap.censored_excess(over / sigma)
-                extra_sum += imputed
+            if over > _OVERDUE * sigma:
+                extra_sum += residual - sigma * cap.censored_excess(over / sigma)
                 extra_weight += 1.0
         if not extra_weight:
             return residual
-        known_weight = known.speed.weight + (sigma / 0.5) ** 2
-        return max((residual * known_weight + extra_sum) / (known_weight + extra_weight), math.log(0.01))
+        return max(known.speed.residual(sigma, extra_sum, extra_weight), math.log(0.01))
 
     def _look_ahead_s(self) -> float:
         """H: the median residence of a request, at least a tick, at most 10 s."""
@@ -563,7 +572,7 @@ class Balancer:
                 groups[other.connection.node_id != known.connection.node_id].append(other)
         if not groups[0] or not groups[1]:
             return math.nan, math.nan
-        means = [sum(r.speed.residual(self._noise) for r in group) / len(group) for group in groups]
+        means = [sum(r.speed.recent for r in group) / len(group) for group in groups]
         variance = sum(1.0 / sum(r.speed.weight for r in group) for group in groups)
         return means[0] - means[1], self._noise * math.sqrt(variance)
 
@@ -722,7 +731,7 @@ class Balancer:
         for known in self._replicas.values():
             c = known.connection
             share = 1.0 if panic and not c.held and not c.rejections else c.share(ramp)
-            known.session_weight = steady_weight(known.session_weight, known.capacity * share)
+            known.session_weight = steady_weight(known.session_weight, known.slow_capacity * share)
             rows.append(
                 TableRow(
                     c.replica_id,

@@ -48,6 +48,18 @@ def cost_table(slots: float, batch_half: float, length: int = _MAX_QUEUE) -> lis
     return [load_cost(q + 1.0, slots, batch_half) for q in range(length)]
 
 
+def table_scores(table: RoutingTable) -> dict[str, float]:
+    """Relative time of one more request on each replica, by the table alone.
+
+    All routers see the same; sessions move by these, not by what one router has just noticed.
+    """
+    return {
+        row.replica_id: load_cost(max(row.queue, 0.0) + 1.0, table.slots, table.batch_half)
+        / max(row.capacity, _MIN_CAPACITY)
+        for row in table.rows
+    }
+
+
 class PickTable:
     """Everything that a pick looks up, laid out by index. Immutable but for the router's own counts.
 

@@ -17,7 +17,7 @@ from bench.simulate.workload import TOKEN_S
 from shadecast.balancer import Balancer, TickInput
 from shadecast.config import Config
 from shadecast.ledger import Ledger
-from shadecast.pick import PickTable, cost_table
+from shadecast.pick import PickTable, cost_table, table_scores
 from shadecast.rescue import RescueBudget, Stuck, collapsed, worth_rescuing
 from shadecast.sessions import SessionMap
 from shadecast.types import (
@@ -95,7 +95,7 @@ class _Router:
             known = {row.replica_id: row for row in rows}
             open_ids = [(i, replica_id) for i, replica_id in enumerate(ids) if self.picks.share[i] > 0.0]
             weights = {r: known[r].session_weight if r in known else 1.0 for _, r in open_ids}
-            scores = {replica_id: self.picks.score(i) for i, replica_id in open_ids}
+            scores = table_scores(table) if table is not None else {}
             draining = [row.replica_id for row in rows if row.state is State.DRAINING and row.replica_id in alive]
             self.sessions.update(weights, scores, self.arm.sim.now_s, draining)
 
