@@ -45,7 +45,7 @@ from serve_app.watch import StreamWatch, was_cancelled, watch_end
 from shadecast.config import Config
 from shadecast.errors import ConfigError
 from shadecast.ledger import Ledger, Started
-from shadecast.pick import PickTable, cost_table
+from shadecast.pick import PickTable, cost_table, table_scores
 from shadecast.rescue import RescueBudget, Stuck, collapsed, worth_rescuing
 from shadecast.sessions import SessionMap
 from shadecast.types import RoutingTable, State
@@ -81,6 +81,8 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         self._picks = PickTable((), None, {}, {}, self._costs)
         self._sending: dict[str, tuple[str, PendingRequest]] = {}
         """Requests chosen for a replica that has not accepted them yet, by `key_of`."""
+        self._pending_calls: dict[int, PendingRequest] = {}
+        """Requests that wait for a replica, by the identity of their metadata."""
         self._unsent: dict[str, str] = {}
         """Serve's id of such a request -> its key: calls that one request makes share Serve's id."""
         self._told: dict[str, tuple[float, int, float]] = {}
@@ -182,6 +184,21 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         self._expect(pending_request, first)
         return _Ranks(self, self._by_index[first], pool)
 
+    # Serve indexes waiting requests by an id that all calls which one request makes have in common, so that of two at
+    # the same time one would wait for ever (Ray 2.60). A call's own metadata object tells them apart.
+
+    def _add_pending_request_to_indices(self, pending_request: PendingRequest) -> None:
+        super()._add_pending_request_to_indices(pending_request)
+        self._pending_calls[id(pending_request.metadata)] = pending_request
+
+    def _remove_pending_request_from_indices(self, pending_request: PendingRequest) -> None:
+        super()._remove_pending_request_from_indices(pending_request)
+        self._pending_calls.pop(id(pending_request.metadata), None)
+
+    def _get_pending_request_matching_internal_request_id(self, request_metadata: Any = None) -> PendingRequest | None:
+        pending = self._pending_calls.get(id(request_metadata))
+        return pending if pending is not None and not pending.future.done() else None
+
     def _check_level(self) -> None:
         if self.level != self._laid_out_for:
             self._lay_out()
@@ -218,7 +235,7 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
             for i, replica_id in enumerate(picks.ids)
             if picks.share[i] > 0.0
         }
-        scores = {replica_id: picks.score(i) for i, replica_id in enumerate(picks.ids) if picks.share[i] > 0.0}
+        scores = table_scores(table) if table is not None else {}
         draining = [r for r in picks.ids if r in rows and rows[r].state is State.DRAINING]
         sessions.update(weights, scores, time.monotonic(), draining)
 

@@ -11,6 +11,7 @@ import pytest
 from ray.exceptions import TaskCancelledError
 from ray.serve._private.common import RequestProtocol
 
+from shadecast.types import RoutingTable, State, TableRow
 from tests.serve_app.router_fakes import FakeReplica, FakeResult, make_router, request, table
 
 
@@ -581,5 +582,63 @@ def test_rescues_stay_within_their_budget():
         for caller in callers:
             caller.cancel()
         await asyncio.gather(*callers, return_exceptions=True)
+
+    run(scenario())
+
+
+def test_calls_that_share_serves_request_id_all_get_a_replica():
+    async def scenario():
+        router = make_router(FakeReplica("a"), FakeReplica("b"))
+        router.take_table(table(a=1.0, b=1.0))
+        calls = [request("same") for _ in range(6)]
+        async with asyncio.timeout(10):
+            replicas = await asyncio.gather(*(router._choose_replica_for_request(call) for call in calls))
+        assert {r.name for r in replicas} <= {"a", "b"}
+        assert router._pending_calls == {}
+
+    run(scenario())
+
+
+def test_a_call_that_is_given_up_while_it_waits_leaves_nothing():
+    async def scenario():
+        router = make_router()
+        waiting = asyncio.create_task(router._choose_replica_for_request(request("early")))
+        await settle()
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        assert router._pending_calls == {}
+
+    run(scenario())
+
+
+def test_a_request_that_found_its_replicas_full_is_offered_the_others():
+    async def scenario():
+        router = make_router(*(FakeReplica(n) for n in "abcdef"))
+        router.take_table(table(**{n: (1.0, 9.0 if n in "ab" else 1.0, 0.0) for n in "abcdef"}))
+        pending = request("r")
+        first, second = await choose(router, pending)
+        assert first[0].name != second[0].name
+        offered = set()
+        for _ in range(20):
+            offered |= {r.name for rank in await choose(router, pending) for r in rank}
+        assert offered == set("abcdef")
+        router.on_request_completed(first[0].replica_id, "r")
+        assert sum(router._picks.in_flight) == 0
+
+    run(scenario())
+
+
+def test_a_stale_table_is_read_without_its_forecast():
+    async def scenario():
+        router = make_router(FakeReplica("a"), FakeReplica("b"))
+        rows = tuple(
+            TableRow(name, "node", State.ACTIVE, 1.0, capacity, 0.0, live_capacity=live)
+            for name, capacity, live in (("a", 1.0, 0.1), ("b", 0.1, 1.0))
+        )
+        router.take_table(RoutingTable("app/model", 1, 1, 1, rows))
+        assert (await choose(router, request("fresh")))[0][0].name == "a"
+        router._table_s -= 4.0
+        assert router.level == "stale_table"
+        assert (await choose(router, request("stale")))[0][0].name == "b"
 
     run(scenario())
