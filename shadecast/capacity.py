@@ -23,6 +23,9 @@ _MIN_HEADROOM = 0.05
 _MIN_LOG_SPEED = math.log(0.01)
 _MAX_LOG_SPEED = math.log(4.0)
 _PRIOR_SIGMA = 0.5
+_SLOW_HALF_LIFE_S = 60.0
+_SURPRISE = 9.0
+"""Three standard errors: a difference that is not chance."""
 _NORMAL_10_TO_90 = 2.563
 """Standard deviations between the .1 and the .9 quantile of a normal distribution."""
 _SQRT_2 = math.sqrt(2.0)
@@ -80,43 +83,69 @@ def censored_excess(z: float) -> float:
 
 
 class SpeedEstimate:
-    """Live log speed of one replica, from requests, beyond what its node's headroom explains."""
+    """Live log speed of one replica, from requests, beyond what its node's headroom explains.
 
-    __slots__ = ("_half_life_s", "_sum", "_updated_s", "_weight")
+    Two decayed means of the same observations: a slow one that noise hardly moves, and a fast one that replaces it as
+    far as the two differ by more than chance (the positive-part rule of James and Stein, 1961):
+
+        residual = slow + (fast - slow) * max(0, 1 - 9/z^2),   z = (fast - slow) * sqrt(weight) / noise
+
+    A fast mean alone follows its noise: with token streams, whose sizes differ e-fold, that noise made unequal what
+    is equal and cost more than a slow node did (docs/decisions/0030).
+    """
+
+    __slots__ = ("_fast", "_fast_weight", "_half_life_s", "_slow", "_slow_weight", "_updated_s")
 
     def __init__(self, half_life_s: float, now_s: float) -> None:
         self._half_life_s = half_life_s
-        self._sum = 0.0
-        self._weight = 0.0
+        self._fast = self._fast_weight = 0.0
+        self._slow = self._slow_weight = 0.0
         self._updated_s = now_s
 
     def advance(self, now_s: float) -> None:
         """Let older observations fade; a clock that went back changes nothing."""
         elapsed_s = now_s - self._updated_s
         if elapsed_s > 0.0:
-            fade = 0.5 ** (elapsed_s / self._half_life_s)
-            self._sum *= fade
-            self._weight *= fade
+            fade, slow_fade = 0.5 ** (elapsed_s / self._half_life_s), 0.5 ** (elapsed_s / _SLOW_HALF_LIFE_S)
+            self._fast *= fade
+            self._fast_weight *= fade
+            self._slow *= slow_fade
+            self._slow_weight *= slow_fade
             self._updated_s = now_s
 
     def observe(self, residual_log_speed: float, weight: float = 1.0) -> None:
         """Add one observation of log speed minus what the headroom explains; NaN is ignored."""
         if math.isfinite(residual_log_speed):
-            self._sum += weight * min(max(residual_log_speed, _MIN_LOG_SPEED), _MAX_LOG_SPEED)
-            self._weight += weight
+            value = weight * min(max(residual_log_speed, _MIN_LOG_SPEED), _MAX_LOG_SPEED)
+            self._fast += value
+            self._slow += value
+            self._fast_weight += weight
+            self._slow_weight += weight
 
     @property
     def weight(self) -> float:
-        """Decayed number of observations."""
-        return self._weight
+        """Decayed number of recent observations."""
+        return self._fast_weight
 
-    def residual(self, noise_sigma: float) -> float:
-        """Posterior mean of the log speed that the headroom does not explain.
+    @property
+    def recent(self) -> float:
+        """Mean of the recent observations, noise and all; 0 without any."""
+        return self._fast / self._fast_weight if self._fast_weight > 0.0 else 0.0
 
-        Normal observations of spread `noise_sigma`, normal prior at 0 with spread 0.5: few noisy requests say
-        little, and without new ones the estimate returns to what the headroom explains.
+    def residual(self, noise_sigma: float, extra_sum: float = 0.0, extra_weight: float = 0.0) -> float:
+        """Log speed that the headroom does not explain.
+
+        `noise_sigma` is the spread of one observation, around a normal prior at 0 with spread 0.5: few noisy requests
+        say little. `extra_*` are observations of this moment that are not kept, of requests that have not ended.
         """
-        return self._sum / (self._weight + (noise_sigma / _PRIOR_SIGMA) ** 2 + 1e-9)
+        variance = noise_sigma * noise_sigma + 1e-9
+        slow = self._slow / (self._slow_weight + variance / _PRIOR_SIGMA**2)
+        weight = self._fast_weight + extra_weight
+        if weight <= 1e-6:
+            return slow
+        apart = (self._fast + extra_sum) / weight - slow
+        surprise = apart * apart * weight / variance
+        return slow + apart * max(0.0, 1.0 - _SURPRISE / surprise) if surprise > 0.0 else slow
 
 
 class Sensitivity:
