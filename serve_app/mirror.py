@@ -209,16 +209,17 @@ class Mirror:
 
     async def _compare(self, pair: _Pair, equal: Callable[[Any, Any], Any]) -> None:
         """In a thread, for answers may be large and the function is the user's."""
-        for _ in range(50):
-            if _MISSING not in pair.answers():
-                break
-            await asyncio.sleep(0.02)  # the answer and its end arrive in any order
         verdict = None
-        if _MISSING not in pair.answers():
-            try:
-                verdict = bool(await asyncio.get_running_loop().run_in_executor(None, equal, *pair.answers()))
-            except Exception as error:
-                logger.warning("shadecast: trial.compare = %r failed: %r", self._config.compare, error)
+        try:
+            for _ in range(50):  # the answer and its end arrive in any order
+                primary, shadow = pair.answers()
+                if primary is not _MISSING:
+                    break
+                await asyncio.sleep(0.02)
+            if primary is not _MISSING and shadow is not _MISSING:
+                verdict = bool(await asyncio.get_running_loop().run_in_executor(None, equal, primary, shadow))
+        except Exception as error:  # the user's function, or answers that cannot be compared
+            logger.warning("shadecast: trial.compare = %r failed: %r", self._config.compare, error)
         self._emit(pair, verdict)
 
     def _emit(self, pair: _Pair, equal: bool | None) -> None:

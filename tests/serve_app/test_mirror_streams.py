@@ -36,6 +36,14 @@ async def read(result, count=1000):
     return got
 
 
+async def reading(result, count=1000):
+    """A reader that waits for the first item already."""
+    reader = asyncio.create_task(read(result, count))
+    await settle()
+    await asyncio.sleep(0.01)
+    return reader
+
+
 def one_replica(**config):
     router = make_router(FakeReplica("a"), **config)
     router.take_table(table(a=1.0))
@@ -54,11 +62,12 @@ def test_a_stream_that_is_read_to_its_end_counts_once_with_its_items():
     async def scenario():
         router = one_replica()
         result = await start(router)
+        reader = await reading(result)
         result.give(1, 2, 3)
         result.end()
-        assert await read(result) == [1, 2, 3]
+        assert await reader == [1, 2, 3]
         await settle()
-        del result
+        del result, reader
         gc.collect()
         await settle()
         seen = view(router)
@@ -250,7 +259,7 @@ def test_a_copied_stream_is_read_for_32_items_then_cancelled_and_compared_over_t
         assert copy.cancelled
         assert copy.items.qsize() == 100 - 32
         assert router._mirror.under_way == 0
-        reader = asyncio.create_task(read(result, 40))
+        reader = await reading(result, 40)
         for i in range(40):
             result.give(i)
             await asyncio.sleep(0.001)
@@ -277,7 +286,7 @@ def test_streams_of_different_length_are_compared_over_the_shorter():
         new.results[0].give(1, 2)
         new.results[0].end()
         await settle()
-        reader = asyncio.create_task(read(result))
+        reader = await reading(result)
         result.give(1, 2)
         await settle()
         await asyncio.sleep(0.3)
@@ -301,7 +310,7 @@ def test_a_copied_stream_that_is_empty_fails_or_hangs_counts_against_the_candida
             copy.end()
         elif how == "raises":
             copy.end(raised=ValueError("no"))
-        reader = asyncio.create_task(read(result))
+        reader = await reading(result)
         result.give(1)
         result.end()
         await reader
@@ -336,7 +345,7 @@ def test_the_items_of_streams_are_compared_when_asked(copied, equal):
         result = await start(router)
         new.results[0].give(*copied)
         new.results[0].end()
-        reader = asyncio.create_task(read(result))
+        reader = await reading(result)
         result.give(1, 2)
         result.end()
         await reader
