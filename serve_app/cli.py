@@ -73,11 +73,14 @@ def serve(  # noqa: PLR0917 - options of a command are named by the user
     dashboard: Annotated[bool, typer.Option(help="Start Ray's own dashboard, too.")] = False,
 ) -> None:
     """Start a local cluster, the control plane and an application; stop everything on Ctrl-C."""
-    from serve_app.app import AppArgs, build  # noqa: PLC0415 - the other commands do not need it
+    from serve_app.app import AppArgs, build  # noqa: PLC0415 - the other commands do not need these
+    from serve_app.model_server import ModelInfo, load_class  # noqa: PLC0415
 
-    sys.path.insert(0, str(Path.cwd()))
+    folder = str(Path.cwd())
+    sys.path.insert(0, folder)
     application = build(AppArgs.model_validate({"model": model, "replicas": replicas, "router": router}))
-    sys.path.remove(str(Path.cwd()))
+    name = ModelInfo.of(load_class(model)).name
+    sys.path.remove(folder)
     _check_free(port)
     if page_port:
         _check_free(page_port)
@@ -101,9 +104,7 @@ def serve(  # noqa: PLR0917 - options of a command are named by the user
                 plane = start_control_plane(page_port=page_port)
                 _done("Control plane", "coordinator runs", started_s)
                 progress("Application: starting replicas")
-                sys.path.insert(
-                    0, str(Path.cwd())
-                )  # the application's job, unlike the control plane's, has this folder
+                sys.path.insert(0, folder)  # the application's job, unlike the control plane's, has this folder
                 cluster.connect()
                 url = _deploy(application, port)
                 _done("Application", f"{replicas} replicas of {model}", started_s)
@@ -111,7 +112,7 @@ def serve(  # noqa: PLR0917 - options of a command are named by the user
                 heard = wait_until_forecasting(find_coordinator(), nodes, 90.0, lambda t: progress(f"Nodes: {t}"))
                 _done("Forecasters", "all nodes report" if heard else "not all nodes report yet", started_s)
                 status.stop()
-                _print_addresses(plane, url, cluster.address)
+                _print_addresses(plane, f"{url}/v2/models/{name}/infer", cluster.address)
                 while not stop.wait(0.5):
                     pass
                 console.print("Stopping ...")
@@ -144,7 +145,7 @@ def _done(what: str, detail: str, started_s: float) -> None:
 
 def _print_addresses(plane: ControlPlane, url: str, address: str) -> None:
     console.print()
-    console.print(f"  Predictions   {url}/v2/models/digits/infer", highlight=False)
+    console.print(f"  Predictions   {url}", highlight=False)
     if plane.page_url:
         console.print(f"  Live page     {plane.page_url}", highlight=False)
         console.print(f"  Page token    {plane.token}  (for drain and release)", highlight=False)
@@ -203,6 +204,48 @@ def drain(target: Annotated[str, typer.Argument(help="Replica or node id.")], ad
 def release(target: Annotated[str, typer.Argument(help="Replica or node id.")], address: AddressOption = "") -> None:
     """Let a drained replica or node back in, through a trial."""
     _command(address, target, False)
+
+
+forecaster = typer.Typer(no_args_is_help=True, help="Versions of the node forecasters' model.")
+cli.add_typer(forecaster, name="forecaster")
+RegistryOption = Annotated[str, typer.Option(help="Folder or URI of the registry; empty: the shipped one.")]
+
+
+def _registry(uri: str) -> Any:
+    from models.registry import SHIPPED, Registry  # noqa: PLC0415 - loads torch, which no other command needs
+
+    return Registry(uri or str(SHIPPED))
+
+
+@forecaster.command("list")
+def forecaster_list(registry: RegistryOption = "") -> None:
+    """List the versions, oldest first, with the champion marked."""
+    versions = _registry(registry)
+    champion = versions.champion()
+    for version in versions.versions():
+        card = versions.card(version)
+        made = time.strftime("%Y-%m-%d %H:%M", time.gmtime(float(card.get("created_wall_s", 0.0))))
+        mark = "champion" if version == champion else ""
+        console.print(f"{version:<24} {made} UTC  {card.get('rows', '?')} rows  {mark}", highlight=False)
+
+
+@forecaster.command("show")
+def forecaster_show(version: Annotated[str, typer.Argument()], registry: RegistryOption = "") -> None:
+    """Print a version's card: data, schema, metrics against every baseline, code."""
+    print(json.dumps(_registry(registry).card(version), indent=1))
+
+
+@forecaster.command("promote")
+def forecaster_promote(version: Annotated[str, typer.Argument()], registry: RegistryOption = "") -> None:
+    """Make a version the champion; running forecasters load it within 10 s."""
+    _registry(registry).promote(version)
+    console.print(f"Champion is now {version}.", highlight=False)
+
+
+@forecaster.command("rollback")
+def forecaster_rollback(registry: RegistryOption = "") -> None:
+    """Return to the champion before the present one."""
+    console.print(f"Champion is now {_registry(registry).rollback()}.", highlight=False)
 
 
 def _command(address: str, target: str, out: bool) -> None:
