@@ -1,0 +1,478 @@
+"""The request path on a real cluster: streams, copies, sessions, composition, full replicas, what may fail; soak."""
+
+import asyncio
+import os
+import random
+import shutil
+import signal
+import statistics
+import time
+from collections import Counter, defaultdict
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+from ray import serve
+from ray.serve.context import _get_global_client
+from ray.serve.exceptions import RequestCancelledError
+from ray.serve.schema import ServeDeploySchema
+
+from shadecast.types import RoutingTable, State, TableRow
+from tests.cluster.conftest import deployment_status, status, wait_for
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(150)]
+
+APP = Path(__file__).parent / "request_path_app.py"
+
+
+def deploy(folder, models, **model):
+    """(Re)deploy the application with so many models; waits until they run."""
+    shutil.copy(APP, folder / "request_path_app.py")
+    config = {
+        "applications": [
+            {
+                "name": "path",
+                "route_prefix": None,
+                "import_path": "request_path_app:app",
+                "runtime_env": {"env_vars": {"PYTHONPATH": str(folder)}},
+                "deployments": [{"name": "Model", **({"num_replicas": models} if models else {}), **model}],
+            }
+        ]
+    }
+    _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config))
+    if models:
+        wait_for(lambda: running() == models, 90, f"{models} models run")
+
+
+def running():
+    app = serve.status().applications.get("path")
+    if app is None or app.status != "RUNNING":
+        assert app is None or app.status != "DEPLOY_FAILED", app.message
+        return 0
+    return app.deployments["Model"].replica_states.get("RUNNING", 0)
+
+
+@pytest.fixture(scope="module")
+def folder(cluster, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("app")
+    deploy(folder, 3)
+    return folder
+
+
+@pytest.fixture
+def model(folder):
+    handle = serve.get_deployment_handle("Model", "path")
+    handle.who.remote().result(timeout_s=30)
+    wait_for(lambda: len(router_of(handle)._by_index) >= 2, 20, "the router knows the replicas")
+    return handle
+
+
+def router_of(handle):
+    return handle._router._asyncio_router.request_router
+
+
+def on_loop(router, call):
+    """Run `call()` where the router runs."""
+
+    async def run():
+        return call()
+
+    return asyncio.run_coroutine_threadsafe(run(), router._event_loop).result(10)
+
+
+@contextmanager
+def table(handle, shares, mirrors=None):
+    """Have the driver's router go by this table {replica_id: share}, whatever the coordinator says."""
+    router = router_of(handle)
+    number = time.time_ns() * 2
+    rows = tuple(
+        TableRow(r, "", State.ACTIVE if share else State.SHADOWING, share, 1.0, 0.0, (mirrors or {}).get(r, 0.0))
+        for r, share in shares.items()
+    )
+    made = RoutingTable("path/Model", number, 1, 1, rows)
+    on_loop(router, lambda: (router.take_table(made), setattr(router, "_table_s", time.monotonic() + 1000)))
+    try:
+        yield router
+    finally:
+        on_loop(router, lambda: (setattr(router, "_table", None), router._lay_out()))
+
+
+def replicas_of(handle):
+    return [r.replica_id.unique_id for r in router_of(handle)._by_index]
+
+
+def set_on(handle, replica, **values):
+    with table(handle, {r: float(r == replica) for r in replicas_of(handle)}):
+        handle.set.remote(**values).result(timeout_s=30)
+
+
+def get_on(handle, replica, name):
+    with table(handle, {r: float(r == replica) for r in replicas_of(handle)}):
+        return handle.get.remote(name).result(timeout_s=30)
+
+
+def assert_idle(handle):
+    """Nothing in flight anywhere: driver's router, its mirror, and all routers' reports."""
+    router = router_of(handle)
+
+    def at_rest():
+        counts = router._ledger.all_in_flight(), list(router._sending), list(router._unsent), list(router._rescuable)
+        mirror = router._mirror.under_way, router._mirror.waiting
+        return not any(counts) and not any(mirror) and not any(router._picks.in_flight)
+
+    wait_for(lambda: on_loop(router, at_rest), 15, "the driver's router is at rest")
+    wait_for(
+        lambda: all(r["queue"] == 0 for d in status()["deployments"] for r in d["replicas"]), 15, "all queues are 0"
+    )
+
+
+def reports(router):
+    """Outcomes and pairs since the last report of the driver's router, taken before it reports."""
+    return on_loop(router, router._make_report)
+
+
+@contextmanager
+def recorded(router):
+    """Everything that the router reports meanwhile."""
+    seen = []
+    make = router._make_report
+
+    def keep():
+        report = make()
+        seen.append(report)
+        return report
+
+    router._make_report = keep
+    try:
+        yield seen
+    finally:
+        del router._make_report
+
+
+async def load(handle, seconds, rate_per_s=40.0, method="predict"):
+    """Open loop over a handle; what was answered or raised, and the latencies of what was answered."""
+    seen, latencies = Counter(), []
+
+    async def one(i):
+        started_s = time.monotonic()
+        try:
+            await getattr(handle, method).remote(i)
+            seen["ok"] += 1
+            latencies.append(time.monotonic() - started_s)
+        except Exception as error:
+            seen[type(error).__name__] += 1
+
+    tasks = []
+    for i in range(int(seconds * rate_per_s)):
+        tasks.append(asyncio.create_task(one(i)))
+        await asyncio.sleep(1 / rate_per_s)
+    await asyncio.wait_for(asyncio.gather(*tasks), 60)
+    return seen, latencies
+
+
+# ---------------------------------------------------------------- streams and copies
+
+
+def test_live_streams_count_once_with_their_items_errors_and_abandoned_ones(model):
+    router = router_of(model)
+    stream = model.options(stream=True).generate
+    with recorded(router) as seen:
+        assert list(stream.remote(40, gap_s=0.002)) == list(range(40))
+        with pytest.raises(ValueError, match="user code"):
+            list(stream.remote(5, fail_at=3))
+        next(iter(stream.remote(30)))  # and dropped
+
+        async def cancelled():
+            response = stream.remote(1000)
+            assert await response.__anext__() == 0
+            response.cancel()
+            with pytest.raises(RequestCancelledError):
+                async for _ in response:
+                    pass
+
+        asyncio.run(cancelled())
+        assert_idle(model)
+        wait_for(lambda: sum(len(v.outcomes) for r in seen for v in r.replicas) >= 2, 10, "outcomes are reported")
+    outcomes = [o for report in seen for view in report.replicas for o in view.outcomes if o.items]
+    assert sorted((o.ok, o.items) for o in outcomes) == [(False, 3), (True, 40)]
+    (whole,) = (o for o in outcomes if o.ok)
+    assert 0.0 < whole.first_item_s < whole.duration_s
+    assert whole.duration_s >= 40 * 0.002
+    views = [v for r in seen for v in r.replicas]
+    assert sum(v.started for v in views) >= 4
+    assert sum(v.failed for v in views) == 1
+
+
+def test_copies_are_marked_compared_and_only_of_methods_declared_safe(model):
+    first, candidate, *_ = replicas_of(model)
+    set_on(model, candidate, wrong=True, shadows=0)
+    router = router_of(model)
+    with table(model, {first: 1.0, candidate: 0.0}, {candidate: 1.0}), recorded(router) as seen:
+        for i in range(5):
+            assert model.predict.remote(i).result(timeout_s=30) == i
+            assert model.buy.remote(i).result(timeout_s=30) == i
+        with pytest.raises(ValueError, match="user code"):
+            model.predict.remote("bad").result(timeout_s=30)
+        big = bytes(5_000_000)
+        assert model.predict.remote(big).result(timeout_s=30) == len(big)
+        assert model.predict.remote(np.zeros(3)).result(timeout_s=30).shape == (3,)
+        assert list(model.options(stream=True).generate.remote(100, gap_s=0.001)) == list(range(100))
+        assert_idle(model)
+        wait_for(lambda: sum(len(r.pairs) for r in seen) >= 9, 10, "pairs are reported")
+    pairs = [p for r in seen for p in r.pairs]
+    assert {(p.primary_id, p.candidate_id) for p in pairs} == {(first, candidate)}
+    bad = [p for p in pairs if not p.primary_ok]
+    assert [(p.shadow_ok, p.answers_equal) for p in bad] == [(False, None)]
+    verdicts = Counter(p.answers_equal for p in pairs if p.primary_ok)
+    assert verdicts == {False: 7, True: 1}, "only the stream is the same on both"
+    assert sum(r.uncopyable for r in seen) >= 5
+    assert get_on(model, candidate, "shadows") == 9
+    assert get_on(model, first, "shadows") == 0
+    set_on(model, candidate, wrong=False)
+
+
+def test_a_hung_candidate_does_not_slow_the_primary(model):
+    first, candidate, *_ = replicas_of(model)
+    set_on(model, candidate, hung=True)
+    without, mirrored = [], []
+    shares = {first: 1.0, candidate: 0.0}
+    for i in range(8):  # in turn, so that both see the same machine
+        for mirror, times in ((0.0, without), (1.0, mirrored)) if i % 2 else ((1.0, mirrored), (0.0, without)):
+            with table(model, shares, {candidate: mirror}):
+                for _ in range(25):
+                    started_s = time.monotonic()
+                    assert model.predict.remote(1).result(timeout_s=30) == 1
+                    times.append(time.monotonic() - started_s)
+    router = router_of(model)
+    assert on_loop(router, lambda: router._mirror.under_way) <= 8
+    ratio = statistics.median(mirrored) / statistics.median(without)
+    print(f"primary with a mirror to a hung replica: {ratio:.2f} times the latency without")
+    assert ratio < 1.3
+    set_on(model, candidate, hung=False)
+    assert_idle(model)
+
+
+# ---------------------------------------------------------------- sessions, models, composition
+
+
+def test_sessions_stay_on_one_replica_through_several_routers(model):
+    caller = serve.get_app_handle("path")
+    wait_for(lambda: router_of(model).level == "table", 15, "the driver's router has the coordinator's table")
+    homes, routers = defaultdict(Counter), set()
+
+    async def through_driver(session):
+        return "driver", await model.options(session_id=session).who.remote(pause_s=0.02)
+
+    async def run():
+        rng = random.Random(1)
+        sessions = [f"session-{i}" for i in range(30)] * 15
+        rng.shuffle(sessions)
+        for start in range(0, len(sessions), 12):
+            batch = sessions[start : start + 12]
+            # two routers in the callers, a third one here
+            calls = [caller.where.remote(s) if rng.random() < 0.67 else through_driver(s) for s in batch]
+            for session, (router, home) in zip(batch, await asyncio.gather(*calls), strict=True):
+                routers.add(router)
+                homes[session][home] += 1
+
+    asyncio.run(run())
+    assert len(routers) == 3
+    kept = sum(max(c.values()) for c in homes.values())
+    assert kept >= 0.99 * sum(c.total() for c in homes.values()), homes
+    assert len({home for c in homes.values() for home in c}) == 3
+
+
+def test_a_multiplexed_model_stays_where_it_is_loaded(model):
+    handle = model.options(multiplexed_model_id="m1")
+    home = handle.which.remote().result(timeout_s=30)
+    router = router_of(model)
+    wait_for(
+        lambda: any("m1" in r.multiplexed_model_ids for r in router._by_index), 10, "Serve tells where the model is"
+    )
+    assert {handle.which.remote().result(timeout_s=30) for _ in range(20)} == {home}
+
+
+def test_each_deployment_of_a_graph_has_its_own_table(model):
+    caller = serve.get_app_handle("path")
+    assert [caller.twice.remote(i).result(timeout_s=30) for i in range(10)] == [2 * i for i in range(10)]
+    for name in ("path/Caller", "path/Model"):
+        wait_for(lambda name=name: deployment_status(name).get("replicas"), 10, f"{name} has a table")
+    ids = {d["deployment"]: {r["replica_id"] for r in d["replicas"]} for d in status()["deployments"]}
+    assert ids["path/Caller"].isdisjoint(ids["path/Model"])
+
+
+# ---------------------------------------------------------------- what may fail
+
+
+def test_when_every_replica_is_full_requests_wait_without_spinning_and_none_fails(model):
+    router = router_of(model)
+    choices = Counter()
+    choose = type(router).choose_replicas
+
+    async def counted(*args, **kwargs):
+        choices["made"] += 1
+        return await choose(router, *args, **kwargs)
+
+    async def flood():
+        return await asyncio.gather(*(model.predict.remote(i, pause_s=0.3) for i in range(96)))
+
+    router.choose_replicas = counted
+    try:
+        started_s = time.monotonic()
+        assert asyncio.run(flood()) == list(range(96))
+        taken_s = time.monotonic() - started_s
+    finally:
+        del router.choose_replicas
+    assert taken_s < 15.0, "4 rounds of 24 places at 0.3 s"
+    assert choices["made"] < 20 * 96
+    assert_idle(model)
+
+
+def test_a_coordinator_that_hangs_is_done_without_step_by_step(model):
+    coordinator = ray.get_actor("shadecast-coordinator", namespace="shadecast")
+    pid = ray.get(coordinator.__ray_call__.remote(lambda _: os.getpid()))
+    router = router_of(model)
+    wait_for(lambda: router.level == "table", 10, "a table")
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        levels = []
+
+        async def watch():
+            task = asyncio.create_task(load(model, 7.0))
+            while not task.done():
+                if not levels or levels[-1] != router.level:
+                    levels.append(router.level)
+                await asyncio.sleep(0.1)
+            return await task
+
+        seen, _ = asyncio.run(watch())
+        assert set(seen) == {"ok"}
+        assert levels == ["table", "stale_table", "power_of_two"]
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    wait_for(lambda: router.level == "table", 15, "the router has a table again")
+    deadline_s = time.monotonic() + 15
+    levels = []
+    while time.monotonic() < deadline_s and set(levels) != {"table"}:
+        levels = [r["level"] for r in deployment_status("path/Model")["routers"] if r["heard_s"] < 3]
+        time.sleep(0.2)
+    assert set(levels) == {"table"}, "the status shows every router's level"
+
+
+def test_a_slow_gcs_delays_no_request(model, cluster):
+    (gcs,) = cluster._cluster.head_node.all_processes["gcs_server"]
+    os.kill(gcs.process.pid, signal.SIGSTOP)
+    try:
+        seen, latencies = asyncio.run(load(model, 3.0))
+    finally:
+        os.kill(gcs.process.pid, signal.SIGCONT)
+    assert set(seen) == {"ok"}
+    assert statistics.median(latencies) < 0.5
+
+
+def test_without_forecasters_requests_go_on(model):
+    for entry in ray.util.list_named_actors(all_namespaces=True):
+        if entry["namespace"] == "shadecast" and "forecaster" in entry["name"]:
+            ray.kill(ray.get_actor(entry["name"], namespace="shadecast"), no_restart=True)
+    seen, _ = asyncio.run(load(model, 2.0))
+    assert set(seen) == {"ok"}
+    assert router_of(model).level == "table"
+
+
+# ---------------------------------------------------------------- changes under load, soak
+
+
+def test_scaling_and_a_rolling_update_under_load_fail_no_request(model, folder):
+    def scaled(least, most, expected):
+        scaling = {"min_replicas": least, "max_replicas": most, "downscale_delay_s": 0.5, "upscale_delay_s": 0.5}
+        scaling |= {"metrics_interval_s": 0.5, "look_back_period_s": 1.0}
+        deploy(folder, 0, autoscaling_config=scaling)
+        wait_for(lambda: running() == expected, 40, f"autoscaling to {expected}")
+
+    async def change():
+        done = asyncio.Event()
+        seen = Counter()
+
+        async def drive():
+            while not done.is_set():
+                found, _ = await load(model, 1.0, rate_per_s=30)
+                seen.update(found)
+
+        driving = asyncio.create_task(drive())
+        in_thread = asyncio.get_running_loop().run_in_executor
+        try:
+            await in_thread(None, scaled, 4, 4, 4)
+            await in_thread(None, scaled, 1, 4, 1)
+            await in_thread(None, deploy, folder, 3)
+            # a changed actor option replaces every replica, one after the other
+            await in_thread(None, lambda: deploy(folder, 3, ray_actor_options={"num_cpus": 0.11}))
+        finally:
+            done.set()
+            await driving
+        return seen
+
+    before = set(replicas_of(model))
+    seen = asyncio.run(change())
+    assert set(seen) == {"ok"}, seen
+    assert seen["ok"] > 100
+    wait_for(lambda: len(router_of(model)._by_index) == 3, 20, "three replicas")
+    assert before.isdisjoint(replicas_of(model))
+    assert_idle(model)
+
+
+def test_a_soak_of_cancellations_exceptions_deaths_and_abandoned_streams_ends_at_zero(model):
+    rng = random.Random(7)
+    seen = Counter()
+    until_s = time.monotonic() + 30.0
+    next_death_s = time.monotonic() + 8.0
+
+    async def one(i):
+        kind = rng.choice(["predict", "predict", "bad", "cancel", "stream", "stream_bad", "abandon", "stream_cancel"])
+        try:
+            if kind == "predict":
+                await model.predict.remote(i)
+            elif kind == "bad":
+                await model.predict.remote("bad")
+            elif kind == "cancel":
+                response = model.predict.remote(i, pause_s=0.5)
+                await asyncio.sleep(rng.random() * 0.2)
+                response.cancel()
+                await response
+            else:
+                fail_at = 3 if kind == "stream_bad" else None
+                response = model.options(stream=True).generate.remote(20, fail_at=fail_at)
+                async for item in response:
+                    if kind == "abandon" and item == 2:
+                        break
+                    if kind == "stream_cancel" and item == 2:
+                        response.cancel()
+            seen[kind, "ok"] += 1
+        except (Exception, asyncio.CancelledError) as error:
+            seen[kind, type(error).__name__] += 1
+
+    async def soak():
+        nonlocal next_death_s
+        tasks, i = set(), 0
+        while time.monotonic() < until_s:
+            i += 1
+            task = asyncio.create_task(one(i))
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+            if time.monotonic() > next_death_s:
+                next_death_s += 10.0
+                with pytest.raises(ray.exceptions.RayActorError):
+                    await model.die.remote()
+            await asyncio.sleep(0.03)
+        await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 60)
+
+    candidate = replicas_of(model)[-1]
+    shares = {r: float(r != candidate) for r in replicas_of(model)}
+    with table(model, shares, {candidate: 0.5}):
+        asyncio.run(soak())
+    print(dict(seen))
+    for kind in ("predict", "stream", "abandon"):
+        assert seen[kind, "ok"] > 20
+    assert seen["bad", "RayTaskError(ValueError)"] > 20
+    assert_idle(model)
