@@ -212,10 +212,9 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
 
     def _session_ranks(self, pending_request: PendingRequest) -> list[list[RunningReplica]] | None:
         """A session's own replica; once that was found full, the usual choice, so that a request never waits for it."""
-        context = pending_request.routing_context
-        if context.tried_same_node:
+        context = pending_request.routing_context  # Serve's marks of what was tried: no mixin reads them here
+        if context.tried_same_az:
             return None
-        context.tried_same_node = True  # Serve's mark of "the preferred replica was tried": no mixin reads it here
         if self._sessions is None:
             self._sessions = SessionMap(self._config.session, self._session_secret, self._config.trial.drain_s)
             self._update_sessions(self._sessions)
@@ -223,8 +222,14 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         i = self._picks.index.get(replica_id) if replica_id is not None else None
         if replica_id is None or i is None:
             return None
+        replica = self._by_index[i]
+        if context.tried_same_node:
+            context.tried_same_az = True
+            if self._replica_queue_len_cache.get(replica.replica_id) is not None:
+                return None  # it is full; otherwise it was only too busy to tell within Serve's first deadline
+        context.tried_same_node = True
         self._expect(pending_request, i)
-        return [[self._by_index[i]]]
+        return [[replica]]
 
     def _update_sessions(self, sessions: SessionMap) -> None:
         """Tell the sessions of a new table or membership."""
@@ -479,6 +484,8 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         held = self._table
         if held is not None and (table.epoch, table.version) <= (held.epoch, held.version):
             return
+        if held is None:
+            self._sessions = None  # those placed meanwhile, by weights that other routers do not have, are placed anew
         self._table = table
         self._table_s = time.monotonic() - max(table.age_s, 0.0)
         self._lay_out()

@@ -402,7 +402,8 @@ def test_a_session_never_waits_for_a_full_replica():
         router = make_router(*(FakeReplica(n) for n in "ab"))
         router.take_table(table(a=1.0, b=1.0))
         pending = request("r", session_id="s")
-        await choose(router, pending)
+        home = (await choose(router, pending))[0][0]
+        router.on_new_queue_len_info(home.replica_id, 8)
         (second_try,) = await choose(router, pending)
         assert {r.name for r in second_try} == {"a", "b"}
 
@@ -640,5 +641,36 @@ def test_a_stale_table_is_read_without_its_forecast():
         router._table_s -= 4.0
         assert router.level == "stale_table"
         assert (await choose(router, request("stale")))[0][0].name == "b"
+
+    run(scenario())
+
+
+def test_a_session_waits_once_for_a_replica_that_is_slow_to_tell_its_queue():
+    async def scenario():
+        router = make_router(*(FakeReplica(n) for n in "ab"))
+        router.take_table(table(a=1.0, b=1.0))
+        pending = request("r", session_id="s")
+        home = (await choose(router, pending))[0][0]
+        assert (await choose(router, pending))[0][0] is home
+        (third_try,) = await choose(router, pending)
+        assert {r.name for r in third_try} == {"a", "b"}
+        router.on_request_completed(home.replica_id, "r")
+        assert sum(router._picks.in_flight) == 0
+
+    run(scenario())
+
+
+def test_sessions_placed_before_the_first_table_move_to_where_all_routers_place_them():
+    async def scenario():
+        early, late = (make_router(*(FakeReplica(n) for n in "ab")) for _ in range(2))
+        sessions = [f"s{i}" for i in range(60)]
+        for router in (early, late):
+            if router is early:
+                for s in sessions:
+                    await choose(router, request(f"e{s}", session_id=s))
+            router.take_table(table(a=(1.0, 4.0, 0.0), b=(1.0, 1.0, 0.0)))
+        for s in sessions:
+            homes = {(await choose(r, request(s, session_id=s)))[0][0].name for r in (early, late)}
+            assert len(homes) == 1
 
     run(scenario())
