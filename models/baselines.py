@@ -37,9 +37,12 @@ class Ridge:
         return predicted.astype(np.float32)
 
 
-def fit_ridge(values: Iterable[Array], penalty: float = 1.0, intercept: bool = True) -> Ridge:
-    """Fit one target's series [time] by normal equations; `penalty` counts in multiples of the features' mean square.
+def fit_ridge(
+    values: Iterable[Array], penalty: float = 1.0, intercept: bool = True, basis: Array | None = None
+) -> Ridge:
+    """Fit one target's series [time] by normal equations; `penalty` counts in thousandths of the features' mean square.
 
+    `basis` [feature, lag] maps lags to the features that are penalised, by default the lags themselves.
     Windows with a missing sample are left out. Without any window the fit is the last value.
     """
     gram = np.zeros((LAGS + 1, LAGS + 1))
@@ -57,10 +60,27 @@ def fit_ridge(values: Iterable[Array], penalty: float = 1.0, intercept: bool = T
     square = np.trace(gram[:LAGS, :LAGS]) / LAGS
     if not square > 0:
         return Ridge(np.zeros((len(STEPS), LAGS), np.float32), np.zeros(len(STEPS), np.float32))
-    diagonal = np.full(LAGS + 1, penalty * 1e-3 * square)
-    diagonal[-1] = 0.0 if intercept else 1.0
-    solved = np.linalg.solve(gram + np.diag(diagonal + 1e-12 * square), moment)
-    return Ridge(solved[:LAGS].T.astype(np.float32), solved[LAGS].astype(np.float32))
+    features = np.eye(LAGS) if basis is None else basis
+    whole = np.zeros((len(features) + 1, LAGS + 1))
+    whole[:-1, :LAGS], whole[-1, -1] = features, 1.0
+    diagonal = np.full(len(features) + 1, (penalty * 1e-3 + 1e-9) * square)
+    diagonal[-1] = 1e-9 * square if intercept else 1.0
+    solved = np.linalg.solve(whole @ gram @ whole.T + np.diag(diagonal), whole @ moment)
+    weight = features.T @ solved[:-1]
+    return Ridge(weight.T.astype(np.float32), solved[-1].astype(np.float32))
+
+
+def fit_dlinear(values: Iterable[Array], penalty: float = 1.0) -> Ridge:
+    """DLinear in closed form: one linear map on a 25-sample moving average, one on the rest, as a single `Ridge`.
+
+    The penalty acts on both maps apart, which is all that the decomposition changes for least squares.
+    """
+    trend = np.zeros((LAGS, LAGS))
+    for i in range(LAGS):
+        window = np.clip(np.arange(i - 12, i + 13), 0, LAGS - 1)  # edges repeated, as in the paper
+        np.add.at(trend[i], window, 1.0 / len(window))
+    basis = np.concatenate([trend, np.eye(LAGS) - trend])
+    return fit_ridge(values, penalty, basis=basis)
 
 
 @dataclass(slots=True)

@@ -20,6 +20,8 @@ from models.grid import CHANNELS, COVARIATES, LONGEST, N_HORIZONS, N_TARGETS, ST
 HALF_LIFE = 60.0
 FAST_HALF_LIFE = 5.0
 CLIP = 6.0
+LARGEST = 1e15
+"""Squares of greater values would overflow; no meter of bytes a second gets there."""
 N_LAGS = 20
 """Differences of the last samples to the newest, straight to the model: short periods and shapes."""
 FLOOR = 2e-6
@@ -101,6 +103,7 @@ class Features:
         """Take one sample [series, channel]; `announced` [series, horizon] is the known strength of events ahead."""
         values = np.asarray(values, np.float32)
         present = np.isfinite(values)
+        values = np.clip(values, -LARGEST, LARGEST)
         filled = np.where(present, values, self._level)
         first = present & (self._seen == 0)
         jump = np.where(first, 0.0, filled - self._level).astype(np.float32)

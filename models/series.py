@@ -84,6 +84,12 @@ def channels_of(rows: pd.DataFrame) -> Array:
     return values.astype(np.float32)
 
 
+def source_of(path: Path, folder: Path) -> str:
+    """Name of the source that a file below `folder` belongs to."""
+    parts = path.parts[len(folder.parts) :] if path.is_relative_to(folder) else path.parts
+    return "own" if any(part.startswith("node=") for part in parts) else path.stem.split("_")[0]
+
+
 def read_folder(folder: Path, names: Sequence[str] | None = None) -> list[Series]:
     """All series of the Parquet files below a folder.
 
@@ -96,8 +102,7 @@ def read_folder(folder: Path, names: Sequence[str] | None = None) -> list[Series
     found: list[Series] = []
     frames: dict[str, list[pd.DataFrame]] = {}
     for path in files:
-        own = any(part.startswith("node=") for part in path.relative_to(folder).parts)
-        source = "own" if own else path.stem.split("_")[0]
+        source = source_of(path, folder)
         if names is not None and source not in names:
             continue
         try:

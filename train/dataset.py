@@ -45,6 +45,18 @@ def split_machines(series: Sequence[Series], fraction: float, seed: int) -> Spli
     return Split(train, held)
 
 
+def split_recordings(series: Sequence[Series], fraction: float, seed: int) -> tuple[list[Series], list[Series]]:
+    """(fit, check): some recordings of every source left out of fitting, machines shared."""
+    fit: list[Series] = []
+    check: list[Series] = []
+    for source in sorted({s.source for s in series}):
+        mine = sorted((s for s in series if s.source == source), key=lambda s: _shuffled(s.machine + s.recording, seed))
+        count = min(max(1, round(fraction * len(mine))), len(mine) - 1)
+        check += mine[:count]
+        fit += mine[count:]
+    return fit, check
+
+
 def _shuffled(name: str, seed: int) -> str:
     return hashlib.sha256(f"{seed}/{name}".encode()).hexdigest()
 
@@ -59,12 +71,15 @@ def real_pieces(series: Sequence[Series], length: int) -> list[Pieces]:
     return parts
 
 
-def made_up_pieces(count: int, length: int, seed: int) -> list[Pieces]:
-    """Pieces of `count` made-up series; each series is its own world and has its own unit."""
-    rng = np.random.default_rng([seed, 7])
+def made_up_pieces(count: int, length: int, seed: int, first: int = 0) -> list[Pieces]:
+    """Pieces of the made-up series `first` to `first + count`; each series is its own world and has its own unit.
+
+    A series depends on the seed and its number only, however the work is shared out.
+    """
     parts = []
-    for start in range(0, count, 64):
-        drawn = [made_up(rng, MADE_UP_LENGTH, f"made-up-{start + i}") for i in range(min(64, count - start))]
+    for start in range(first, first + count, 64):
+        numbers = range(start, min(start + 64, first + count))
+        drawn = [made_up(np.random.default_rng([seed, 7, i]), MADE_UP_LENGTH, f"made-up-{i}") for i in numbers]
         group = [s for s, _ in drawn]
         units = np.stack([units_of([s]) for s in group])
         parts.append(pieces_of(group, units, length, [a for _, a in drawn]))

@@ -15,11 +15,11 @@ from models.baselines import LAGS, NAMES, Baselines, Ridge, fit_ridge
 from models.calibration import pinball
 from models.features import Features
 from models.forecaster import Model, OnlineForecaster
-from models.grid import N_HORIZONS, N_TARGETS, STEPS, Array
+from models.grid import N_HORIZONS, N_TARGETS, STEPS, WINDOW_MAX, Array
 from models.series import Series
 from models.windows import truth_of
 from shadecast.types import QUANTILES
-from train.loop import units_of
+from train.loop import SLOW_LOAD, units_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,9 @@ class Judged:
 
     `truth` [n, target, horizon]; `points` [n, target, baseline, horizon]; `quantiles` and `gated`
     [n, target, horizon, quantile]; `gate` [n, target, horizon]; `losses` [n, target, expert, horizon] pinball of the
-    model and of the baselines with the same online correction, in multiples of the series' mean 10-sample change. NaN where not judged.
+    model and of the baselines with the same online correction, in multiples of the series' mean 10-sample change;
+    `alarms` [n, 2] whether a slow node was announced and whether it came within the window. NaN
+    where not judged.
     """
 
     truth: Array
@@ -37,6 +39,7 @@ class Judged:
     gated: Array
     gate: Array
     losses: Array
+    alarms: Array
 
 
 def groups(series: Sequence[Series], rows: int = 60_000) -> Iterator[list[Series]]:
@@ -54,7 +57,7 @@ def groups(series: Sequence[Series], rows: int = 60_000) -> Iterator[list[Series
 def judge(model: Model, series: Sequence[Series]) -> Judged:
     """Run the online forecaster over series, recordings side by side."""
     parts = [_judge_group(model, group) for group in groups(series) if len(group[-1].values) > LAGS]
-    names = ("truth", "points", "quantiles", "gated", "gate", "losses")
+    names = ("truth", "points", "quantiles", "gated", "gate", "losses", "alarms")
     return Judged(*(np.concatenate([getattr(p, n) for p in parts]) for n in names))
 
 
@@ -66,21 +69,79 @@ def _judge_group(model: Model, group: Sequence[Series]) -> Judged:
     for t in range(values.shape[1]):
         prediction = forecaster.step(values[:, t])
         if t >= LAGS - 1:
-            now = (forecaster.points, prediction.quantiles, prediction.gated, prediction.gate, forecaster.experts)
+            now = (
+                forecaster.points,
+                prediction.quantiles,
+                prediction.gated,
+                prediction.gate,
+                forecaster.experts,
+                prediction.slow_probability,
+            )
             collected.append(now)
-    points, quantiles, gated, gate, experts = (np.stack(c, axis=1) for c in zip(*collected, strict=True))
-    truth = truth_of(values[..., :N_TARGETS])[:, LAGS - 1 :, :, :N_HORIZONS].copy()
-    truth[~np.isfinite(values[:, LAGS - 1 :, :N_TARGETS])] = np.nan
-    keep = np.isfinite(truth).any(axis=(2, 3))
+    points, quantiles, gated, gate, experts, slow = (np.stack(c, axis=1) for c in zip(*collected, strict=True))
+    truth, keep = _judged_truth(values[..., :N_TARGETS])
     unit = np.stack([units_of([s]) for s in group])[:, None, :, None, None]
     losses = (pinball(experts, truth[:, :, :, None]) / unit)[keep]
     truth = truth[keep]
-    return Judged(truth, points[keep], quantiles[keep], gated[keep], gate[keep], losses)
+    return Judged(truth, points[keep], quantiles[keep], gated[keep], gate[keep], losses, _alarms(slow, values)[keep])
 
 
-def fit_baselines(series: Sequence[Series]) -> tuple[Ridge, ...]:
-    """Ridge-60 for each target on all series given."""
-    return tuple(fit_ridge([s.values[:, t] for s in series]) for t in range(N_TARGETS))
+def _alarms(slow: Array, values: Array) -> Array:
+    """[series, time - 59, 2]: alarm raised, node slow at some time in the next 10 samples; NaN where unknown."""
+    load = truth_of(values[..., :N_TARGETS])[:, LAGS - 1 :, 0, WINDOW_MAX]
+    came = np.where(np.isfinite(load), load > SLOW_LOAD, np.nan)
+    return np.stack([np.where(slow > 0.5, 1.0, 0.0), came], axis=-1).astype(np.float32)
+
+
+def alarm_precision(judged: Judged) -> float:
+    """Share of alarms that came true; 0 where none was raised."""
+    known = judged.alarms[np.isfinite(judged.alarms).all(axis=1)]
+    raised = known[known[:, 0] > 0]
+    return float(raised[:, 1].mean()) if len(raised) else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Instants:
+    """What point models see at every judged instant: `truth` [n, target, horizon], `lags` [n, target, 60], oldest
+    first.
+
+    Row for row the instants of `judge` on the same series.
+    """
+
+    truth: Array
+    lags: Array
+
+
+def instants(series: Sequence[Series]) -> Instants:
+    """Lags and truth of all judged instants."""
+    parts = []
+    for group in groups(series):
+        if len(group[-1].values) <= LAGS:
+            continue
+        targets = padded(group)[..., :N_TARGETS]
+        truth, keep = _judged_truth(targets)
+        windows = np.lib.stride_tricks.sliding_window_view(_held(targets), LAGS, axis=1)
+        parts.append(Instants(truth[keep], windows[keep]))
+    if not parts:
+        return Instants(np.zeros((0, N_TARGETS, N_HORIZONS), np.float32), np.zeros((0, N_TARGETS, LAGS), np.float32))
+    return Instants(np.concatenate([p.truth for p in parts]), np.concatenate([p.lags for p in parts]))
+
+
+def _judged_truth(targets: Array) -> tuple[Array, Array]:
+    """Truth [series, time - 59, target, horizon], NaN where it must not count, and which instants count at all."""
+    truth = truth_of(targets)[:, LAGS - 1 :, :, :N_HORIZONS].copy()
+    truth[~np.isfinite(targets[:, LAGS - 1 :])] = np.nan
+    return truth, np.asarray(np.isfinite(truth).any(axis=(2, 3)))
+
+
+def _held(targets: Array) -> Array:
+    """Missing samples repeat the last known one; before the first, the first."""
+    out = targets.copy()
+    for t in range(1, out.shape[1]):
+        out[:, t] = np.where(np.isfinite(out[:, t]), out[:, t], out[:, t - 1])
+    for t in range(out.shape[1] - 2, -1, -1):
+        out[:, t] = np.where(np.isfinite(out[:, t]), out[:, t], out[:, t + 1])
+    return np.nan_to_num(out)
 
 
 def scaled_baselines(series: Sequence[Series]) -> tuple[tuple[Ridge, ...], Array]:

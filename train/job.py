@@ -1,39 +1,79 @@
-"""`python -m train`: logged telemetry in, a new version of the forecaster in the registry out."""
+"""`python -m train`: logged telemetry in, a new version of the forecaster in the registry out.
+
+Reads telemetry, holds machines out, trains (on Ray, or with `--local` in this process), judges the challenger and the
+champion on the held-out machines, saves a version with its card and backtest plot, and promotes it where it wins.
+Stopped and started again with the same arguments it goes on from the last finished epoch.
+"""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.metadata
+import json
+import math
+import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from models.forecaster import Model
+from models.grid import N_HORIZONS, N_TARGETS
 from models.lstm import ForecastNet, LstmConfig
-from models.registry import SHIPPED, Registry
+from models.registry import SHIPPED, Registry, RegistryError
 from models.series import read_folder
 from shadecast.errors import ShadecastError
-from train.dataset import data_hash, pieces, split_machines
-from train.evaluate import judge, prior_skill, scaled_baselines
-from train.loop import TrainConfig, batches, optimiser_of, train_epoch
+from train.backtest import Row, backtest, mean_of
+from train.dataset import Split, data_hash, pieces, split_machines, split_recordings
+from train.evaluate import alarm_precision, judge, prior_skill, scaled_baselines
+from train.loop import Progress, TrainConfig, fit
+from train.plots import bands_png
 
 OWN_DATA = SHIPPED.parent / "data"
 DEFAULTS = TrainConfig()
+SKILL_MARGIN = 0.005
+"""A challenger has to be better by this much: two trainings of the same thing differ by about as much."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a challenger may replace the champion, and why."""
+
+    promote: bool
+    reason: str
+
+
+def verdict(rows: Sequence[Row], champion: str) -> Verdict:
+    """Compare on held-out machines, all horizons: it must beat ridge-60 and, where there is one, the champion."""
+    everywhere = (1.0, 2.0, 3.0, 5.0, 8.0, 10.0)
+    skill = mean_of(rows, "challenger", "pinball_skill_ridge", everywhere)
+    if math.isnan(skill):
+        return Verdict(False, "no held-out machine could be judged")
+    if skill <= 0:
+        return Verdict(False, f"does not beat ridge-60 on held-out machines (mean skill {skill:+.3f})")
+    if not champion:
+        return Verdict(True, f"beats ridge-60 (mean skill {skill:+.3f}); there was no champion")
+    other = mean_of(rows, "champion", "pinball_skill_ridge", everywhere)
+    if skill < other + SKILL_MARGIN:
+        return Verdict(False, f"mean skill over ridge-60 {skill:+.3f} against the champion's {other:+.3f} ({champion})")
+    return Verdict(True, f"mean skill over ridge-60 {skill:+.3f}, the champion {champion} had {other:+.3f}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     arguments = _parser().parse_args(argv)
     try:
-        return _run(arguments)
+        run(arguments)
     except ShadecastError as error:
         print(f"train: {error}", file=sys.stderr)
         return 2
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,53 +82,118 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--registry", default=str(SHIPPED), help="folder or pyarrow filesystem URI")
     parser.add_argument("--version", default="", help="name of the new version; default: time and data hash")
     parser.add_argument("--made-up", type=int, default=1500, help="made-up series beside the recorded ones")
-    parser.add_argument("--epochs", type=int, default=DEFAULTS.epochs)
+    parser.add_argument("--epochs", type=int, default=DEFAULTS.epochs, help="at most; --steps may allow fewer")
+    parser.add_argument("--steps", type=int, default=DEFAULTS.steps, help="upper bound on optimiser steps")
     parser.add_argument("--hidden", type=int, default=LstmConfig().hidden)
     parser.add_argument("--hold-out", type=float, default=0.25, help="fraction of machines kept for the backtest")
     parser.add_argument("--seed", type=int, default=DEFAULTS.seed)
-    parser.add_argument("--promote", action="store_true", help="make it the champion whatever the backtest says")
+    parser.add_argument("--workers", type=int, default=1, help="Ray Train workers")
+    parser.add_argument("--gpu", action="store_true", help="one GPU per worker")
+    parser.add_argument("--local", action="store_true", help="same loop in this process, without Ray")
+    parser.add_argument("--storage", type=Path, default=Path(".shadecast/train"), help="checkpoints of running jobs")
+    parser.add_argument("--promote", choices=("auto", "always", "never"), default="auto")
     return parser
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    config = TrainConfig(epochs=arguments.epochs, seed=arguments.seed)
+def run(arguments: argparse.Namespace) -> str:
+    """Do it all; returns the new version. Raises ShadecastError with one line on what is wrong."""
+    config = TrainConfig(epochs=arguments.epochs, steps=arguments.steps, seed=arguments.seed)
+    shape = LstmConfig(hidden=arguments.hidden)
+    registry = Registry(arguments.registry)
     series = read_folder(arguments.telemetry)
     split = split_machines(series, arguments.hold_out, arguments.seed)
-    started_s = time.time()
     rows = sum(len(s.values) for s in series)
-    print(f"{len(series)} series, {rows} rows; held out: {', '.join(sorted({s.machine for s in split.held}))}")
-    data = pieces(split.train, arguments.made_up, config.piece, config.seed)
-    torch.manual_seed(config.seed)
-    net = ForecastNet(LstmConfig(hidden=arguments.hidden))
-    rng = np.random.default_rng(config.seed)
-    optimiser, schedule = optimiser_of(net, config, -(-len(data) // config.batch))
-    for epoch in range(config.epochs):
-        loss = train_epoch(net, optimiser, schedule, batches(data, config.batch, rng), config)
-        print(f"epoch {epoch + 1}/{config.epochs} loss {loss:.4f} {time.time() - started_s:.0f} s", flush=True)
-    ridge, residuals = scaled_baselines(split.train)
+    held_names = sorted({f"{s.source}/{s.machine}" for s in split.held})
+    print(f"{len(series)} series, {rows} rows; held out: {', '.join(held_names)}", flush=True)
+    started_s = time.time()
     fingerprint = data_hash(series)
+    net = _train(arguments, config, shape, split, fingerprint)
+    fit_part, _ = split_recordings(split.train, 0.0, config.seed)
+    ridge, residuals = scaled_baselines(fit_part)
     version = arguments.version or time.strftime("%Y%m%d-%H%M%S-", time.gmtime(started_s)) + fingerprint[:6]
-    nothing = np.full((3, 6), np.nan, np.float32)
-    model = Model(version, net.eval(), ridge, residuals, nothing)
-    skill = prior_skill(judge(model, split.held))
-    model = replace(model, prior_skill=skill)
+    unknown = np.full((N_TARGETS, N_HORIZONS), np.nan, np.float32)
+    challenger = Model(version, net, ridge, residuals, unknown)
+    judged = judge(challenger, split.held)
+    challenger = replace(challenger, prior_skill=prior_skill(judged), alarm_precision=alarm_precision(judged))
+    champion = _champion(registry)
+    candidates = {"challenger": challenger} | ({"champion": champion} if champion else {})
+    table = backtest(split.train, split.held, candidates)
+    decision = verdict(table, champion.version if champion else "")
     card = {
         "created_wall_s": round(started_s, 3),
         "data_sha256": fingerprint,
         "rows": rows,
         "machines": len({(s.source, s.machine) for s in series}),
-        "held_out": sorted({f"{s.source}/{s.machine}" for s in split.held}),
+        "held_out": held_names,
         "made_up": arguments.made_up,
         "train": asdict(config),
         "train_s": round(time.time() - started_s, 1),
         "code_version": importlib.metadata.version("shadecast"),
         "command": "python -m train " + " ".join(sys.argv[1:]),
-        "prior_skill": [[None if np.isnan(v) else round(float(v), 4) for v in row] for row in skill],
+        "prior_skill": _plain(challenger.prior_skill),
+        "alarm_precision": round(challenger.alarm_precision, 3),
+        "judged_against": champion.version if champion else None,
+        "verdict": decision.reason,
+        "backtest": [{**r, "value": None if r["value"] is None else float(f"{r['value']:.5g}")} for r in table],
     }
-    registry = Registry(arguments.registry)
-    registry.save(model, card)
-    print(f"{version}: saved; skill over the best baseline by target: {np.nanmean(skill, axis=1).round(3)}")
-    if arguments.promote:
+    registry.save(challenger, card, bands_png(challenger, split.held))
+    for model in candidates:
+        last, over = (mean_of(table, model, f"pinball_skill_{n}") for n in ("last_value", "ridge"))
+        print(f"{model}: skill on held-out machines {last:.3f} over last value, {over:.3f} over ridge (5 and 10 s)")
+    print(f"{version}: saved in {arguments.registry}; {decision.reason}")
+    if arguments.promote == "always" or (arguments.promote == "auto" and decision.promote):
         registry.promote(version)
-        print(f"{version}: champion of {arguments.registry}")
-    return 0
+        print(f"{version}: champion; forecasters load it within 10 s")
+    return version
+
+
+def _train(
+    arguments: argparse.Namespace, config: TrainConfig, shape: LstmConfig, split: Split, fingerprint: str
+) -> ForecastNet:
+    """Train locally or on Ray, going on where an earlier call with the same arguments was stopped."""
+    rest = [fingerprint, arguments.made_up, arguments.workers, arguments.hold_out]
+    plan = json.dumps([asdict(config), asdict(shape), *rest])
+    name = "run-" + hashlib.sha256(plan.encode()).hexdigest()[:12]
+    folder = arguments.storage.absolute() / name
+    folder.mkdir(parents=True, exist_ok=True)
+    net = _train_here(arguments, config, shape, split, folder) if arguments.local else None
+    if net is None:
+        from train.ray_job import RayRun, run_on_ray  # noqa: PLC0415 - the local path needs no Ray
+
+        machines = sorted({f"{s.source}/{s.machine}" for s in split.train})
+        ray_run = RayRun(name, str(arguments.storage.absolute()), arguments.workers, arguments.gpu, arguments.made_up)
+        net = run_on_ray(arguments.telemetry.absolute(), machines, shape, config, ray_run)
+    shutil.rmtree(folder, ignore_errors=True)
+    return net
+
+
+def _train_here(
+    arguments: argparse.Namespace, config: TrainConfig, shape: LstmConfig, split: Split, folder: Path
+) -> ForecastNet:
+    data = pieces(split.train, arguments.made_up, config.piece, config.seed)
+    config = config.for_pieces(len(data))
+    torch.manual_seed(config.seed)
+    net = ForecastNet(shape)
+    saved = folder / "progress.pt"
+    done = Progress.load(saved) if saved.exists() else None
+    if done:
+        print(f"going on after epoch {done.epoch}", flush=True)
+
+    def report(progress: Progress) -> None:
+        progress.save(saved)
+        print(f"epoch {progress.epoch}/{config.epochs} loss {progress.loss:.4f}", flush=True)
+
+    fit(net, data, config, done, report)
+    return net.eval()
+
+
+def _champion(registry: Registry) -> Model | None:
+    try:
+        return registry.load(registry.champion())
+    except RegistryError as error:
+        print(f"no champion to compare with: {error}", flush=True)
+        return None
+
+
+def _plain(table: Any) -> list[list[float | None]]:
+    return [[None if math.isnan(v) else round(float(v), 4) for v in row] for row in table]

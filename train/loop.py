@@ -7,15 +7,18 @@ the others; their geometric mean stands between.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from models.grid import LONGEST, N_TARGETS, WINDOW_MAX, Array
-from models.lstm import ForecastNet, pinball
+from models.lstm import pinball
 from models.series import Series
 from models.windows import batch_of
 from shadecast.errors import ConfigError
@@ -30,6 +33,8 @@ class TrainConfig:
     """What one training run does."""
 
     epochs: int = 20
+    steps: int = 3000
+    """Upper bound on optimiser steps, so that a larger log takes fewer epochs and not longer."""
     piece: int = 240
     batch: int = 16
     learning_rate: float = 4e-3
@@ -43,6 +48,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         bounds = {
             "epochs": (1, 10_000),
+            "steps": (1, 10**9),
             "piece": (LONGEST + WARM_UP + 1, 100_000),
             "batch": (1, 100_000),
             "learning_rate": (1e-6, 1.0),
@@ -51,6 +57,11 @@ class TrainConfig:
         for name, (low, high) in bounds.items():
             if not low <= getattr(self, name) <= high:
                 raise ConfigError(f"train.{name} = {getattr(self, name)!r}: must be from {low:g} to {high:g}")
+
+    def for_pieces(self, count: int) -> TrainConfig:
+        """The same with as many epochs as `steps` allows on `count` pieces, at least 3."""
+        per_epoch = max(1, -(-count // self.batch))
+        return replace(self, epochs=min(self.epochs, max(3, self.steps // per_epoch)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +196,57 @@ def optimiser_of(
     return optimiser, schedule
 
 
-def fresh_net(net: ForecastNet) -> int:
-    """Number of weights, for progress lines and cards."""
-    return sum(p.numel() for p in net.parameters())
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """All that is needed to go on after a kill: epochs done, states of net, optimiser and schedule."""
+
+    epoch: int
+    loss: float
+    net: dict[str, Tensor]
+    optimiser: dict[str, Any]
+    schedule: dict[str, Any]
+
+    def save(self, path: Path) -> None:
+        """Write whole or not at all."""
+        temporary = path.with_name(f".{path.name}.tmp")
+        torch.save({name: getattr(self, name) for name in ("epoch", "loss", "net", "optimiser", "schedule")}, temporary)
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Progress:
+        """Read without unpickling code; raises ConfigError on a file that is not one."""
+        try:
+            return cls(**torch.load(path, weights_only=True))
+        except (OSError, RuntimeError, TypeError, pickle.UnpicklingError) as error:
+            raise ConfigError(f"{path}: no training checkpoint ({error}); delete it to start over") from None
+
+
+def fit(
+    net: torch.nn.Module,
+    pieces: Pieces,
+    config: TrainConfig,
+    done: Progress | None,
+    on_epoch: Callable[[Progress], None],
+    *,
+    wrapped: torch.nn.Module | None = None,
+    device: str = "cpu",
+) -> None:
+    """Train `net` in place from where `done` stands; `on_epoch` gets the progress after every epoch.
+
+    `wrapped` is the same net behind DistributedDataParallel, where there are several workers.
+
+    Shuffling depends only on seed and epoch, so a resumed run ends with the weights of one that was never stopped.
+    """
+    if device == "cpu":
+        torch.set_num_threads(1)  # these matrices are small: a second thread took eight times the CPU and was slower
+    optimiser, schedule = optimiser_of(net, config, -(-len(pieces) // config.batch))
+    if done is not None:
+        net.load_state_dict(done.net)
+        optimiser.load_state_dict(done.optimiser)
+        schedule.load_state_dict(done.schedule)
+    for epoch in range(done.epoch if done else 0, config.epochs):
+        rng = np.random.default_rng([config.seed, epoch])
+        loss = train_epoch(
+            wrapped or net, optimiser, schedule, batches(pieces, config.batch, rng), config, device=device
+        )
+        on_epoch(Progress(epoch + 1, loss, net.state_dict(), optimiser.state_dict(), schedule.state_dict()))

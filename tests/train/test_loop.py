@@ -1,0 +1,149 @@
+"""Training is seeded, resumes where it was stopped, and learns what is there to learn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from models.lstm import ForecastNet, LstmConfig
+from models.series import Series
+from shadecast.errors import ConfigError
+from tests.models.conftest import wave
+from train.dataset import Split, made_up_pieces, pieces, split_machines, split_recordings
+from train.loop import WARM_UP, Pieces, Progress, TrainConfig, fit, loss_of, pieces_of
+
+SHAPE = LstmConfig(hidden=8, mlp=8)
+CONFIG = TrainConfig(epochs=3, piece=60, batch=4)
+
+
+def series(machine: str, recording: str = "r", length: int = 150, seed: int = 0, source: str = "s") -> Series:
+    return Series(source, machine, recording, 1.0, wave(length, seed)[0])
+
+
+@pytest.fixture(scope="module")
+def data() -> Pieces:
+    return pieces([series("a"), series("b", seed=1)], 0, CONFIG.piece, 1)
+
+
+def trained(data: Pieces, config: TrainConfig, done: Progress | None = None) -> tuple[ForecastNet, list[Progress]]:
+    torch.manual_seed(config.seed)
+    net, seen = ForecastNet(SHAPE), list[Progress]()
+    fit(net, data, config, done, seen.append)
+    return net, seen
+
+
+def same(a: ForecastNet, b: ForecastNet) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(data: Pieces) -> None:
+    first, _ = trained(data, CONFIG)
+    again, _ = trained(data, CONFIG)
+    other, _ = trained(data, TrainConfig(epochs=3, piece=60, batch=4, seed=2))
+    assert same(first, again)
+    assert not same(first, other)
+
+
+def test_a_run_stopped_after_any_epoch_ends_with_the_weights_of_one_never_stopped(data: Pieces, tmp_path: Path) -> None:
+    whole, _ = trained(data, CONFIG)
+
+    class Killed(Exception):
+        pass
+
+    for stop_after in (1, 2):
+        path = tmp_path / "progress.pt"
+
+        def save_and_die(progress: Progress, path: Path = path, stop_after: int = stop_after) -> None:
+            progress.save(path)
+            if progress.epoch == stop_after:
+                raise Killed
+
+        torch.manual_seed(CONFIG.seed)
+        with pytest.raises(Killed):
+            fit(ForecastNet(SHAPE), data, CONFIG, None, save_and_die)
+        torch.manual_seed(999)
+        resumed, seen = trained(data, CONFIG, Progress.load(path))
+        assert [p.epoch for p in seen] == list(range(stop_after + 1, 4))
+        assert same(whole, resumed)
+
+
+def test_a_checkpoint_that_is_none_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "progress.pt"
+    path.write_bytes(b"nonsense")
+    with pytest.raises(ConfigError, match=r"progress\.pt: no training checkpoint"):
+        Progress.load(path)
+
+
+def test_loss_falls(data: Pieces) -> None:
+    _, seen = trained(data, TrainConfig(epochs=12, piece=60, batch=4, learning_rate=1e-2))
+    assert seen[-1].loss < 0.9 * seen[0].loss
+
+
+def test_padding_and_missing_samples_weigh_nothing(data: Pieces) -> None:
+    net = ForecastNet(SHAPE)
+    batch = {name: torch.as_tensor(getattr(data, name)[:4]) for name in Pieces.__dataclass_fields__}
+    before = loss_of(net, batch, CONFIG)
+    garbage = torch.where(batch["known"], batch["truth"], 1e9)
+    after = loss_of(net, {**batch, "truth": garbage}, CONFIG)
+    assert float(before.detach()) == pytest.approx(float(after.detach()))
+    torch.autograd.backward(before)
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in net.parameters())
+
+
+def test_pieces_cover_a_series_once_and_know_nothing_before_the_warm_up_or_after_the_end() -> None:
+    one = series("a", length=150)
+    cut = pieces_of([one], np.ones(3, np.float32), 60)
+    assert len(cut) == 3
+    known = cut.known[..., 0, 0].reshape(-1)[:150]
+    assert not known[:WARM_UP].any()
+    assert known[WARM_UP:149].all()
+    assert not known[149:].any()
+    level = cut.anchors[..., 0, 0, 0].reshape(-1)[:150]
+    assert level == pytest.approx(one.values[:, 0])
+
+
+def test_machines_held_out_are_never_trained_on() -> None:
+    everything = [series(f"m{i}", r) for i in range(8) for r in "ab"]
+    split = split_machines(everything, 0.25, seed=1)
+    trained_on, held = {s.machine for s in split.train}, {s.machine for s in split.held}
+    assert len(held) == 2
+    assert not trained_on & held
+    assert len(split.train) + len(split.held) == len(everything)
+    assert split_machines(everything, 0.25, seed=1) == split
+
+
+def test_every_source_has_something_held_out_a_lone_machine_by_time() -> None:
+    everything = [series("x", r, source="alone") for r in "abcd"] + [series(m, source="pair") for m in "pq"]
+    split: Split = split_machines(everything, 0.25, seed=1)
+    assert [s.recording for s in split.held if s.source == "alone"] == ["d"]
+    assert len([s for s in split.held if s.source == "pair"]) == 1
+
+
+def test_recordings_left_out_for_checking_are_not_fitted() -> None:
+    everything = [series("m", str(i)) for i in range(10)]
+    fitted, check = split_recordings(everything, 0.2, seed=1)
+    assert (len(fitted), len(check)) == (8, 2)
+    assert not {s.recording for s in fitted} & {s.recording for s in check}
+
+
+def test_a_made_up_series_depends_on_its_number_only() -> None:
+    (whole,) = made_up_pieces(3, 240, seed=1)
+    (last,) = made_up_pieces(1, 240, seed=1, first=2)
+    assert np.array_equal(whole.truth[-2:], last.truth)
+    assert np.allclose(whole.inputs[-2:], last.inputs, atol=1e-3)
+
+
+def test_a_larger_log_takes_fewer_epochs_not_more_steps() -> None:
+    config = TrainConfig(epochs=20, steps=3000, batch=16)
+    assert config.for_pieces(480).epochs == 20
+    assert config.for_pieces(4200).epochs == 11
+    assert config.for_pieces(10**6).epochs == 3
+
+
+@pytest.mark.parametrize("bad", [{"epochs": 0}, {"batch": 0}, {"piece": 5}, {"learning_rate": 5.0}, {"steps": 0}])
+def test_a_setting_out_of_bounds_is_refused(bad: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=rf"train\.{next(iter(bad))} = "):
+        TrainConfig(**bad)  # type: ignore[arg-type]
