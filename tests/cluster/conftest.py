@@ -29,7 +29,10 @@ def cluster():
         local.connect()
         start_control_plane(page_port=0)
         start_serve(local.address)
-        yield local
+        try:
+            yield local
+        finally:
+            serve.shutdown()  # this process forgets the controller, so that the next module finds its own
 
 
 def start_serve(address: str) -> None:
