@@ -187,6 +187,22 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
     # Serve indexes waiting requests by an id that all calls which one request makes have in common, so that of two at
     # the same time one would wait for ever (Ray 2.60). A call's own metadata object tells them apart.
 
+    async def _choose_replica_for_request(
+        self, pending_request: PendingRequest, *, is_retry: bool = False
+    ) -> RunningReplica:
+        try:
+            chosen: RunningReplica = await super()._choose_replica_for_request(pending_request, is_retry=is_retry)
+        except BaseException:  # given up, perhaps just when it had been chosen for: nobody will send it
+            self._unsent.pop(pending_request.metadata.internal_request_id, None)
+            self._forget_choice(key_of(pending_request))
+            raise
+        return chosen
+
+    def _forget_choice(self, request_id: str) -> None:
+        expected = self._sending.pop(request_id, None)
+        if expected is not None:
+            self._shift(expected[0], -1)
+
     def _add_pending_request_to_indices(self, pending_request: PendingRequest) -> None:
         super()._add_pending_request_to_indices(pending_request)
         self._pending_calls[id(pending_request.metadata)] = pending_request
@@ -314,9 +330,7 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         request_id = key_of(pending_request)
         replica = replica_id.unique_id
         self._unsent.pop(pending_request.metadata.internal_request_id, None)
-        expected = self._sending.pop(request_id, None)
-        if expected is not None:
-            self._shift(expected[0], -1)
+        self._forget_choice(request_id)
         others = max((self._replica_queue_len_cache.get(replica_id) or 1) - 1.0, 0.0)
         metadata = pending_request.metadata
         stream = None
@@ -378,9 +392,7 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         """A request that was sent has ended; one that was never accepted leaves the counts here."""
-        expected = self._sending.pop(self._unsent.pop(internal_request_id, ""), None)
-        if expected is not None:
-            self._shift(expected[0], -1)
+        self._forget_choice(self._unsent.pop(internal_request_id, ""))
 
     def _ended(self, request_id: str, replica: str, error: BaseException | None) -> None:
         cancelled = was_cancelled(error)

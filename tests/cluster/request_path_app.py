@@ -16,6 +16,7 @@ ROUTER = RequestRouterConfig(
         "config": {
             "trial": {"compare": "exact", "mirror_deadline_s": 3.0, "mirror_concurrency": 8},
             "balance": {"bootstrap_s": 3.0},
+            "session": {"repin_ratio": 100.0},  # on a machine that all share, a hot replica is noise
         }
     },
 )

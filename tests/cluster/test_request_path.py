@@ -117,12 +117,23 @@ def assert_idle(handle):
     """Nothing in flight anywhere: driver's router, its mirror, and all routers' reports."""
     router = router_of(handle)
 
-    def at_rest():
-        counts = router._ledger.all_in_flight(), list(router._sending), list(router._unsent), list(router._rescuable)
-        mirror = router._mirror.under_way, router._mirror.waiting
-        return not any(counts) and not any(mirror) and not any(router._picks.in_flight)
+    def busy():
+        mirror = router._mirror
+        held = {
+            "ledger": router._ledger.all_in_flight(),
+            "sending": list(router._sending),
+            "unsent": list(router._unsent),
+            "rescuable": list(router._rescuable),
+            "copies": mirror.under_way,
+            "pairs": mirror.waiting,
+            "picks": sum(router._picks.in_flight),
+        }
+        return {name: value for name, value in held.items() if value}
 
-    wait_for(lambda: on_loop(router, at_rest), 15, "the driver's router is at rest")
+    deadline_s = time.monotonic() + 20
+    while (left := on_loop(router, busy)) and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+    assert left == {}, "the driver's router is at rest"
     wait_for(
         lambda: all(r["queue"] == 0 for d in status()["deployments"] for r in d["replicas"]), 15, "all queues are 0"
     )

@@ -674,3 +674,17 @@ def test_sessions_placed_before_the_first_table_move_to_where_all_routers_place_
             assert len(homes) == 1
 
     run(scenario())
+
+
+def test_a_call_given_up_just_when_it_was_chosen_for_leaves_no_count():
+    async def scenario():
+        router = make_router(FakeReplica("a"))
+        router.take_table(table(a=1.0))
+        pending = request("r")
+        choosing = asyncio.create_task(router._choose_replica_for_request(pending))
+        pending.future.add_done_callback(lambda _: choosing.cancel())  # chosen, not yet sent
+        await asyncio.gather(choosing, return_exceptions=True)
+        assert choosing.cancelled()
+        assert (router._sending, router._unsent, sum(router._picks.in_flight)) == ({}, {}, 0)
+
+    run(scenario())
