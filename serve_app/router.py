@@ -58,6 +58,7 @@ _SEND_FAILED_S = 60.0
 _TOLD_S = 1.5
 """How long a queue length that a replica told is better than a table's."""
 _SECRET_KEY = b"session-secret"
+_SECRET_WAIT_S = 0.5
 _FORGET_TABLE_S = 60.0
 """After so long without a coordinator, replicas that the last table kept out are used again."""
 
@@ -98,6 +99,8 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         self._sessions: SessionMap | None = None
         """Made with the first request that has a session."""
         self._session_secret = self._deployment.encode()
+        self._secret_known = asyncio.Event()
+        self._born_s = time.monotonic()
         self._want_table_back = False
         self._cost_of: Callable[[list[Any], dict[Any, Any]], float] | None = None
         self._laid_out_for = ""
@@ -167,6 +170,8 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         context, metadata = pending_request.routing_context, pending_request.metadata
         again, context.should_backoff = context.should_backoff, True
         if metadata.session_id:
+            if not self._secret_known.is_set():
+                await self._wait_for_secret()
             kept = self._session_ranks(pending_request)
             if kept is not None:
                 return kept
@@ -225,6 +230,14 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         without = picks.index.get(first.replica_id.unique_id, -1)
         second = picks.pick(self._random, self._choices, without, pool)
         return [self._by_index[second]] if second >= 0 else []
+
+    async def _wait_for_secret(self) -> None:
+        """In a router's first instants: sessions placed by another secret would not be where others place them."""
+        left_s = self._born_s + _SECRET_WAIT_S - time.monotonic()
+        if left_s > 0.0:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._secret_known.wait(), left_s)
+        self._secret_known.set()
 
     def _session_ranks(self, pending_request: PendingRequest) -> list[list[RunningReplica]] | None:
         """A session's own replica; once that was found full, the usual choice, so that a request never waits for it."""
@@ -569,6 +582,7 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         if secret != self._session_secret:
             self._session_secret = secret
             self._sessions = None
+        self._secret_known.set()
 
 
 class _Ranks(Sequence[list[RunningReplica]]):
@@ -628,6 +642,8 @@ async def _control_loop(router: weakref.ref[PredictiveRouter]) -> None:
             del this
             await asyncio.sleep(period_s)
     finally:
+        if (this := router()) is not None:
+            this._secret_known.set()
         if poll is not None:
             poll.cancel()
 
