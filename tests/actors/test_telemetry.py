@@ -291,6 +291,7 @@ def test_a_real_cgroup_with_a_hog_reads_as_full() -> None:
     try:
         for folder in folders:
             folder.mkdir(exist_ok=True)
+        (folders[0] / "cpu.shares").write_text("262144")  # whatever else the machine does, the quota is reached
         (folders[0] / "cpu.cfs_period_us").write_text("100000")
         (folders[0] / "cpu.cfs_quota_us").write_text("25000")
         command = [sys.executable, "-c", script, *map(str, folders)]
