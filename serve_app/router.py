@@ -21,7 +21,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -63,6 +63,16 @@ _FORGET_TABLE_S = 60.0
 """After so long without a coordinator, replicas that the last table kept out are used again."""
 
 
+@dataclass(slots=True)
+class _Stream:
+    """A live stream, and how much of it was reported."""
+
+    watch: StreamWatch
+    replica_id: str
+    items: int = 0
+    waited_s: float = 0.0
+
+
 class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
     """Least predicted score among d random eligible replicas; power of two choices without a usable table."""
 
@@ -93,6 +103,7 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         self._mirrored: list[tuple[str, float]] = []
         self._control: asyncio.Task[None] | None = None
         self._rescuable: dict[str, Rescuable] = {}
+        self._streams: dict[str, _Stream] = {}
         self._rescue_budget = RescueBudget(self._config.balance.rescue_fraction)
         self._rescues: set[asyncio.Task[None]] = set()
         self._random = random.random
@@ -377,6 +388,8 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
 
         def freed() -> None:
             nonlocal entry
+            self._count_items(request_id)
+            self._streams.pop(request_id, None)
             entry = self._ledger.release(request_id, replica)
             self._shift(replica, -1)
 
@@ -393,7 +406,17 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         watch = StreamWatch(
             result, self._event_loop, time.monotonic, freed=freed, ended=ended, marked=marked, unary=unary
         )
+        if not unary:
+            self._streams[request_id] = _Stream(watch, replica)
         return watch
+
+    def _count_items(self, request_id: str) -> None:
+        """Tell the ledger how a stream has gone on since the last time: the pace of its replica."""
+        stream = self._streams.get(request_id)
+        if stream is not None:
+            items, waited_s = stream.watch.pace()
+            self._ledger.pace(stream.replica_id, items - stream.items, waited_s - stream.waited_s)
+            stream.items, stream.waited_s = items, waited_s
 
     def _note_queue(self, replica: str, queue: float, now_s: float) -> None:
         """The replica's own count at this moment is fresher than any table's."""
@@ -570,6 +593,8 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
             if pending.future.cancelled() or failed:
                 del self._sending[request_id]
                 self._shift(replica_id, -1)
+        for request_id in self._streams:
+            self._count_items(request_id)
         alive = [(r.replica_id.unique_id, r.node_id or "", r.max_ongoing_requests) for r in self._by_index]
         held, self._want_table_back = (self._table if self._want_table_back else None), False
         epoch = self._table.epoch if self._table is not None else 0

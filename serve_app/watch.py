@@ -83,6 +83,11 @@ def _tell(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *args:
         loop.call_soon_threadsafe(callback, *args)
 
 
+def _prompt(asked_s: float, last_s: float, now_s: float) -> bool:
+    """Whether a reader that asked then, `last_s` being when it got the last item, shows when the next one is there."""
+    return asked_s - last_s <= _PROMPT_S or now_s - asked_s >= _WAITED * (now_s - last_s)
+
+
 class StreamWatch:
     """One live stream, or an answer sent by value (`unary`), watched through its reader.
 
@@ -93,8 +98,8 @@ class StreamWatch:
     """
 
     __slots__ = (
-        *("_dropped", "_ended", "_freed", "_freed_s", "_last_s", "_loop", "_marked", "_now_s", "_over", "_started_s"),
-        *("answers", "items", "times_s", "__weakref__"),
+        *("_asked_s", "_dropped", "_ended", "_freed", "_freed_s", "_last_s", "_loop", "_marked", "_now_s", "_over"),
+        *("_paced_items", "_paced_s", "_started_s", "answers", "items", "times_s", "__weakref__"),
     )
 
     def __init__(
@@ -117,6 +122,9 @@ class StreamWatch:
         self._freed, self._ended, self._marked = freed, ended, marked
         self._started_s = self._last_s = now_s()
         self._freed_s: float | None = None
+        self._asked_s: float | None = None
+        """Since when the reader has been waiting for an item."""
+        self._paced_items, self._paced_s = 0, 0.0
         self._dropped = self._over = False
         self._attach(result, unary)
 
@@ -125,13 +133,23 @@ class StreamWatch:
         """Time to the first item; NaN if there is none or the reader was late to ask."""
         return self.times_s[0] if self.times_s else math.nan
 
+    def pace(self) -> tuple[int, float]:
+        """Items so far, after the first, that the reader was waiting for, and the time that they took.
+
+        Both only grow; the time of an item that has not come yet counts. From any thread.
+        """
+        asked_s, last_s, waited_s = self._asked_s, self._last_s, self._paced_s
+        if asked_s is not None and self.items and (now_s := self._now_s()) > last_s:
+            waited_s += now_s - last_s if _prompt(asked_s, last_s, now_s) else 0.0
+        return self._paced_items, waited_s
+
     def _attach(self, result: ReplicaResult, unary: bool) -> None:
         """Put the reader's calls through this watch. The result is held weakly: a cycle would keep answers alive."""
         held, kind = weakref.ref(result), type(result)
 
         def asynchronous(method: str) -> Any:
             async def call() -> Any:
-                asked_s = self._now_s()
+                self._asked_s = asked_s = self._now_s()
                 try:
                     item = await getattr(kind, method)(held())
                 except StopAsyncIteration:
@@ -149,7 +167,7 @@ class StreamWatch:
 
         def blocking(method: str) -> Any:
             def call(*args: Any) -> Any:
-                asked_s = self._now_s()
+                self._asked_s = asked_s = self._now_s()
                 try:
                     item = getattr(kind, method)(held(), *args)
                 except StopIteration:
@@ -177,9 +195,13 @@ class StreamWatch:
 
     def _item(self, item: Any, asked_s: float) -> None:
         now_s = self._now_s()
+        prompt = _prompt(asked_s, self._last_s, now_s)
+        if prompt and self.items:
+            self._paced_items += 1
+            self._paced_s += now_s - self._last_s
+        self._asked_s = None
         self.items += 1
         if self.items <= MARK:
-            prompt = asked_s - self._last_s <= _PROMPT_S or now_s - asked_s >= _WAITED * (now_s - self._last_s)
             self.times_s.append(now_s - self._started_s if prompt else math.nan)
             if self.answers is not None:
                 self.answers.append(item)
@@ -188,6 +210,7 @@ class StreamWatch:
         self._last_s = now_s
 
     def _read_end(self, error: BaseException | None) -> None:
+        self._asked_s = None
         _tell(self._loop, self._end, error)
 
     def _on_done(self, outcome: object) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from statistics import median
 
 from shadecast import capacity as cap
 from shadecast.config import Config
@@ -21,6 +20,7 @@ from shadecast.sessions import steady_weight
 from shadecast.types import (
     NodeReport,
     Outcome,
+    PairedSample,
     ReplicaReport,
     RouterReport,
     RoutingTable,
@@ -28,15 +28,20 @@ from shadecast.types import (
     TableRow,
     Transition,
 )
+from shadecast.yardstick import SlowMean, Yardstick
 
 _PAIRS_PER_S = 5.0
 """Pairs that a trial wants: with little traffic the mirrored fraction grows towards it."""
 _BOOTSTRAP_REQUESTS = 20
-_SLOW_MEAN_WEIGHT = 200.0
+_PACED_S = 5.0
+_MAX_STREAM_S = 4.0
+"""Stream-seconds that one report counts at most: those of one replica share what slows them."""
 _SLOW_HALF_LIFE_S = 60.0
 _CUSUM_LIMIT = 9.0
 """Log likelihood ratio at which an error guard trips; about one false alarm in e^9 requests."""
 _MAX_SETBACKS = 2
+_MAX_COPY_LOG_SPEED = math.log(1.5)
+"""A copy on an idle newcomer is not taken for proof that it is much faster than the others."""
 _OVERDUE = 2.0
 """Standard deviations beyond its expected log duration from which an unfinished request is evidence."""
 
@@ -107,15 +112,21 @@ class _Rates:
     """Decayed counts of a replica's live requests, for the guards and the display."""
 
     half_life_s: float = 10.0
+    started: float = 0.0
     finished: float = 0.0
     failed: float = 0.0
     duration_sum_s: float = 0.0
 
     def fade(self, elapsed_s: float) -> None:
         keep = 0.5 ** (max(elapsed_s, 0.0) / self.half_life_s)
+        self.started *= keep
         self.finished *= keep
         self.failed *= keep
         self.duration_sum_s *= keep
+
+    @property
+    def started_per_s(self) -> float:
+        return self.started * math.log(2.0) / self.half_life_s
 
     @property
     def per_s(self) -> float:
@@ -134,10 +145,10 @@ class _Replica:
     rates: _Rates = field(default_factory=_Rates)
     recent: _Rates = field(default_factory=lambda: _Rates(half_life_s=1.5))
     cusum: float = 0.0
-    mean_log_work: float = 0.0
-    """Slow mean of log duration at nominal load and headroom; the median over replicas is the reference."""
-    mean_headroom: cap.Headroom = cap.NO_HEADROOM
-    mean_weight: float = 0.0
+    duration: SlowMean = field(default_factory=SlowMean)
+    pace: SlowMean = field(default_factory=SlowMean)
+    paced_s: float = -math.inf
+    """When items of streams were last seen: until `_PACED_S` later they alone say how fast it is."""
     trial: Trial | None = None
     canary: Canary | None = None
     neighbours_before: float = math.nan
@@ -172,9 +183,10 @@ class Balancer:
         self._routers: dict[str, tuple[float, RouterReport]] = {}
         self._curve = CurveLearner(config.balance.slots, config.balance.batch_half)
         self._sensitivity = cap.Sensitivity()
-        self._reference: float | None = None
-        """Log of the nominal processing time of a request alone on a replica."""
-        self._noise = 0.5
+        self._duration = Yardstick()
+        """Processing time of a request alone on a replica."""
+        self._pace = Yardstick()
+        """Time per item of a stream alone on a replica."""
         self._first_seen_s: float | None = None
         self._finished_total = 0
         self._last_tick_s: float | None = None
@@ -275,6 +287,7 @@ class Balancer:
             finished = max(view.finished, 0)
             self._finished_total += finished
             for rates in (known.rates, known.recent):
+                rates.started += max(view.started, 0)
                 rates.finished += finished
                 rates.failed += min(max(view.failed, 0), finished)
         return True
@@ -282,16 +295,32 @@ class Balancer:
     def _take_observations(self, report: RouterReport, now_s: float) -> None:
         """Outcomes and mirrored pairs of one report."""
         for view in report.replicas:
-            self._take_outcomes(self._replicas[view.replica_id], view, now_s)
+            known = self._replicas[view.replica_id]
+            self._observe_pace(known, view, now_s)
+            self._take_outcomes(known, view, now_s)
         for pair in report.pairs:
             candidate = self._replicas.get(pair.candidate_id)
             if candidate is not None and candidate.trial is not None:
                 candidate.trial.observe(pair, now_s - max(pair.age_s, 0.0))
-                if pair.shadow_ok:
-                    shadow = Outcome(pair.shadow_s, pair.shadow_in_flight)
-                    self._observe_speed(candidate, shadow)
+                self._observe_pair(candidate, pair)
         if report.mirrored + report.uncopyable > 0:
             self._copyable = report.mirrored > 0
+
+    def _observe_pair(self, candidate: _Replica, pair: PairedSample) -> None:
+        """A candidate's speed from its copy, relative to the primary's: pairs may cover only a stream's first items."""
+        primary = self._replicas.get(pair.primary_id)
+        whole = pair.primary_ok and pair.shadow_ok and pair.primary_s > 0.0 and pair.shadow_s > 0.0
+        if primary is None or not whole or not (pair.primary_in_flight >= 0.0 and pair.shadow_in_flight >= 0.0):
+            return
+        gamma, curve = self._sensitivity.gamma, self._curve.curve
+        log_ratio = math.log(pair.primary_s / pair.shadow_s) + math.log(
+            curve.correction(pair.shadow_in_flight) / curve.correction(pair.primary_in_flight)
+        )
+        log_primary = primary.speed.residual(self._noise(primary)) + cap.explained(
+            gamma, self._headroom(primary.connection.node_id)
+        )
+        explained = cap.explained(gamma, self._headroom(candidate.connection.node_id))
+        candidate.speed.observe(min(log_primary + log_ratio, _MAX_COPY_LOG_SPEED) - explained)
 
     def _take_outcomes(self, known: _Replica, view: ReplicaReport, now_s: float) -> None:
         per_outcome = max(view.finished, 0) / max(len(view.outcomes), 1)  # a long list was cut to the newest
@@ -329,33 +358,32 @@ class Balancer:
             return
         log_duration = math.log(outcome.duration_s) - math.log(outcome.cost)
         headroom = self._headroom(known.connection.node_id)
+        before = known.speed.residual(self._noise(known))
         explained = cap.explained(self._sensitivity.gamma, headroom)
+        self._curve.observe(outcome.in_flight_at_start, log_duration + explained + before)
         log_alone = log_duration - math.log(self._curve.curve.correction(outcome.in_flight_at_start))
-        work = log_alone + explained
-        known.mean_weight = min(known.mean_weight + 1.0, _SLOW_MEAN_WEIGHT)
-        rate = 1.0 / known.mean_weight
-        if known.mean_weight >= 20.0:
-            deviation = (
-                headroom[0] - known.mean_headroom[0],
-                headroom[1] - known.mean_headroom[1],
-                headroom[2] - known.mean_headroom[2],
-            )
-            mean_log_alone = known.mean_log_work - cap.explained(self._sensitivity.gamma, known.mean_headroom)
-            self._sensitivity.observe(deviation, mean_log_alone - log_alone)
-        known.mean_log_work += rate * (work - known.mean_log_work)
-        h = known.mean_headroom
-        known.mean_headroom = (
-            h[0] + rate * (headroom[0] - h[0]),
-            h[1] + rate * (headroom[1] - h[1]),
-            h[2] + rate * (headroom[2] - h[2]),
-        )
-        residual_before = known.speed.residual(self._noise)
-        self._curve.observe(outcome.in_flight_at_start, log_duration + explained + residual_before)
-        if self._reference is not None:
-            residual = self._reference - work
-            self._noise += 0.005 * (min(abs(residual - residual_before), 3.0) * 1.2533 - self._noise)
-            ceiling = residual_before + 2.0 * self._noise + 0.7
-            known.speed.observe(min(residual, ceiling))  # too fast to be true never raises it
+        shown = self._duration.observe(known.duration, log_alone, headroom, self._sensitivity, before)
+        if not self._is_paced(known):
+            known.speed.observe(shown)
+
+    def _observe_pace(self, known: _Replica, view: ReplicaReport, now_s: float) -> None:
+        """Items that streams gave since the last report: the speed of this moment, whatever was asked."""
+        if not (math.isfinite(view.stream_s) and view.stream_s > 0.0 and view.items >= 0):
+            return
+        known.paced_s = now_s
+        log_time = math.log(view.stream_s) - math.log(max(float(view.items), 0.5))
+        log_alone = log_time - math.log(self._curve.curve.correction(max(known.queue - 1.0, 0.0)))
+        headroom = self._headroom(known.connection.node_id)
+        before = known.speed.residual(self._noise(known))
+        shown = self._pace.observe(known.pace, log_alone, headroom, self._sensitivity, before)
+        known.speed.observe(shown, min(view.stream_s, _MAX_STREAM_S))
+
+    def _is_paced(self, known: _Replica) -> bool:
+        return (self._last_tick_s or 0.0) - known.paced_s <= _PACED_S
+
+    def _noise(self, known: _Replica) -> float:
+        """Spread of one observation of the kind that says how fast the replica is."""
+        return self._pace.noise if self._is_paced(known) else self._duration.noise
 
     def _headroom(self, node_id: str) -> cap.Headroom:
         node = self._nodes.get(node_id)
@@ -386,9 +414,9 @@ class Balancer:
         config = self.config.balance
         gamma = self._sensitivity.solve()
         self._curve.fit()
-        usual = [r.mean_log_work for r in self._replicas.values() if r.mean_weight >= 5.0 and _takes_traffic(r)]
-        if usual:
-            self._reference = median(usual)
+        serving = [r for r in self._replicas.values() if _takes_traffic(r)]
+        self._duration.refer(r.duration for r in serving)
+        self._pace.refer(r.pace for r in serving)
         ahead_s = self._look_ahead_s()
         nodes = {r.connection.node_id for r in self._replicas.values()}
         outlooks = {}
@@ -441,13 +469,14 @@ class Balancer:
         Only far longer: of those under way at any time the long ones are the most, and slowness of the replica is not
         what makes them long.
         """
-        residual = known.speed.residual(self._noise)
-        if self._reference is None:
+        residual = known.speed.residual(self._noise(known))
+        reference = self._duration.reference
+        if reference is None or self._is_paced(known):
             return residual
-        sigma = max(self._noise, 0.1)
+        sigma = max(self._duration.noise, 0.1)
         extra_sum = extra_weight = 0.0
         for age_s, others, cost in unfinished:
-            expected = self._reference + math.log(cost) + math.log(self._curve.curve.correction(others))
+            expected = reference + math.log(cost) + math.log(self._curve.curve.correction(others))
             over = math.log(max(age_s, 1e-6)) - (expected - explained - residual)
             if over > _OVERDUE * sigma:
                 extra_sum += residual - sigma * cap.censored_excess(over / sigma)
@@ -456,18 +485,26 @@ class Balancer:
             return residual
         return max(known.speed.residual(sigma, extra_sum, extra_weight), math.log(0.01))
 
+    def _reference_s(self) -> float:
+        """Nominal processing time of a request alone on a replica; 0 until it is known."""
+        reference = self._duration.reference
+        return math.exp(reference) if reference is not None else 0.0
+
     def _look_ahead_s(self) -> float:
         """H: the median residence of a request, at least a tick, at most 10 s."""
         if self.config.forecast.residence_s > 0.0:
             return self.config.forecast.residence_s
-        residence_s = math.exp(self._reference) if self._reference is not None else 1.0
+        residence_s = self._reference_s() or 1.0
         return min(max(residence_s, self.config.balance.tick_s), 10.0)
 
     def _predicted_load(self) -> float:
         serving = [r for r in self._replicas.values() if _takes_traffic(r)]
-        if self._reference is None or not serving:
+        reference_s = self._reference_s()
+        if not reference_s or not serving:
             return math.nan
-        offered = self._all_rates.per_s * math.exp(self._reference)
+        spread = min(self._duration.noise, 1.5)
+        mean_s = reference_s * math.exp(0.5 * spread * spread)  # the reference is a median, work is skewed
+        offered = self._all_rates.started_per_s * mean_s
         able = sum(r.capacity * r.connection.share(self.config.trial.ramp) for r in serving)
         return offered / max(able * self._curve.curve.throughput(), 1e-9)
 
@@ -574,7 +611,7 @@ class Balancer:
             return math.nan, math.nan
         means = [sum(r.speed.recent for r in group) / len(group) for group in groups]
         variance = sum(1.0 / sum(r.speed.weight for r in group) for group in groups)
-        return means[0] - means[1], self._noise * math.sqrt(variance)
+        return means[0] - means[1], self._noise(known) * math.sqrt(variance)
 
     def _neighbours_rise(self, known: _Replica) -> float:
         """By how much a trial has slowed the primaries beside it, at least; NaN where there are none.
@@ -700,10 +737,13 @@ class Balancer:
         return node is None or now_s - node.made_s <= self.config.balance.lost_after_s or known.queue == 0
 
     def _urgent(self) -> bool:
-        queue = sum(r.queue for r in self._replicas.values() if _takes_traffic(r))
-        slots = sum(self._curve.curve.slots for r in self._replicas.values() if _takes_traffic(r))
-        known = self._curve.curve.learned
-        return known and self._load > self.config.balance.urgent_load and queue > slots
+        """Whether there is no time for trials: the active set is about to be overloaded, or its queues say that it is.
+
+        Unknown until the service curve is: what looks like a queue may be parallel work.
+        """
+        serving = [r for r in self._replicas.values() if _takes_traffic(r)]
+        crowded = sum(r.queue for r in serving) > self._curve.curve.slots * len(serving)
+        return self._curve.curve.learned and (self._load > self.config.balance.urgent_load or crowded)
 
     def _plan_mirrors(self, now_s: float) -> None:
         """Split the mirrored budget; with little traffic it grows, up to a candidate's fair share."""
@@ -731,7 +771,7 @@ class Balancer:
         for known in self._replicas.values():
             c = known.connection
             share = 1.0 if panic and not c.held and not c.rejections else c.share(ramp)
-            known.session_weight = steady_weight(known.session_weight, known.slow_capacity * share)
+            known.session_weight = steady_weight(known.session_weight or 1.0, known.slow_capacity * share)
             rows.append(
                 TableRow(
                     c.replica_id,
@@ -757,7 +797,7 @@ class Balancer:
             tuple(rows),
             curve.slots,
             curve.batch_half,
-            math.exp(self._reference) if self._reference is not None else 0.0,
+            self._reference_s(),
             panic,
         )
         return TickOutput(
@@ -804,6 +844,7 @@ def _takes_traffic(known: _Replica) -> bool:
 def _summed(rates: Iterable[_Rates]) -> _Rates:
     total = _Rates()
     for each in rates:
+        total.started += each.started
         total.finished += each.finished
         total.failed += each.failed
     return total

@@ -82,55 +82,63 @@ def censored_excess(z: float) -> float:
     return math.exp(-0.5 * z * z) / (_SQRT_2_PI * survival)
 
 
+class _Decayed:
+    """Decayed sum of values and of their weights."""
+
+    __slots__ = ("half_life_s", "total", "weight")
+
+    def __init__(self, half_life_s: float) -> None:
+        self.half_life_s = half_life_s
+        self.total = self.weight = 0.0
+
+
 class SpeedEstimate:
     """Live log speed of one replica, from requests, beyond what its node's headroom explains.
 
-    Two decayed means of the same observations: a slow one that noise hardly moves, and a fast one that replaces it as
-    far as the two differ by more than chance (the positive-part rule of James and Stein, 1961):
+    Decayed means of the same observations over a minute, some seconds, and less than one. Each faster one replaces the
+    slower estimate as far as they differ by more than chance (the positive-part rule of James and Stein, 1961):
 
-        residual = slow + (fast - slow) * max(0, 1 - 9/z^2),   z = (fast - slow) * sqrt(weight) / noise
+        estimate <- estimate + (mean - estimate) * max(0, 1 - 9/z^2),   z = (mean - estimate) * sqrt(weight) / noise
 
     A fast mean alone follows its noise: with token streams, whose sizes differ e-fold, that noise made unequal what
     is equal and cost more than a slow node did (docs/decisions/0030).
     """
 
-    __slots__ = ("_fast", "_fast_weight", "_half_life_s", "_slow", "_slow_weight", "_updated_s")
+    __slots__ = ("_fast", "_slow", "_updated_s")
 
     def __init__(self, half_life_s: float, now_s: float) -> None:
-        self._half_life_s = half_life_s
-        self._fast = self._fast_weight = 0.0
-        self._slow = self._slow_weight = 0.0
+        self._slow = _Decayed(_SLOW_HALF_LIFE_S)
+        self._fast = (_Decayed(half_life_s), _Decayed(half_life_s / 4.0))
         self._updated_s = now_s
 
     def advance(self, now_s: float) -> None:
         """Let older observations fade; a clock that went back changes nothing."""
         elapsed_s = now_s - self._updated_s
         if elapsed_s > 0.0:
-            fade, slow_fade = 0.5 ** (elapsed_s / self._half_life_s), 0.5 ** (elapsed_s / _SLOW_HALF_LIFE_S)
-            self._fast *= fade
-            self._fast_weight *= fade
-            self._slow *= slow_fade
-            self._slow_weight *= slow_fade
+            for mean in (self._slow, *self._fast):
+                fade = 0.5 ** (elapsed_s / mean.half_life_s)
+                mean.total *= fade
+                mean.weight *= fade
             self._updated_s = now_s
 
     def observe(self, residual_log_speed: float, weight: float = 1.0) -> None:
         """Add one observation of log speed minus what the headroom explains; NaN is ignored."""
         if math.isfinite(residual_log_speed):
             value = weight * min(max(residual_log_speed, _MIN_LOG_SPEED), _MAX_LOG_SPEED)
-            self._fast += value
-            self._slow += value
-            self._fast_weight += weight
-            self._slow_weight += weight
+            for mean in (self._slow, *self._fast):
+                mean.total += value
+                mean.weight += weight
 
     @property
     def weight(self) -> float:
         """Decayed number of recent observations."""
-        return self._fast_weight
+        return self._fast[0].weight
 
     @property
     def recent(self) -> float:
         """Mean of the recent observations, noise and all; 0 without any."""
-        return self._fast / self._fast_weight if self._fast_weight > 0.0 else 0.0
+        fast = self._fast[0]
+        return fast.total / fast.weight if fast.weight > 0.0 else 0.0
 
     def residual(self, noise_sigma: float, extra_sum: float = 0.0, extra_weight: float = 0.0) -> float:
         """Log speed that the headroom does not explain.
@@ -139,13 +147,14 @@ class SpeedEstimate:
         say little. `extra_*` are observations of this moment that are not kept, of requests that have not ended.
         """
         variance = noise_sigma * noise_sigma + 1e-9
-        slow = self._slow / (self._slow_weight + variance / _PRIOR_SIGMA**2)
-        weight = self._fast_weight + extra_weight
-        if weight <= 1e-6:
-            return slow
-        apart = (self._fast + extra_sum) / weight - slow
-        surprise = apart * apart * weight / variance
-        return slow + apart * max(0.0, 1.0 - _SURPRISE / surprise) if surprise > 0.0 else slow
+        estimate = self._slow.total / (self._slow.weight + variance / _PRIOR_SIGMA**2)
+        for mean in self._fast:
+            weight = mean.weight + extra_weight
+            if weight > 1e-6:
+                apart = (mean.total + extra_sum) / weight - estimate
+                surprise = apart * apart * weight / variance
+                estimate += apart * max(0.0, 1.0 - _SURPRISE / surprise) if surprise > 0.0 else 0.0
+        return estimate
 
 
 class Sensitivity:

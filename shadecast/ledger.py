@@ -29,12 +29,13 @@ class Started:
 
 
 class _Counts:
-    __slots__ = ("failed", "finished", "open", "outcomes", "started")
+    __slots__ = ("failed", "finished", "items", "open", "outcomes", "started", "stream_s")
 
     def __init__(self) -> None:
         self.open: dict[str, Started] = {}
         self.outcomes: list[Outcome] = []
-        self.started = self.finished = self.failed = 0
+        self.started = self.finished = self.failed = self.items = 0
+        self.stream_s = 0.0
 
 
 class Ledger:
@@ -94,6 +95,13 @@ class Ledger:
             del outcomes[0]
         outcomes.append(Outcome(duration_s, entry.in_flight_at_start, ok, entry.cost, entry.first_item_s, entry.items))
 
+    def pace(self, replica_id: str, items: int, stream_s: float) -> None:
+        """Streams on a replica gave `items` in `stream_s` seconds of waiting for them (summed over the streams)."""
+        counts = self._replicas.get(replica_id)
+        if counts is not None:
+            counts.items += items
+            counts.stream_s += stream_s
+
     def pair(self, sample: PairedSample) -> None:
         """Keep a mirrored pair for the next report; the oldest give way."""
         if len(self._pairs) >= _MAX_PAIRS:
@@ -150,10 +158,13 @@ class Ledger:
                     counts.failed,
                     tuple(counts.outcomes),
                     tuple(Unfinished(max(now_s - s.started_s, 0.0), s.in_flight_at_start, s.cost) for s in oldest),
+                    counts.items,
+                    counts.stream_s,
                 )
             )
             counts.outcomes = []
-            counts.started = counts.finished = counts.failed = 0
+            counts.started = counts.finished = counts.failed = counts.items = 0
+            counts.stream_s = 0.0
         for replica_id in [r for r, c in self._replicas.items() if r not in alive_ids and not c.open]:
             del self._replicas[replica_id]
         report = RouterReport(

@@ -128,6 +128,10 @@ class ReplicaReport:
     """At most a bounded number, the newest."""
     unfinished: tuple[Unfinished, ...] = ()
     """At most a bounded number, the oldest."""
+    items: int = 0
+    """Items that streams gave, each stream's first one not counted, while somebody was waiting for them."""
+    stream_s: float = 0.0
+    """The time in which they did, summed over the streams."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,9 +34,9 @@ class Request:
     """One request of a user, or a mirrored copy of one (`on_copy_end` set)."""
 
     __slots__ = (
-        "arrived_s", "attempts", "ends_at", "fails", "id", "items", "on_copy_end", "open", "others", "replica",
-        "router", "sent_s", "session", "turn", "work_s",
-    )  # fmt: skip
+        *("arrived_s", "attempts", "ends_at", "entered_seq", "fails", "id", "items", "on_copy_end", "open", "others"),
+        *("replica", "router", "sent_s", "session", "turn", "work_s"),
+    )
 
     def __init__(self, id_: int, arrived_s: float, work_s: float, router: int) -> None:
         self.id = id_
@@ -52,6 +52,8 @@ class Request:
         """Requests on the replica when it was accepted, this one not counted."""
         self.ends_at = 0.0
         """V of the replica at which it is done."""
+        self.entered_seq = -1
+        """Order of entry among the active ones; -1 while it waits."""
         self.attempts = 0
         self.fails = False
         self.open = False
@@ -123,6 +125,7 @@ class Replica:
         request.sent_s = self._sim.now_s
         request.others = self.running + len(self.queue)
         request.open = True
+        request.entered_seq = -1
         if self.running < self.max_active:
             self._advance()
             self._enter(request)
@@ -137,9 +140,16 @@ class Replica:
             self.speed = speed
             self._plan()
 
+    def received_s(self, request: Request) -> float:
+        """Work that a request has got so far; 0 while it waits or once it is gone."""
+        if not request.open or request.entered_seq < 0:
+            return 0.0
+        self._advance()
+        return max(self.v - (request.ends_at - request.work_s), 0.0)
+
     def mark(self, request: Request, after_work_s: float, action: Action, argument: Any) -> bool:
         """Call `action` when an *active* request has received `after_work_s` of work; False if it still waits."""
-        if not request.open or request in self.queue:
+        if not request.open or request.entered_seq < 0:
             return False
         self._advance()
         self._seq += 1
@@ -153,7 +163,7 @@ class Replica:
         if not request.open:
             return
         request.open = False
-        if request in self.queue:
+        if request.entered_seq < 0:
             self.queue.remove(request)
             return
         self._advance()
@@ -184,6 +194,7 @@ class Replica:
     def _enter(self, request: Request) -> None:
         self._seq += 1
         request.ends_at = self.v + request.work_s
+        request.entered_seq = self._seq
         heapq.heappush(self.active, (request.ends_at, self._seq, request))
         self.running += 1
 

@@ -64,6 +64,8 @@ class _Router:
         self.rescue_budget = RescueBudget(arm.config.balance.rescue_fraction)
         self.open: dict[str, Request] = {}
         """Live requests that may still be rescued, by id."""
+        self.streams: dict[int, tuple[Request, int, float]] = {}
+        """Live streams: request, items counted, since when the next is waited for."""
 
     def take_table(self, table: RoutingTable) -> None:
         """Use a newer table; older ones are ignored."""
@@ -166,7 +168,18 @@ class Product(Arm):
 
     # ------------------------------------------------------------------ clocks
 
+    def _pace(self, router: _Router) -> None:
+        """What `serve_app.watch` sees of streams: items since the last report and the time in which they came."""
+        now_s = self.sim.now_s
+        for number, (request, items, since_s) in router.streams.items():
+            got = int(self.sim.replicas[request.replica].received_s(request) / TOKEN_S)
+            if got >= 1:
+                if items >= 1:
+                    router.ledger.pace(self.ids[request.replica], got - items, now_s - since_s)
+                router.streams[number] = (request, got, now_s)
+
     def _report(self, router: _Router) -> None:
+        self._pace(router)
         alive = [
             (self.ids[member], f"node-{self.sim.replicas[member].node}", _MAX_ONGOING) for member in self.sim.members
         ]
@@ -237,6 +250,8 @@ class Product(Arm):
         request_id = str(request.id)
         router.ledger.start(request_id, replica_id, self.sim.now_s, float(request.others))
         router.rescue_budget.earn()
+        if request.items:
+            router.streams[request.id] = (request, 0, self.sim.now_s)
         if not request.items and request.attempts == 0:  # streams have shown their first items: they stay
             router.open[request_id] = request
         i = router.picks.index.get(replica_id)
@@ -259,6 +274,9 @@ class Product(Arm):
         replica_id = self.ids[request.replica]
         request_id = str(request.id)
         router.open.pop(request_id, None)
+        stream = router.streams.pop(request.id, None)
+        if stream is not None and stream[1] >= 1 and ok:
+            router.ledger.pace(replica_id, max(request.items - stream[1], 0), self.sim.now_s - stream[2])
         duration_s = router.ledger.finish(request_id, replica_id, self.sim.now_s, ok=ok)
         i = router.picks.index.get(replica_id)
         if i is not None:
