@@ -33,7 +33,7 @@ USER_APP = """
             self.rng = random.Random(1)
 
         async def predict(self, x):
-            time.sleep(0.004 if self.kind != "slow" else 0.03)
+            time.sleep(0.02 if self.kind != "slow" else 0.1)
             if self.kind == "failing" and self.rng.random() < 0.3:
                 raise ValueError("broken")
             return self.kind, x * ANSWER
@@ -47,7 +47,7 @@ QUICK = {
         "step_s": 1.0,
         "step_timeout_s": 3.0,
         "timeout_s": 20.0,
-        "backoff_s": 60.0,
+        "backoff_s": 5.0,
     },
     "balance": {"bootstrap_s": 3.0},
 }
@@ -79,7 +79,7 @@ def write_app(folder, config):
     (folder / "user_app.py").write_text(textwrap.dedent(USER_APP).replace("CONFIG", repr(config)))
 
 
-def load(handle, seconds, rate_per_s=40):
+def load(handle, seconds, rate_per_s=20):
     """Open loop: who answered how often, and the errors."""
 
     async def run():
@@ -120,7 +120,7 @@ def test_newcomers_are_mirrored_then_shifted_or_turned_away_and_users_see_no_err
     deploy(tmp_path, "user_app:app", "shop", name="Model", num_replicas=5)
     seen = Counter()
     active = 0
-    for _ in range(20):
+    for _ in range(35):
         seen += load(handle, 3)
         replicas = deployment_status("shop/Model")["replicas"]
         active = sum(r["state"] == "active" for r in replicas)
@@ -133,7 +133,8 @@ def test_newcomers_are_mirrored_then_shifted_or_turned_away_and_users_see_no_err
     newcomers = [found for found in by_replica.values() if found[0] == "admit"]
     assert len(newcomers) == 3
     assert sum("ramp_done" in found for found in newcomers) == 1
-    assert sum(found == ["admit", "trial_failed"] for found in newcomers) == 2
+    turned_away = [found for found in newcomers if set(found) <= {"admit", "trial_failed"}]
+    assert len(turned_away) == 2, "the slow and the failing one never get past their trials, however often they try"
     assert set(seen) == {"healthy"}, seen
     assert deployment_status("shop/Model")["mirrored"] >= 20
 
