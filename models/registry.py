@@ -114,7 +114,8 @@ class Registry:
             net.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("net.")})
             model = _assemble(version, net, tensors, card)
         except (safetensors.SafetensorError, RuntimeError, KeyError, ValueError, TypeError) as error:
-            raise RegistryError(f"{where}: does not fit this code ({error}); {MAKE_ONE}") from None
+            reason = " ".join(str(error).split())  # torch explains itself over many lines
+            raise RegistryError(f"{where}: does not fit this code ({reason}); {MAKE_ONE}") from None
         if not all(torch.isfinite(p).all() for p in net.parameters()):
             raise RegistryError(f"{where}: has weights that are not finite; {MAKE_ONE}")
         return model
