@@ -289,9 +289,13 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         pool: Sequence[int] = self._picks.pool
         if time.monotonic() - self._table_s > _FORGET_TABLE_S:
             pool = range(len(self._by_index))
-        if len(pool) <= count:
-            return [[self._by_index[i] for i in pool]] if pool else []
-        return [[self._by_index[i] for i in random.sample(pool, count)]]
+        drawn = [self._by_index[i] for i in (pool if len(pool) <= count else random.sample(pool, count))]
+        # Serve asks a replica for its queue only where none of the drawn ones is known: a newcomer whose first answer
+        # came too late would wait for ever beside one in steady use, so the unknown come first
+        unknown = [r for r in drawn if self._replica_queue_len_cache.get(r.replica_id) is None]
+        if unknown and len(unknown) < len(drawn):
+            return [unknown, drawn]
+        return [drawn] if drawn else []
 
     def _preferred(self, pending_request: PendingRequest) -> Sequence[int] | None:
         """Serve's own preferences within what the table makes eligible, each tried once: replicas that have the
