@@ -433,6 +433,7 @@ class Balancer:
         for replica_id, known in self._replicas.items():
             node_id = known.connection.node_id
             explained = cap.explained(gamma, self._headroom(node_id))
+            known.speed.settle(self._noise(known))
             residual = self._with_unfinished(known, unfinished.get(replica_id, ()), explained)
             log_live = max(explained + residual, math.log(0.01))
             known.live_capacity = math.exp(log_live)

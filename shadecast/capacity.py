@@ -87,35 +87,42 @@ class _Decayed:
 
     __slots__ = ("half_life_s", "total", "weight")
 
-    def __init__(self, half_life_s: float) -> None:
+    def __init__(self, half_life_s: float, total: float = 0.0, weight: float = 0.0) -> None:
         self.half_life_s = half_life_s
-        self.total = self.weight = 0.0
+        self.total = total
+        self.weight = weight
+
+    @property
+    def mean(self) -> float:
+        """Mean of the values; 0 without any."""
+        return self.total / self.weight if self.weight > 1e-6 else 0.0
 
 
 class SpeedEstimate:
     """Live log speed of one replica, from requests, beyond what its node's headroom explains.
 
-    Decayed means of the same observations over a minute, some seconds, and less than one. Each faster one replaces the
-    slower estimate as far as they differ by more than chance (the positive-part rule of James and Stein, 1961):
-
-        estimate <- estimate + (mean - estimate) * max(0, 1 - 9/z^2),   z = (mean - estimate) * sqrt(weight) / noise
+    Decayed means of the same observations over a minute, some seconds, and less than one. The slowest one counts until
+    a faster one differs from it by more than chance allows, `|difference| * sqrt(weight) / noise > 3`. Then that one
+    counts, and the slower one starts anew from it (`settle`): what was before a change is no evidence, and the new
+    level must not fade when requests become few.
 
     A fast mean alone follows its noise: with token streams, whose sizes differ e-fold, that noise made unequal what
     is equal and cost more than a slow node did (docs/decisions/0030).
     """
 
-    __slots__ = ("_fast", "_slow", "_updated_s")
+    __slots__ = ("_fast", "_plain", "_slow", "_updated_s")
 
     def __init__(self, half_life_s: float, now_s: float) -> None:
         self._slow = _Decayed(_SLOW_HALF_LIFE_S)
         self._fast = (_Decayed(half_life_s), _Decayed(half_life_s / 4.0))
+        self._plain = _Decayed(half_life_s)
         self._updated_s = now_s
 
     def advance(self, now_s: float) -> None:
         """Let older observations fade; a clock that went back changes nothing."""
         elapsed_s = now_s - self._updated_s
         if elapsed_s > 0.0:
-            for mean in (self._slow, *self._fast):
+            for mean in (self._slow, *self._fast, self._plain):
                 fade = 0.5 ** (elapsed_s / mean.half_life_s)
                 mean.total *= fade
                 mean.weight *= fade
@@ -125,20 +132,26 @@ class SpeedEstimate:
         """Add one observation of log speed minus what the headroom explains; NaN is ignored."""
         if math.isfinite(residual_log_speed):
             value = weight * min(max(residual_log_speed, _MIN_LOG_SPEED), _MAX_LOG_SPEED)
-            for mean in (self._slow, *self._fast):
+            for mean in (self._slow, *self._fast, self._plain):
                 mean.total += value
                 mean.weight += weight
+
+    def settle(self, noise_sigma: float) -> None:
+        """Take changes that are not chance into the slower means; once a tick."""
+        middle, quick = self._fast
+        for slower, faster in ((middle, quick), (self._slow, middle)):
+            if _differs(slower.mean, faster, noise_sigma):
+                slower.total, slower.weight = faster.total, faster.weight
 
     @property
     def weight(self) -> float:
         """Decayed number of recent observations."""
-        return self._fast[0].weight
+        return self._plain.weight
 
     @property
     def recent(self) -> float:
-        """Mean of the recent observations, noise and all; 0 without any."""
-        fast = self._fast[0]
-        return fast.total / fast.weight if fast.weight > 0.0 else 0.0
+        """Mean of the recent observations, noise and all, for tests that bring their own; 0 without any."""
+        return self._plain.mean
 
     def residual(self, noise_sigma: float, extra_sum: float = 0.0, extra_weight: float = 0.0) -> float:
         """Log speed that the headroom does not explain.
@@ -148,13 +161,16 @@ class SpeedEstimate:
         """
         variance = noise_sigma * noise_sigma + 1e-9
         estimate = self._slow.total / (self._slow.weight + variance / _PRIOR_SIGMA**2)
-        for mean in self._fast:
-            weight = mean.weight + extra_weight
-            if weight > 1e-6:
-                apart = (mean.total + extra_sum) / weight - estimate
-                surprise = apart * apart * weight / variance
-                estimate += apart * max(0.0, 1.0 - _SURPRISE / surprise) if surprise > 0.0 else 0.0
+        for fast in self._fast:
+            seen = _Decayed(0.0, fast.total + extra_sum, fast.weight + extra_weight)
+            if _differs(estimate, seen, noise_sigma):
+                estimate = seen.mean
         return estimate
+
+
+def _differs(estimate: float, seen: _Decayed, noise_sigma: float) -> bool:
+    """Whether a mean of observations differs from an estimate by more than three standard errors."""
+    return (seen.mean - estimate) ** 2 * seen.weight > _SURPRISE * (noise_sigma * noise_sigma + 1e-9)
 
 
 class Sensitivity:
