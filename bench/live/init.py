@@ -1,8 +1,8 @@
 """Process 1 of a lab host: sets up its own view of files and network, reaps, and ends with whoever started it.
 
 Standard library only; run as `python -I -S init.py HOSTNAME TMP_FOLDER [FOLDER_TO_KEEP ...]` in new namespaces. Prints
-one line when the host is ready, or what went wrong. When standard input closes (its starter is gone, however it died) it
-ends, and the kernel ends every process of the host with it.
+one line when the host is ready, or what went wrong. When standard input closes (its starter is gone, however it died),
+it ends, and the kernel ends every process of the host with it.
 """
 
 from __future__ import annotations
