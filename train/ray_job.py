@@ -78,7 +78,8 @@ def columns_of(series: Sequence[Series], length: int) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for s in series:
         change = np.abs(s.values[LONGEST:, :N_TARGETS] - s.values[:-LONGEST, :N_TARGETS])
-        moved, counted = np.nansum(change, axis=0), np.isfinite(change).sum(axis=0)
+        # float64 as in the rows of made-up series: blocks of two types cannot be put together
+        moved, counted = np.nansum(change, axis=0, dtype=np.float64), np.isfinite(change).sum(axis=0)
         part = pieces_of([s], np.ones(N_TARGETS, np.float32), length)
         share = 1.0 / len(part)
         for row in rows_of(part, f"{s.source}/{s.machine}/{s.recording}", s.source):
