@@ -49,11 +49,6 @@ class Group:
                 (folder.parent / "cgroup.subtree_control").write_text("+cpu +memory")
             folder.mkdir(exist_ok=True)
 
-    def enter(self) -> None:
-        """Move the calling process into it; what it starts stays there."""
-        for folder in self.folders:
-            (folder / "cgroup.procs").write_text("0")
-
     def set_cpu_quota(self, cpus: float | None) -> None:
         """At most that many cores; None lifts the limit."""
         if cpus is not None and not 0.01 <= cpus <= 4096:

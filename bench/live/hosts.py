@@ -30,6 +30,7 @@ from bench.live.cgroups import ROOT, Group, LabError, version
 
 _INIT = Path(__file__).with_name("init.py")
 _TOOLS = ("ip", "unshare", "nsenter", "mount", "tc")
+_ENTER = 'while [ "$1" != -- ]; do echo 0 > "$1/cgroup.procs" || exit 97; shift; done; shift; exec "$@"'
 _HOG = """
 import os, sys, time
 until = time.monotonic() + float(sys.argv[2])
@@ -92,12 +93,11 @@ class Host:
         separate = ["--net", "--pid", "--mount", "--ipc", "--uts", "--fork", "--kill-child", "--mount-proc"]
         init = [sys.executable, "-I", "-S", str(_INIT), self._lab.hostname(self.name), str(self.folder), *keep]
         self._holder = subprocess.Popen(
-            ["unshare", *separate, "--", *init],
+            self._inside_group(["unshare", *separate, "--", *init]),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            preexec_fn=self.group.enter,
             start_new_session=True,
         )
         made.processes[self.name], made.born[self.name] = self._holder.pid, state.birth(self._holder.pid)
@@ -122,6 +122,10 @@ class Host:
         ):
             _command(["nsenter", "--target", str(self._inner_pid), "--net", "ip", *words])
 
+    def _inside_group(self, argv: Sequence[str]) -> list[str]:
+        """The command, started inside the host's groups."""
+        return ["sh", "-c", _ENTER, "lab", *(str(folder) for folder in self.group.folders), "--", *argv]
+
     def run(self, argv: Sequence[str], env: Mapping[str, str] | None = None, **popen: Any) -> subprocess.Popen[Any]:
         """Start a command inside; `env` is added to this process's. Its process group ends with `stop` or the host."""
         if not self.alive:
@@ -129,9 +133,8 @@ class Host:
         enter = ["nsenter", "--target", str(self._inner_pid), "--net", "--pid", "--mount", "--ipc", "--uts"]
         environment = {**os.environ, **(env or {})}
         return subprocess.Popen(
-            [*enter, "--wd=" + str(popen.pop("cwd", None) or Path.cwd()), "--", *argv],
+            self._inside_group([*enter, "--wd=" + str(popen.pop("cwd", None) or Path.cwd()), "--", *argv]),
             env=environment,
-            preexec_fn=self.group.enter,
             start_new_session=True,
             **popen,
         )

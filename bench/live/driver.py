@@ -1,0 +1,304 @@
+"""Runs inside the head host: deploys, sends the requests at their times, writes down what came back.
+
+    python -m bench.live.driver ADDRESS
+
+Reads one JSON command a line on standard input (`{"do": "deploy", ...}`), answers each with one line on standard output
+that begins with `MARK`; everything else there is noise of Ray's. Ends when standard input closes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError
+
+from bench.live.arms import ARMS
+from bench.live.workload import Work, exchange_folder, right_answer
+from serve_app.control_plane import find_coordinator, start_control_plane
+from serve_app.retry import RetryBudget
+
+MARK = "@@"
+REQUEST_TIMEOUT_S = 60.0
+_DRAIN_S = 75.0
+_RUNNING_S = 180.0
+
+
+class Driver:
+    """One cluster's driver; every public method is a command."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+        self._options: dict[str, Any] = {}
+        self._replicas = 0
+        self._app = ""
+        self._deployed = 0
+        self._states: list[dict[str, Any]] = []
+
+    # ------------------------------------------------------------------ commands
+
+    async def control_plane(self) -> dict[str, Any]:
+        """Start the control plane and Serve."""
+        await asyncio.to_thread(start_control_plane, page_port=0)
+        await asyncio.to_thread(serve.start, proxy_location="Disabled")
+        return await self.nodes()
+
+    async def nodes(self) -> dict[str, Any]:
+        """Node id of each living node, by address."""
+        alive = await asyncio.to_thread(ray.nodes)
+        return {"nodes": {n["NodeManagerAddress"]: n["NodeID"] for n in alive if n["Alive"]}}
+
+    async def deploy(self, arm: str, replicas: int, settings: dict[str, Any], unisolated: bool) -> dict[str, Any]:
+        """Deploy an arm anew and wait until all its replicas run; which nodes they are on."""
+        self._options = {
+            "name": "Work",
+            "max_ongoing_requests": 64,
+            "max_queued_requests": 500,
+            "health_check_period_s": 2.0,
+            "health_check_timeout_s": 10.0,
+            "graceful_shutdown_timeout_s": 5.0,
+            "graceful_shutdown_wait_loop_s": 0.5,
+            "max_replicas_per_node": 1,
+            "ray_actor_options": {"num_cpus": 0.1} | ({} if unisolated else {"resources": {"worker": 1}}),
+            "logging_config": {"enable_access_log": False},
+            **ARMS[arm].options(settings),
+        }
+        self._replicas = replicas
+        self._deployed += 1
+        self._app = f"live{self._deployed}"  # Serve keeps a handle, with its router, by the application's name
+        await self._apply()
+        return {"on": await self._replica_nodes()}
+
+    async def scale(self, replicas: int) -> dict[str, Any]:
+        """Change the number of replicas, which the ones that run do not notice."""
+        self._replicas = replicas
+        await self._apply()
+        return {"on": await self._replica_nodes()}
+
+    async def rolling(self) -> dict[str, Any]:
+        """Replace all replicas by a new version."""
+        resources = self._options["ray_actor_options"]
+        self._options["ray_actor_options"] = resources | {"num_cpus": resources["num_cpus"] + 0.001}
+        await self._apply()
+        return {}
+
+    async def undeploy(self) -> dict[str, Any]:
+        """Remove the application."""
+        await asyncio.to_thread(serve.delete, self._app)
+        self._handle = None
+        return {}
+
+    async def status(self) -> dict[str, Any]:
+        """The coordinator's status, as far as it concerns the application."""
+        return {"status": await self._status()}
+
+    async def run(self, requests: str, result: str, scenario: dict[str, Any]) -> dict[str, Any]:
+        """Send the requests of a file, write what came back to another; says when time 0 is, by the monotonic clock."""
+        rows = json.loads(await asyncio.to_thread(Path(requests).read_text))
+        zero_s = time.monotonic() + 1.0 - rows[0]["at_s"]
+        say({"zero_s": zero_s})
+        budget = RetryBudget()
+        watcher = asyncio.create_task(self._watch(zero_s))
+        before = await self._status()
+        used = [0.0, 0.0]
+        done = 0
+
+        async def one(row: dict[str, Any]) -> dict[str, Any]:
+            nonlocal done
+            send = self._stream if scenario["kind"] == "stream" else self._unary
+            record: dict[str, Any] = {
+                "at_s": row["at_s"],
+                "session": row["session"],
+                "error": "",
+                "node": "",
+                "tries": 1,
+            }
+            budget.request(time.monotonic())
+            for attempt in (1, 2):
+                record["error"], lost = await self._attempt(send, row, record, scenario, zero_s)
+                if not lost or attempt == 2 or not budget.take(time.monotonic()):
+                    break
+                record["tries"] = 2
+            record["latency_s"] = time.monotonic() - zero_s - row["at_s"]
+            done += 1
+            return record
+
+        tasks: list[asyncio.Task[dict[str, Any]]] = []
+        said_s = 0.0
+        for row in rows:
+            now_s = time.monotonic() - zero_s
+            if row["at_s"] > now_s:
+                await asyncio.sleep(row["at_s"] - now_s)
+            if row["at_s"] >= 0.0 and used[0] == 0.0:
+                used[0] = time.process_time()
+            tasks.append(asyncio.create_task(one(row)))
+            if time.monotonic() - said_s > 1.0:
+                said_s = time.monotonic()
+                say({"progress": done, "of": len(rows)})
+        used[1] = time.process_time()
+        _, late = await asyncio.wait(tasks, timeout=_DRAIN_S)
+        for task in late:
+            task.cancel()
+        records = [t.result() for t in tasks if t.done() and not t.cancelled() and t.exception() is None]
+        watcher.cancel()
+        after = await self._status()
+        answer = {
+            "records": records,
+            "unanswered": len(tasks) - len(records),
+            "driver_cpu_s": used[1] - used[0],
+            "states": self._states,
+            "before": before,
+            "after": after,
+        }
+        await asyncio.to_thread(Path(result).write_text, json.dumps(answer))
+        return {"sent": len(rows)}
+
+    # ------------------------------------------------------------------ requests
+
+    async def _attempt(
+        self, send: Any, row: dict[str, Any], record: dict[str, Any], scenario: dict[str, Any], zero_s: float
+    ) -> tuple[str, bool]:
+        """One try: kind of error, "" if none, and whether the request was lost with its replica."""
+        try:
+            async with asyncio.timeout(REQUEST_TIMEOUT_S):
+                right = await send(row, record, scenario, zero_s)
+        except TimeoutError:
+            return "timeout", False
+        except BackPressureError:
+            return "rejected", False
+        except RayTaskError as error:
+            return type(error.cause).__name__, False
+        except RayActorError:
+            return "lost", not record.get("items")
+        except asyncio.CancelledError:
+            if (task := asyncio.current_task()) is not None and task.cancelling():
+                raise
+            return "cancelled", True
+        except Exception as error:
+            return type(error).__name__, False
+        return ("" if right else "wrong"), False
+
+    async def _unary(self, row: dict[str, Any], record: dict[str, Any], scenario: dict[str, Any], _: float) -> bool:
+        handle = self._handle.options(session_id=row["session"]) if row["session"] else self._handle
+        payload = bytes(scenario["payload_bytes"])
+        node, value, size = await handle.infer.remote(row["x"], row["cpu_s"], payload)
+        record["node"] = node
+        return bool(value == right_answer(row["x"]) and size == len(payload))
+
+    async def _stream(
+        self, row: dict[str, Any], record: dict[str, Any], scenario: dict[str, Any], zero_s: float
+    ) -> bool:
+        stream = self._handle.options(stream=True).stream.remote(
+            row["x"], row["items"], scenario["item_gap_s"], row["cpu_s"]
+        )
+        right, items = True, 0
+        async for node, value in stream:
+            if items == 0:
+                record["first_item_s"] = time.monotonic() - zero_s - row["at_s"]
+                record["node"] = node
+            right = right and value == right_answer(row["x"] + items)
+            items += 1
+            record["items"] = items
+        return right and items == row["items"]
+
+    # ------------------------------------------------------------------ the deployment
+
+    async def _apply(self) -> None:
+        app = serve.deployment(Work).options(**self._options, num_replicas=self._replicas).bind()
+        self._handle = await asyncio.to_thread(serve.run, app, name=self._app, route_prefix=None)
+        deadline_s = time.monotonic() + _RUNNING_S
+        while True:
+            states = (await asyncio.to_thread(serve.status)).applications[self._app].deployments["Work"].replica_states
+            if states.get("RUNNING") == self._replicas and sum(states.values()) == self._replicas:
+                return
+            if time.monotonic() > deadline_s:
+                raise TimeoutError(f"{self._replicas} replicas did not run within {_RUNNING_S:g} s: {states}")
+            await asyncio.sleep(0.3)
+
+    async def _replica_nodes(self) -> list[str]:
+        """Node ids of the replicas that run, by asking Serve's controller."""
+        details = await asyncio.to_thread(lambda: serve.context._get_global_client().get_serve_details())
+        replicas = details["applications"][self._app]["deployments"]["Work"]["replicas"]
+        return [r["node_id"] for r in replicas if r["state"] == "RUNNING"]
+
+    async def _status(self) -> dict[str, Any]:
+        try:
+            status = await asyncio.wait_for(find_coordinator().status.remote(), 3.0)
+        except Exception as error:  # killed by the scenario, perhaps
+            return {"error": repr(error)}
+        mine = [d for d in status["deployments"] if d["deployment"].startswith(f"{self._app}/")]
+        return {"deployment": mine[0] if mine else None, "nodes": status["nodes"], "transitions": status["transitions"]}
+
+    async def _watch(self, zero_s: float) -> None:
+        """States of the connections each second, for the pictures."""
+        self._states = []
+        while True:
+            status = await self._status()
+            deployment = status.get("deployment") or {}
+            keep = ("replica_id", "node_id", "state", "share", "capacity", "live_capacity", "queue", "mirror_fraction")
+            rows = [{key: view.get(key) for key in keep} for view in deployment.get("replicas", [])]
+            cpu = {n["node_id"]: n["current"]["cpu_background_fraction"] for n in status.get("nodes", [])}
+            counts = {key: deployment.get(key) for key in ("rescued", "mirrored", "load", "panic")}
+            self._states.append({"at_s": time.monotonic() - zero_s, "replicas": rows, "background": cpu, **counts})
+            await asyncio.sleep(1.0)
+
+
+def say(message: dict[str, Any]) -> None:
+    """One line to the benchmark."""
+    print(MARK + json.dumps(_plain(message)), flush=True)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+async def serve_commands() -> None:
+    """Answer commands, several at a time, until standard input closes."""
+    driver = Driver()
+    reader = asyncio.StreamReader(limit=1 << 24)
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def carry_out(command: dict[str, Any]) -> None:
+        number, do = command.pop("id"), command.pop("do")
+        try:
+            answer = await getattr(driver, do)(**command)
+        except Exception as error:
+            answer = {"error": f"{do}: {type(error).__name__}: {error}"[:2000]}
+        say({"answer": number, **answer})
+
+    while line := await reader.readline():
+        task = asyncio.create_task(carry_out(json.loads(line)))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+
+def main() -> None:
+    """Connect and serve commands."""
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    exchange_folder().mkdir(parents=True, exist_ok=True)
+    ray.init(address=sys.argv[1], namespace="shadecast", log_to_driver=False, logging_level="ERROR")
+    say({"ready": True})
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(serve_commands())
+
+
+if __name__ == "__main__":
+    main()

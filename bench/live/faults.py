@@ -1,0 +1,156 @@
+"""What can go wrong: each fault starts something on the scene and returns what ends it."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import psutil
+
+from bench.live.cgroups import LabError
+from bench.live.cluster import IsolatedWorld, Worker, World
+from bench.live.hosts import stop
+from bench.live.scenario import QUOTA, Fault, Scenario
+
+_LEAK = """
+import sys, time
+total, seconds = int(float(sys.argv[1])), float(sys.argv[2])
+held, steps = [], 100
+for _ in range(steps):
+    held.append(bytearray(b"x") * (total // steps))
+    time.sleep(seconds / steps)
+time.sleep(600)
+"""
+
+
+@dataclass(slots=True)
+class Scene:
+    """Where a fault happens."""
+
+    world: World
+    scenario: Scenario
+    node: Worker
+    """The node that turns bad, or that the newcomer will be on."""
+
+
+End = Callable[[], None]
+
+
+def _nothing() -> None:
+    pass
+
+
+def hog(scene: Scene, fault: Fault) -> End:
+    """Busy loops beside the replica."""
+    return scene.node.hog(int(fault.value), scene.scenario.length_s * (fault.end - fault.start) + 10.0)
+
+
+def quota(scene: Scene, fault: Fault) -> End:
+    """A smaller CPU quota."""
+    host = scene.node.isolated("a quota")
+    host.set_cpu_quota(fault.value)
+    return lambda: host.set_cpu_quota(QUOTA)
+
+
+def leak(scene: Scene, fault: Fault) -> End:
+    """A process that fills the node's memory, up to `value` times the limit, until the kernel ends something."""
+    host = scene.node.isolated("a memory limit")
+    if scene.scenario.memory_limit_bytes is None:
+        raise LabError(f"scenario {scene.scenario.name}: a leak needs memory_limit_bytes")
+    free = scene.scenario.memory_limit_bytes * fault.value - host.group.memory_used_bytes()
+    seconds = scene.scenario.length_s * (fault.end - fault.start)
+    process = host.run([sys.executable, "-I", "-S", "-c", _LEAK, str(free), str(seconds)])
+    return lambda: stop(process, grace_s=0.0)
+
+
+def slow_link(scene: Scene, fault: Fault) -> End:
+    """A thinner link."""
+    host = scene.node.isolated("a link's speed")
+    host.shape_link(fault.value)
+    return lambda: host.shape_link(None)
+
+
+def link_down(scene: Scene, fault: Fault) -> End:
+    """The plug is pulled."""
+    host = scene.node.isolated("a link")
+    host.link_down()
+    return host.link_up
+
+
+def kill(scene: Scene, fault: Fault) -> End:
+    """The node loses power; it is back only after the run."""
+    scene.world.kill_worker(scene.node)
+    return _nothing
+
+
+def coordinator_kill(scene: Scene, fault: Fault) -> End:
+    """SIGKILL to the coordinator; Ray restarts it."""
+    return _kill_actor(scene.world.named("_CoordinatorActor"), "the coordinator")
+
+
+def forecaster_kill(scene: Scene, fault: Fault) -> End:
+    """SIGKILL to the node's forecaster."""
+    found = scene.world.named("ForecasterActor")
+    if scene.node.host is not None:
+        own = scene.node.host.group.pids()
+        found = [process for process in found if process.pid in own]
+    return _kill_actor(found[:1], "a node forecaster")
+
+
+def gateway_kill(scene: Scene, fault: Fault) -> End:
+    """SIGKILL to one replica of the gateway."""
+    return _kill_actor(scene.world.named("Gateway")[:1], "a gateway")
+
+
+def rolling(scene: Scene, fault: Fault) -> End:
+    """A new version of the deployment."""
+    scene.world.driver.call("rolling", 200.0)
+    return _nothing
+
+
+def newcomer_slow(scene: Scene, fault: Fault) -> End:
+    """One more replica, `value` times as slow."""
+    return _join(scene, {"slow": fault.value})
+
+
+def newcomer_failing(scene: Scene, fault: Fault) -> End:
+    """One more replica, which fails that fraction of requests."""
+    return _join(scene, {"fail": fault.value})
+
+
+def newcomer_wrong(scene: Scene, fault: Fault) -> End:
+    """One more replica, which answers wrong."""
+    return _join(scene, {"wrong": fault.value})
+
+
+def _join(scene: Scene, role: Mapping[str, float]) -> End:
+    scene.world.set_role(scene.node, role)
+    scene.world.driver.call("scale", 200.0, replicas=scene.scenario.replicas + scene.scenario.joins)
+    return lambda: scene.world.set_role(scene.node, {})
+
+
+def _kill_actor(found: list[psutil.Process], what: str) -> End:
+    if not found:
+        raise LabError(f"{what} was not found among the cluster's processes")
+    for process in found:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    return _nothing
+
+
+FAULTS: Mapping[str, Callable[[Scene, Fault], End]] = {
+    each.__name__: each
+    for each in (
+        *(hog, quota, leak, slow_link, link_down, kill, coordinator_kill, forecaster_kill, gateway_kill, rolling),
+        *(newcomer_slow, newcomer_failing, newcomer_wrong),
+    )
+}
+NEEDS_ISOLATION = frozenset({"quota", "leak", "slow_link", "link_down"})
+
+
+def runs_on(scenario: Scenario, world: World | type[World]) -> bool:
+    """Whether a scenario's faults can be made on that kind of cluster."""
+    isolated = isinstance(world, IsolatedWorld) or world is IsolatedWorld
+    return isolated or not any(fault.kind in NEEDS_ISOLATION for fault in scenario.faults)

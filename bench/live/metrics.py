@@ -1,0 +1,149 @@
+"""Numbers of one run, from what its driver wrote down."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bench.live.scenario import Scenario
+
+_WINDOW_S = 2.0
+QUANTILES = {"p50_s": 0.5, "p90_s": 0.9, "p99_s": 0.99, "p999_s": 0.999}
+LOST = ("lost", "cancelled", "unanswered")
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """When a fault was there, in seconds after the warm-up, and on which node (its Ray id)."""
+
+    kind: str
+    start_s: float
+    end_s: float
+    node_id: str
+    bad: bool
+
+
+def measure(scenario: Scenario, result: Mapping[str, Any], spans: Sequence[Span]) -> dict[str, float]:
+    """All metrics of one run; those that do not apply are left out."""
+    records = [r for r in result["records"] if r["at_s"] >= 0.0]
+    if not records:
+        raise ValueError(f"{scenario.name}: the driver wrote down no request")
+    errors = Counter(r["error"] for r in records if r["error"])
+    errors["unanswered"] += int(result["unanswered"])
+    good = [r for r in records if not r["error"]]
+    found: dict[str, float] = {"requests": float(len(records) + result["unanswered"])}
+    found |= quantiles([r["latency_s"] for r in good])
+    missed = sum(not _within_slo(scenario, r) for r in good) + sum(errors.values())
+    found["slo_miss_fraction"] = missed / found["requests"]
+    found["goodput_per_s"] = (found["requests"] - missed) / scenario.length_s
+    found["errors"] = float(sum(errors.values()))
+    found["error_fraction"] = found["errors"] / found["requests"]
+    found |= {f"errors_{kind}": float(count) for kind, count in errors.items() if count}
+    found["lost"] = float(sum(errors[kind] for kind in LOST))
+    found["retried"] = float(sum(r["tries"] > 1 for r in records))
+    found["driver_cpu_ms_per_request"] = 1000.0 * result["driver_cpu_s"] / found["requests"]
+    if scenario.kind == "stream":
+        found |= _streams(scenario, good)
+    if scenario.sessions:
+        found |= _sessions(good, spans)
+    found |= _bad_node(scenario, good, spans)
+    found |= _balancer(result)
+    return found
+
+
+def quantiles(latencies_s: Sequence[float], prefix: str = "") -> dict[str, float]:
+    """p50 to p99.9 of what was answered well."""
+    if not latencies_s:
+        return {}
+    values = np.quantile(np.asarray(latencies_s), list(QUANTILES.values()), method="higher")
+    return {prefix + name: float(value) for name, value in zip(QUANTILES, values, strict=True)}
+
+
+def _within_slo(scenario: Scenario, record: Mapping[str, Any]) -> bool:
+    if scenario.kind != "stream":
+        return bool(record["latency_s"] <= scenario.slo_s)
+    return bool(record["first_item_s"] <= scenario.slo_s and _gap_s(record) <= 2.0 * scenario.item_gap_s)
+
+
+def _gap_s(record: Mapping[str, Any]) -> float:
+    """Mean time between a stream's items."""
+    return float((record["latency_s"] - record["first_item_s"]) / max(record["items"] - 1, 1))
+
+
+def _streams(scenario: Scenario, good: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    first = quantiles([r["first_item_s"] for r in good], "first_item_")
+    slowdown = quantiles([_gap_s(r) / scenario.item_gap_s for r in good])
+    return first | {"item_slowdown_" + name.removesuffix("_s"): value for name, value in slowdown.items()}
+
+
+def _sessions(good: Sequence[Mapping[str, Any]], spans: Sequence[Span]) -> dict[str, float]:
+    """Moves between consecutive answers of a session; those off a bad node are drains, not losses of place."""
+    last: dict[str, str] = {}
+    moved = strayed = seen = 0
+    bad = {span.node_id for span in spans if span.bad}
+    for record in sorted(good, key=lambda r: r["at_s"]):
+        before = last.get(record["session"])
+        last[record["session"]] = record["node"]
+        if before is None:
+            continue
+        seen += 1
+        if before != record["node"]:
+            moved += 1
+            strayed += not ({before, record["node"]} & bad)
+    return {
+        "sessions_moved": float(moved),
+        "session_stay_fraction": 1.0 - moved / max(seen, 1),
+        "session_stay_fraction_well": 1.0 - strayed / max(seen, 1),
+    }
+
+
+def _bad_node(scenario: Scenario, good: Sequence[Mapping[str, Any]], spans: Sequence[Span]) -> dict[str, float]:
+    """Share of the bad node while it was bad, seconds until it was avoided, and until it was used again."""
+    bad = [span for span in spans if span.bad and span.start_s < scenario.length_s]
+    if not bad:
+        return {}
+    node = bad[0].node_id
+    sent = sorted((r["at_s"], r["node"] == node) for r in good)
+    at_s = np.array([t for t, _ in sent])
+    there = np.array([is_bad for _, is_bad in sent], float)
+    during = np.zeros(len(at_s), bool)
+    for span in bad:
+        during |= (at_s >= span.start_s) & (at_s < span.end_s)
+    fair = 1.0 / (scenario.replicas + scenario.joins)
+    found = {"share_bad_node": float(there[during].mean()) if during.any() else 0.0}
+    found |= quantiles([r["latency_s"] for r in good if any(s.start_s <= r["at_s"] < s.end_s for s in bad)], "fault_")
+    after = [r["latency_s"] for r in good if r["at_s"] >= bad[0].start_s + 3.0]
+    if after:
+        found["p99_3s_after_fault_s"] = float(np.quantile(after, 0.99, method="higher"))
+    first, last = bad[0], bad[-1]
+    found["avoided_s"] = _until(
+        at_s, there, first.start_s, min(first.end_s, scenario.length_s), lambda s: s < fair / 3.0
+    )
+    if last.end_s < scenario.length_s - 2.0 * _WINDOW_S:
+        found["used_again_s"] = _until(at_s, there, last.end_s, scenario.length_s, lambda s: s >= fair / 2.0)
+    return found
+
+
+def _until(at_s: Any, there: Any, start_s: float, end_s: float, reached: Any) -> float:
+    """Seconds from `start_s` until the node's share over a window satisfies `reached`; the whole time if never."""
+    for begin_s in np.arange(max(start_s, 0.0), end_s, 0.1):
+        window = (at_s >= begin_s) & (at_s < begin_s + _WINDOW_S)
+        if window.any() and reached(float(there[window].mean())):
+            return float(begin_s - max(start_s, 0.0))
+    return end_s - max(start_s, 0.0)
+
+
+def _balancer(result: Mapping[str, Any]) -> dict[str, float]:
+    """Mirrored and rescued requests, as the coordinator counts them."""
+    before, after = ((result[key] or {}).get("deployment") for key in ("before", "after"))
+    if not after:
+        return {}
+    counts = {key: float(after[key] - ((before or {}).get(key) or 0)) for key in ("mirrored", "rescued")}
+    finished = max(float(after["finished"] - ((before or {}).get("finished") or 0)), 1.0)
+    if min(counts.values()) < 0.0:  # the coordinator was killed meanwhile: its counts began anew
+        counts, finished = {key: float(after[key]) for key in counts}, max(float(after["finished"]), 1.0)
+    return counts | {"mirrored_fraction": counts["mirrored"] / finished}

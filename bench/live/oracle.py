@@ -1,0 +1,52 @@
+"""The bound: our own pick, told by the scenario which node is bad from the instant it turns bad until it is well."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+from ray.serve.request_router import PendingRequest, RunningReplica
+
+from bench.live.workload import bad_path
+from serve_app.router import PredictiveRouter
+
+_LOOK_S = 0.01
+
+
+class OracleRouter(PredictiveRouter):
+    """`PredictiveRouter` whose table gives replicas on bad nodes no share."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._bad: frozenset[str] = frozenset()
+        self._looked_s = 0.0
+        super().__init__(*args, **kwargs)
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> Sequence[list[RunningReplica]]:
+        """Look at what the scenario says, then choose as always."""
+        now_s = time.monotonic()
+        if now_s - self._looked_s > _LOOK_S:
+            self._looked_s = now_s
+            with suppress(OSError, ValueError):
+                bad = frozenset(json.loads(bad_path().read_text()))
+                if bad != self._bad:
+                    self._bad = bad
+                    self._lay_out()
+        return await super().choose_replicas(candidate_replicas, pending_request)
+
+    def _lay_out(self) -> None:
+        table = self._table
+        if table is not None:
+            nodes = {r.replica_id.unique_id: r.node_id for r in self._replicas.values()}
+            told = tuple(
+                replace(row, share=0.0 if nodes.get(row.replica_id) in self._bad else 1.0, mirror_fraction=0.0)
+                for row in table.rows
+            )
+            self._table = replace(table, rows=told)
+        super()._lay_out()
+        self._table = table

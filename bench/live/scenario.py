@@ -1,0 +1,215 @@
+"""The live scenarios: a deployment, an arrival process and a timeline of faults each, as data.
+
+Times of faults are fractions of a run's length, so that `--quick` shortens all of it alike.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from bench.live.cgroups import LabError
+from bench.simulate.workload import load_trace
+
+QUOTA = 0.25
+"""Cores of a worker."""
+CPU_S = 0.01
+RATE_PER_S = 24.0
+REQUESTS = 2000
+WARM_UP_S = 20.0
+"""Replicas of a first start enter untried for 15 s, and queues and estimates settle; nothing of it is counted."""
+Kind = Literal["unary", "stream", "http"]
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What goes wrong from `start` to `end` of the run's length; before 0 is before the warm-up.
+
+    `kind` is a function of `bench.live.faults`. `bad`: whether the oracle is told that the node is bad meanwhile.
+    """
+
+    kind: str
+    start: float
+    end: float
+    value: float = 0.0
+    bad: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """One scenario; see the table below."""
+
+    name: str
+    note: str
+    faults: tuple[Fault, ...] = ()
+    kind: Kind = "unary"
+    rate_per_s: float = RATE_PER_S
+    requests: int = REQUESTS
+    cpu_s: float = CPU_S
+    payload_bytes: int = 0
+    sessions: int = 0
+    stream_s: tuple[float, float] = (0.0, 0.0)
+    """Shortest and longest stream when nothing is slow; log-uniform between."""
+    item_gap_s: float = 0.2
+    slo_s: float = 0.3
+    """Of a request; of a stream, its first item's, and its mean gap must be within twice `item_gap_s`."""
+    replicas: int = 4
+    joins: int = 0
+    """Replicas that the fault `newcomer` adds."""
+    memory_limit_bytes: int | None = None
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    trace: bool = False
+    quick: bool = False
+    seconds: float = 0.0
+    """Length of the run; 0 takes what `requests` need."""
+
+    @property
+    def length_s(self) -> float:
+        """Of the measured part."""
+        return self.seconds or self.requests / self.rate_per_s
+
+    @property
+    def warm_up_s(self) -> float:
+        """Of the part before it."""
+        return WARM_UP_S
+
+    def shortened(self) -> Scenario:
+        """A third of the requests."""
+        return replace(self, requests=max(self.requests // 3, 1), seconds=self.seconds / 3, quick=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request to send, `at_s` after the warm-up."""
+
+    at_s: float
+    x: int
+    cpu_s: float
+    items: int = 0
+    session: str = ""
+
+
+_COMPARED = {"trial": {"compare": "bench.live.workload:same_value"}}
+_PERIOD = tuple(Fault("hog", k * 60 / 180 + 10 / 180, k * 60 / 180 + 30 / 180, 8) for k in range(3))
+
+_ALL = (
+    Scenario("calm", "four equal nodes, nothing happens"),
+    Scenario("hog", "eight-process CPU hog in one node's group", (Fault("hog", 0.3, 0.75, 8),)),
+    Scenario(
+        "streams",
+        "streams of 2-20 s of items every 0.2 s, a hog arrives mid-stream",
+        (Fault("hog", 0.3, 0.75, 8),),
+        kind="stream",
+        rate_per_s=1.6,
+        requests=400,
+        cpu_s=0.003,
+        stream_s=(2.0, 20.0),
+        slo_s=1.0,
+    ),
+    Scenario("newcomer-none", "three replicas, the yardstick of the newcomers", replicas=3, rate_per_s=18),
+    Scenario(
+        "newcomer-slow", "a fourth replica joins, five times as slow", (Fault("newcomer_slow", 0.15, 1.0, 5.0),),
+        replicas=3, joins=1, rate_per_s=18,
+    ),
+    Scenario(
+        "newcomer-failing", "a fourth replica joins and fails 20 %", (Fault("newcomer_failing", 0.15, 1.0, 0.2),),
+        replicas=3, joins=1, rate_per_s=18,
+    ),
+    Scenario(
+        "newcomer-wrong", "a fourth replica joins and answers wrong", (Fault("newcomer_wrong", 0.15, 1.0, 1),),
+        replicas=3, joins=1, rate_per_s=18, settings=_COMPARED,
+    ),
+    Scenario("node-kill", "one node loses power", (Fault("kill", 0.4, 1.0),)),
+    Scenario("coordinator-kill", "the coordinator is killed", (Fault("coordinator_kill", 0.4, 0.5, bad=False),)),
+    Scenario("partition", "one node's link is down for 10 s", (Fault("link_down", 0.4, 0.4 + 10 * 24 / 2000),)),
+    Scenario(
+        "sessions-hot", "sticky sessions, one node slows to a tenth", (Fault("hog", 0.3, 0.8, 8),), sessions=100,
+    ),
+    Scenario("hog-periodic", "the hog is there 20 s of every 60", _PERIOD, requests=4320),
+    Scenario("forecaster-kill", "one node's forecaster is killed", (Fault("forecaster_kill", 0.4, 0.5, bad=False),)),
+    Scenario("slow-node", "one node at 40 % of the others' quota", (Fault("quota", -1.0, 1.1, 0.4 * QUOTA),)),
+    Scenario(
+        "memory-leak", "one node's memory fills up to its limit", (Fault("leak", 0.2, 0.85, 1.1),),
+        memory_limit_bytes=1 << 30,
+    ),
+    Scenario(
+        "slow-link", "one node's link cut to 1 MB/s, requests of 200 kB", (Fault("slow_link", 0.3, 0.75, 1e6),),
+        payload_bytes=200_000, cpu_s=0.005,
+    ),
+    Scenario("rolling-update", "a new version rolls over all replicas", (Fault("rolling", 0.15, 1.0, bad=False),)),
+    Scenario("overload", "1.3 times what the nodes can do", rate_per_s=75, requests=3000, slo_s=2.0),
+    Scenario("trace", "arrivals of the Azure code trace, Mooncake's lengths; hog", (Fault("hog", 0.3, 0.75, 8),),
+             rate_per_s=12, trace=True),
+    Scenario("gateway-kill", "one of two gateways is killed, over HTTP", (Fault("gateway_kill", 0.4, 0.5, bad=False),),
+             kind="http", rate_per_s=18),
+)  # fmt: skip
+SCENARIOS: Mapping[str, Scenario] = {scenario.name: scenario for scenario in _ALL}
+
+
+def find_scenarios(names: str) -> list[Scenario]:
+    """Scenarios by comma separated names, or "all". Raises LabError that lists what there is."""
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    if wanted == ["all"]:
+        return list(_ALL)
+    for name in wanted:
+        if name not in SCENARIOS:
+            raise LabError(f"--scenario {name!r}: unknown; known are all, soak, {', '.join(SCENARIOS)}")
+    if not wanted:
+        raise LabError("--scenario is empty: name one, several with commas, or all")
+    return [SCENARIOS[name] for name in dict.fromkeys(wanted)]
+
+
+def requests(scenario: Scenario, seed: int) -> list[Request]:
+    """The requests of one seed, in order, from `-warm_up_s` on: the same for every arm."""
+    rng = random.Random(f"{scenario.name} {seed}")
+    made = []
+    for at_s in _arrivals(scenario, rng):
+        cpu_s = scenario.cpu_s * rng.uniform(0.7, 1.3)
+        items = 0
+        if scenario.kind == "stream":
+            low_s, high_s = scenario.stream_s
+            items = max(round(low_s * (high_s / low_s) ** rng.random() / scenario.item_gap_s), 2)
+            cpu_s = scenario.cpu_s
+        session = f"session-{seed}-{rng.randrange(scenario.sessions)}" if scenario.sessions else ""
+        made.append(Request(at_s, rng.randrange(1 << 30), cpu_s, items, session))
+    if scenario.trace:
+        made = _with_lengths(made, scenario.cpu_s, rng)
+    return made
+
+
+def _arrivals(scenario: Scenario, rng: random.Random) -> Iterator[float]:
+    if scenario.trace:
+        rows = load_trace(trace_file("AzureLLMInferenceTrace_code.csv.gz"), rng)
+        mean_rate = len(rows) / rows[-1].at_s
+        faster = scenario.rate_per_s / mean_rate
+        span_s = (scenario.length_s + scenario.warm_up_s) * faster
+        first_s = rng.uniform(0.0, rows[-1].at_s - span_s)
+        for row in rows:
+            if first_s <= row.at_s < first_s + span_s:
+                yield (row.at_s - first_s) / faster - scenario.warm_up_s
+        return
+    at_s = -scenario.warm_up_s
+    while (at_s := at_s + rng.expovariate(scenario.rate_per_s)) < scenario.length_s:
+        yield at_s
+
+
+def _with_lengths(made: list[Request], mean_cpu_s: float, rng: random.Random) -> list[Request]:
+    """Work in proportion to the Mooncake requests' lengths, at most four times the mean."""
+    rows = load_trace(trace_file("conversation_trace.jsonl.gz"), rng)
+    works = [row.work_s() for row in islice(rows, rng.randrange(len(rows) // 2), None)]
+    mean_s = sum(works) / len(works)
+    return [replace(r, cpu_s=mean_cpu_s * min(works[i % len(works)] / mean_s, 4.0)) for i, r in enumerate(made)]
+
+
+def trace_file(name: str) -> Path:
+    """A public trace. Raises LabError that says where it was looked for."""
+    data = os.environ.get("SHADECAST_DATA") or str(Path(__file__).resolve().parents[2] / ".." / "shared" / "data")
+    path = Path(data) / "traces" / name
+    if not path.exists():
+        raise LabError(f"scenario trace: {path.name} is not in {path.parent}: set SHADECAST_DATA to the data's folder")
+    return path
