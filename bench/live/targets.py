@@ -1,0 +1,91 @@
+"""The live rows of the design's numbers to reach, as checks over measured values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+Found = Mapping[str, Mapping[str, Sequence[float]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One target and what was measured."""
+
+    text: str
+    measured: str
+    met: bool
+
+    def line(self) -> str:
+        """For the terminal."""
+        return f"{'met   ' if self.met else 'missed'} {self.text}: {self.measured}"
+
+
+def _mean(found: Found, arm: str, metric: str) -> float:
+    return float(np.mean(found[arm].get(metric, (0.0,))))
+
+
+def _ratio(found: Found, metric: str, against: str, limit: float, arm: str = "shadecast") -> Iterator[Check]:
+    """Ratio of geometric means, so that one bad seed does not decide alone."""
+    if arm in found and against in found:
+        ours, theirs = (np.log(np.maximum(found[a].get(metric, (np.nan,)), 1e-9)).mean() for a in (arm, against))
+        value = float(np.exp(ours - theirs))
+        yield Check(f"{metric} <= {limit:g} x {against}", f"{value:.3f} x", value <= limit)
+
+
+def _at_most(found: Found, metric: str, limit: float, what: str) -> Iterator[Check]:
+    if "shadecast" in found:
+        value = _mean(found, "shadecast", metric)
+        yield Check(f"{what} <= {limit:g}", f"{value:.4g}", value <= limit)
+
+
+def checks(scenario: str, found: Found, without: Found) -> list[Check]:
+    """Checks of one scenario; those whose arms were not run are left out. `without` is newcomer-none."""
+    if "shadecast" not in found:
+        return []
+    match scenario:
+        case "hog":
+            made = [*_ratio(found, "p99_s", "oracle", 1.25), *_ratio(found, "p999_s", "oracle", 1.5)]
+            return [*made, *_ratio(found, "p999_s", "default", 0.05)]
+        case "calm":
+            made = [*_ratio(found, "p50_s", "default", 1.03), *_ratio(found, "p99_s", "default", 1.03)]
+            if "default" in found:
+                value = _mean(found, "shadecast", "goodput_per_s") / _mean(found, "default", "goodput_per_s")
+                made.append(Check("goodput >= 0.98 x default", f"{value:.3f} x", value >= 0.98))
+            return made
+        case "newcomer-slow" | "newcomer-failing" | "newcomer-wrong":
+            made = [*_at_most(found, "error_fraction", 0.001, "errors seen, as a fraction")]
+            if "shadecast" in without:
+                joined = {"shadecast": found["shadecast"], "without it": without["shadecast"]}
+                made += _ratio(joined, "p99_s", "without it", 1.05)
+            return made
+        case "node-kill":
+            made = [*_at_most(found, "errors", 0.0, "failed requests")]
+            if "oracle" in found:
+                made += _ratio(found, "p99_3s_after_fault_s", "oracle", 1.25)
+            return made
+        case "coordinator-kill" | "partition" | "forecaster-kill" | "gateway-kill":
+            return [*_at_most(found, "errors", 0.0, "failed requests"), *_ratio(found, "p99_s", "oracle", 1.1)]
+        case "sessions-hot":
+            stay = _mean(found, "shadecast", "session_stay_fraction_well")
+            return [
+                Check("requests that stay on their node outside drains >= 0.99", f"{stay:.4f}", stay >= 0.99),
+                *_ratio(found, "p99_s", "consistent_hash", 0.2),
+            ]
+        case "streams" | "hog-periodic":
+            return [*_ratio(found, "slo_miss_fraction", "default", 0.25), *_gain(found)]
+        case _:
+            return []
+
+
+def _gain(found: Found) -> Iterator[Check]:
+    """The forecast's own part: paired by seed, as a difference with its interval. Shown, not required."""
+    if "live_capacity" in found:
+        ours, live = (np.asarray(found[a]["slo_miss_fraction"]) for a in ("shadecast", "live_capacity"))
+        if len(ours) == len(live) > 1:
+            gaps = 100.0 * (live - ours)
+            half = 1.96 * float(gaps.std(ddof=1)) / len(gaps) ** 0.5
+            text = f"{float(gaps.mean()):.2f} ± {half:.2f} points of SLO misses"
+            yield Check("the forecast's own gain over live capacity is shown with its interval", text, True)
