@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from actors.serving_load import ServingLoad
 from shadecast.balancer import Balancer, Command, TickInput, TickOutput
 from shadecast.config import Config
 from shadecast.errors import ConfigError
@@ -71,6 +72,7 @@ class Coordinator:
         self._started_s = now_s()
         self._deployments: dict[str, _Deployment] = {}
         self._nodes: dict[str, tuple[float, NodeReport]] = {}
+        self._serving = ServingLoad()
         self._transitions: deque[tuple[float, Transition]] = deque(maxlen=1000)
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -84,6 +86,7 @@ class Coordinator:
         if known is None or known.settings != settings:
             known = self._configure(report.deployment, settings, known, now_s)
         known.heard_s = now_s
+        self._serving.take(report, now_s)
         known.seen[report.router_id] = (now_s, report.level)
         known.mirrored += report.mirrored
         known.mirror_dropped += report.mirror_dropped
@@ -97,12 +100,14 @@ class Coordinator:
         known.routers.append(report)
         return not known.restored and known.output is None
 
-    async def report_node(self, report: NodeReport) -> None:
-        """Take a node's telemetry and forecast."""
+    async def report_node(self, report: NodeReport) -> tuple[float, float]:
+        """Take a node's telemetry and forecast; what Serve has there: (requests in flight, arrivals per second)."""
         self._wake()
-        self._nodes[report.node_id] = (self._now_s(), report)
+        now_s = self._now_s()
+        self._nodes[report.node_id] = (now_s, report)
         for known in self._deployments.values():
             known.nodes.append(report)
+        return self._serving.on(report.node_id, now_s)
 
     async def wait_table(self, deployment: str, seen: tuple[int, int], timeout_s: float) -> RoutingTable | None:
         """The deployment's table once it is newer than `seen` (epoch, version); None after `timeout_s`."""

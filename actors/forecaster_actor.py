@@ -13,7 +13,7 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -77,8 +77,9 @@ class ForecasterSettings:
 class CoordinatorLink:
     """Sends reports without ever waiting; finds the coordinator again by name when it is gone."""
 
-    def __init__(self, handle: Any = None) -> None:
-        self._handle = handle
+    def __init__(self, handle: Any, on_answer: Callable[[float, float], None]) -> None:
+        """`on_answer` gets what the coordinator answers: requests in flight on the node, arrivals per second."""
+        self._handle, self._on_answer = handle, on_answer
         self._pending: list[Any] = []
 
     def send(self, report: NodeReport) -> None:
@@ -94,7 +95,7 @@ class CoordinatorLink:
             done, self._pending = ray.wait(self._pending, num_returns=len(self._pending), timeout=0)
             for ref in done:
                 try:
-                    ray.get(ref)
+                    self._on_answer(*ray.get(ref))
                 except ray.exceptions.RayActorError:
                     self._handle = None
         return self._handle is not None and len(self._pending) < MAX_PENDING
@@ -124,7 +125,7 @@ class ForecasterActor:
         torch.set_num_threads(1)
         self._settings = ForecasterSettings.from_mapping(settings)
         self._registry = Registry(self._settings.registry or str(SHIPPED))
-        self._link = CoordinatorLink(coordinator)
+        self._link = CoordinatorLink(coordinator, self._note_serving)
         self._rows: queue.SimpleQueue[tuple[dict[str, Any], float]] = queue.SimpleQueue()
         self._log = self._open_log(node_id) if self._settings.telemetry_log else None
         self._forecaster = NodeForecaster(
@@ -167,10 +168,6 @@ class ForecasterActor:
         """Tell of a load that is known to come to this node."""
         self._forecaster.announce(starts_in_s, lasts_s, strength)
 
-    def note_serving(self, in_flight: float, arrivals_per_s: float) -> None:
-        """What Serve has on this node just now; logged with the telemetry."""
-        self._forecaster.note_serving(in_flight, arrivals_per_s)
-
     def stop(self) -> None:
         """Stop sampling and write what is left of the log."""
         self._stop.set()
@@ -179,6 +176,9 @@ class ForecasterActor:
         self._write_rows()
         if self._log is not None:
             self._log.flush(time.time())
+
+    def _note_serving(self, in_flight: float, arrivals_per_s: float) -> None:
+        self._forecaster.note_serving(in_flight, arrivals_per_s)
 
     def _open_log(self, node_id: str) -> Any:
         from actors.telemetry_log import LogLimits, TelemetryLog  # noqa: PLC0415
@@ -203,8 +203,12 @@ class ForecasterActor:
         """Load what is newly promoted; a version that is refused leaves the one in use where it is."""
         for role in ("champion", "challenger"):
             try:
-                wanted = self._registry.champion() if role == "champion" else self._settings.challenger
-                if not wanted or wanted == self._loaded[role]:
+                wanted = self._wanted(role)
+                if wanted == self._loaded[role]:
+                    continue
+                if not wanted:
+                    self._forecaster.drop_challenger()
+                    self._loaded[role] = ""
                     continue
                 self._forecaster.use(self._registry.load(wanted), challenger=role == "challenger")
             except ShadecastError as error:
@@ -213,6 +217,11 @@ class ForecasterActor:
                 self._problem = str(error)
                 continue
             self._loaded[role], self._problem = wanted, ""
+
+    def _wanted(self, role: str) -> str:
+        if role == "champion":
+            return self._registry.champion()
+        return self._settings.challenger or self._registry.challenger()
 
     def _write_rows(self) -> None:
         while self._log is not None and not self._rows.empty():

@@ -84,6 +84,11 @@ class NodeForecaster:
             else:
                 self._champion.swap(model)
 
+    def drop_challenger(self) -> None:
+        """Score the champion alone from now on."""
+        with self._lock:
+            self._challenger = None
+
     def versions(self) -> dict[str, Any]:
         """Versions in use with their live skill per target, for status pages and tests."""
         with self._lock:

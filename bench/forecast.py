@@ -26,6 +26,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from bench.forecast_cost import measure_cost
+from bench.forecast_page import compact, page
 from models.forecaster import Model
 from models.grid import N_HORIZONS, N_TARGETS, Array
 from models.lstm import ForecastNet, LstmConfig
@@ -36,9 +38,12 @@ from shadecast.types import QUANTILES
 from train.backtest import backtest, mean_of
 from train.dataset import data_hash, pieces, split_machines, split_recordings
 from train.evaluate import Instants, instants, judge, prior_skill, scaled_baselines
+from train.job import WARM_LEARNING_RATE
 from train.loop import TrainConfig, fit
+from train.plots import bands_png
 
 OWN = SHIPPED.parent / "data"
+DOCS = Path(__file__).resolve().parent.parent / "docs/benchmarks/forecast"
 
 
 def boosted(train: Sequence[Series]) -> Callable[[Instants, int, int], Array]:
@@ -68,19 +73,62 @@ def boosted(train: Sequence[Series]) -> Callable[[Instants, int, int], Array]:
     return predict
 
 
-def train_model(train: Sequence[Series], config: TrainConfig, made_up: int) -> Model:
-    """A fresh LSTM on the training machines and made-up series; the gate's prior comes from recordings left out."""
+def train_model(train: Sequence[Series], config: TrainConfig, made_up: int, start: Model | None) -> Model:
+    """An LSTM trained on the training machines and made-up series, from the weights of `start` or from nothing.
+
+    The gate's prior comes from recordings left out.
+    """
     fitted, check = split_recordings(train, 0.12, config.seed)
     data = pieces(fitted, made_up, config.piece, config.seed)
     config = config.for_pieces(len(data))
     torch.manual_seed(config.seed)
-    net = ForecastNet(LstmConfig())
-    with Progress() as bar:
+    net = ForecastNet(start.net.config if start else LstmConfig())
+    if start is not None:
+        net.load_state_dict(start.net.state_dict())
+    with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task(f"training on {len(data)} pieces", total=config.epochs)
         fit(net, data, config, None, lambda _: bar.advance(task))
     ridge, residuals = scaled_baselines(fitted)
     model = Model("bench", net.eval(), ridge, residuals, np.full((N_TARGETS, N_HORIZONS), np.nan, np.float32))
     return replace(model, prior_skill=prior_skill(judge(model, check)))
+
+
+def models_of(
+    arguments: argparse.Namespace, train: Sequence[Series], held: Sequence[Series]
+) -> tuple[dict[str, Model], TrainConfig | None]:
+    """The models to judge by name, and how `lstm` was trained, None where it is the shipped one.
+
+    Training goes on from the shipped weights, unless these were trained on one of the machines to be judged.
+    """
+    registry = Registry(arguments.registry)
+    if arguments.champion:
+        return {"lstm": registry.load(registry.champion())}, None
+    start = None
+    if arguments.start == "champion":
+        start = registry.load(registry.champion())
+        seen = set(registry.card(start.version).get("trained_on", [])) & {f"{s.source}/{s.machine}" for s in held}
+        if seen:
+            print(f"{start.version} was trained on {', '.join(sorted(seen))}: starting from nothing", file=sys.stderr)
+            start = None
+    config = TrainConfig(
+        epochs=arguments.epochs,
+        learning_rate=WARM_LEARNING_RATE if start else TrainConfig().learning_rate,
+        seed=arguments.seed,
+    )
+    trained = train_model(train, config, arguments.made_up, start)
+    return {"lstm": trained} | ({"shipped": start} if start else {}), config
+
+
+def draw(folder: Path, model: Model, held: Sequence[Series]) -> list[Path]:
+    """One picture of forecast bands per source."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = []
+    for source in sorted({s.source for s in held}):
+        picture = bands_png(model, [s for s in held if s.source == source])
+        if picture is not None:
+            made.append(folder / f"forecast-{source}.png")
+            made[-1].write_bytes(picture)
+    return made
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -92,16 +140,17 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     else:
         split = split_machines(series, arguments.hold_out, arguments.seed)
         train, held = split.train, split.held
-    config = TrainConfig(epochs=arguments.epochs, seed=arguments.seed)
-    shipped = Registry(arguments.registry)
-    model = shipped.load(shipped.champion()) if arguments.champion else train_model(train, config, arguments.made_up)
+    models, config = models_of(arguments, train, held)
     trained_s = time.time() - started_s
-    rows = backtest(train, held, {"lstm": model}, boosted if arguments.boosting else None)
+    rows = backtest(train, held, models, boosted if arguments.boosting else None)
+    if arguments.plots:
+        draw(arguments.plots, models["lstm"], held)
     return {
         "schema": 1,
-        "model_version": model.version,
+        "model_version": models["lstm"].version,
         "champion": arguments.champion,
-        "train": asdict(config) if not arguments.champion else None,
+        "train": asdict(config) if config else None,
+        "command": "python -m bench.forecast " + " ".join(arguments.shown),
         "seed": arguments.seed,
         "data_sha256": data_hash(series),
         "trained_machines": sorted({f"{s.source}/{s.machine}" for s in train}),
@@ -154,22 +203,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--judge", type=Path, nargs="+", help="judge on all of these instead of held-out machines")
     parser.add_argument("--champion", action="store_true", help="judge the shipped model, train nothing but baselines")
     parser.add_argument("--registry", default=str(SHIPPED), help="where the champion lives")
-    parser.add_argument("--json", type=Path, required=True, help="result file")
+    parser.add_argument("--start", choices=("champion", "nothing"), default="champion", help="weights to train on from")
+    parser.add_argument("--json", type=Path, help=f"result file; without it {DOCS}.json, .md and plots are written")
+    parser.add_argument("--markdown", type=Path, help="also a page with tables and plots")
     parser.add_argument("--plots", type=Path, help="folder for plots of forecast bands")
+    parser.add_argument("--cost", action="store_true", help="measure what a node's forecaster costs instead, on Ray")
+    parser.add_argument("--seconds", type=float, default=60.0, help="how long --cost measures")
     parser.add_argument("--epochs", type=int, default=TrainConfig().epochs)
-    parser.add_argument("--made-up", type=int, default=200, help="made-up series beside the recorded ones")
+    parser.add_argument("--made-up", type=int, default=0, help="made-up series beside the recorded ones")
     parser.add_argument("--hold-out", type=float, default=0.3, help="fraction of machines to judge on")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--boosting", action="store_true", help="also quantile gradient boosting at 5 and 10 s (slow)")
     arguments = parser.parse_args(argv)
+    arguments.shown = sys.argv[1:] if argv is None else list(argv)
     arguments.telemetry = arguments.telemetry or default_folders()
+    if arguments.json is None:
+        arguments.json = DOCS.with_name("forecast-cost.json") if arguments.cost else DOCS.with_suffix(".json")
+        arguments.markdown = None if arguments.cost else arguments.markdown or DOCS.with_suffix(".md")
+    if arguments.markdown:
+        arguments.plots = arguments.plots or arguments.markdown.parent
     try:
-        document = run(arguments)
+        document = measure_cost(arguments.seconds, arguments.registry) if arguments.cost else run(arguments)
     except ShadecastError as error:
         print(f"bench.forecast: {error}", file=sys.stderr)
         return 2
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+    arguments.json.write_text(compact(document))
+    if arguments.cost:
+        print(json.dumps(document, indent=1))
+        return 0
+    if arguments.markdown:
+        pictures = sorted(arguments.plots.glob("forecast-*.png"))
+        arguments.markdown.write_text(page(document, [p.name for p in pictures]))
     show(document, Console())
     return 0
 

@@ -16,6 +16,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from models.grid import LONGEST, N_TARGETS, STEPS, Array
+from models.running import HALF_LIFE, Running
 from shadecast.types import QUANTILES
 
 LAGS = 60
@@ -92,8 +93,13 @@ class Baselines:
     _lags: Array = field(init=False)
     _ewma: Array = field(init=False)
     _seen: NDArray[np.bool_] = field(init=False)
+    _issued: Array = field(init=False)
+    _error: Running = field(init=False)
 
     def __post_init__(self) -> None:
+        shape = (self.series, N_TARGETS, len(NAMES), len(STEPS))
+        self._issued = np.full((LONGEST, *shape), np.nan, np.float32)
+        self._error = Running(shape, HALF_LIFE)
         self._lags = np.zeros((self.series, N_TARGETS, LAGS), np.float32)
         self._ewma = np.zeros((self.series, N_TARGETS), np.float32)
         self._seen = np.zeros((self.series, N_TARGETS), np.bool_)
@@ -112,7 +118,21 @@ class Baselines:
         flat = [now, self._ewma, self._lags[..., -10:].mean(axis=-1)]
         rows = [np.repeat(x[..., None], len(STEPS), axis=-1) for x in flat]
         rows.append(np.stack([r.predict(self._lags[:, t]) for t, r in enumerate(self.ridge)], axis=1))
-        return np.stack(rows, axis=2).astype(np.float32)
+        points = np.stack(rows, axis=2).astype(np.float32)
+        due = np.stack([self._issued[h - 1][..., i] for i, h in enumerate(STEPS)], axis=-1)
+        error = np.abs(values[:, :, None, None] - due)
+        self._error.add(error, np.isfinite(error))
+        self._issued = np.concatenate([points[None], self._issued[:-1]])
+        return points
+
+    def usual_error(self, scale: Array) -> Array:
+        """What each baseline is usually off by on this node, [series, target, baseline, horizon].
+
+        `scale` [series, target, horizon], the node's usual change, stands in until the first forecast is judged and
+        bounds it from below: a thousandth of it is no error but luck.
+        """
+        scale = scale[:, :, None]
+        return np.where(self._error.mass > 0, np.maximum(self._error.mean(), 1e-3 * scale), scale).astype(np.float32)
 
 
 def residual_quantiles(truth: Array, predicted: Array) -> Array:

@@ -83,7 +83,8 @@ class SkillGate:
 
     `skill = 1 - L_model / min L_baseline` with losses averaged over a half-life of 120 samples and started from the
     backtest (`prior`, mass of one half-life), gate = clip(skill / 0.15, 0, 1). It closes after 10 samples in a row
-    below 0 and opens after 60 in a row above 0.05. Without a backtest it starts closed.
+    below 0 and opens after 60 in a row above 0.05. It starts open where the
+    backtest was won, without a backtest closed.
     """
 
     shape: tuple[int, ...]
@@ -92,6 +93,7 @@ class SkillGate:
     mass: Array = field(init=False)
     is_open: Array = field(init=False)
     below: Array = field(init=False)
+    _skill: Array = field(init=False)
     above: Array = field(init=False)
 
     def __post_init__(self) -> None:
@@ -101,8 +103,9 @@ class SkillGate:
         self.is_open = np.zeros((series, target, horizon), np.bool_)
         self.below = np.zeros((series, target, horizon), np.int32)
         self.above = np.zeros((series, target, horizon), np.int32)
+        self._skill = self._blend()
         if self.prior is not None:
-            self.is_open[:] = self.prior > OPEN_SKILL
+            self.is_open[:] = self.prior > 0
 
     def learn(self, losses: Array) -> None:
         """Take the losses [series, target, expert, horizon] that became known; NaN teaches nothing."""
@@ -111,13 +114,16 @@ class SkillGate:
         each = np.asarray(known)[:, :, None]
         self.loss = np.where(each, keep * self.loss + (1 - keep) * np.where(each, losses, 0.0), self.loss)
         self.mass = np.where(each, keep * self.mass + (1 - keep), self.mass)
-        skill = self.skill()
+        skill = self._skill = self._blend()
         self.below = np.where(known, np.where(skill < 0, self.below + 1, 0), self.below)
         self.above = np.where(known, np.where(skill > OPEN_SKILL, self.above + 1, 0), self.above)
         self.is_open = np.asarray(self.is_open & (self.below < CLOSE_AFTER) | (self.above >= OPEN_AFTER))
 
     def skill(self) -> Array:
         """Skill [series, target, horizon]; the backtest's share fades as live evidence grows."""
+        return self._skill
+
+    def _blend(self) -> Array:
         best = self.loss[:, :, 1:].min(axis=2)
         live = 1.0 - self.loss[:, :, 0] / np.maximum(best, np.float32(1e-12))
         mass = self.mass[:, :, 0]
@@ -128,7 +134,7 @@ class SkillGate:
 
     def gate(self) -> Array:
         """Trust in [0, 1] per [series, target, horizon]."""
-        return np.where(self.is_open, np.clip(self.skill() / FULL_SKILL, 0.0, 1.0), 0.0).astype(np.float32)
+        return np.where(self.is_open, np.clip(self._skill / FULL_SKILL, 0.0, 1.0), 0.0).astype(np.float32)
 
     def best_baseline(self) -> Array:
         """Index (from 1) of the baseline with the least recent loss, per [series, target, horizon]."""

@@ -12,10 +12,11 @@ import torch
 
 from models.baselines import NAMES, Baselines, Ridge
 from models.calibration import AlarmRecord, QuantileCorrection, Ring, SkillGate, pinball
-from models.features import Features, Running
+from models.features import Features
 from models.first_passage import first_passage
 from models.grid import N_HEADS, N_HORIZONS, N_TARGETS, TARGETS, Array
 from models.lstm import ForecastNet, State
+from models.running import Running
 from shadecast.types import HORIZONS_S, QUANTILES, Forecast
 
 MIN_SAMPLES = 10
@@ -29,7 +30,8 @@ _CPU, _MEMORY = 0, 1
 @dataclass(frozen=True, slots=True)
 class Model:
     """A version's tensors. `ridge` one per target; `residuals` [target, baseline, horizon, quantile] in multiples of
-    the node's scale; `prior_skill` [target, horizon] from the backtest, NaN where there was none.
+    what the baseline is usually off by on the node; `prior_skill` [target, horizon] from the backtest, NaN where there
+    was none.
     """
 
     version: str
@@ -44,8 +46,8 @@ class Model:
 class Prediction:
     """One step's forecasts for all series, in the unit of the values fed.
 
-    `quantiles` [series, target, horizon, quantile] of the model, corrected; `gated` the same, blended with the best
-    baseline by the gate; `skill` and `gate` [series, target, horizon]; `slow_probability` [series];
+    `quantiles` [series, target, horizon, quantile] of the model, corrected; `gated` the same where the gate is open,
+    the best baseline's where it is closed; `skill` and `gate` [series, target, horizon]; `slow_probability` [series];
     `ready` [series, target] whether the value is known now and enough came before.
     """
 
@@ -116,17 +118,18 @@ class OnlineForecaster:
         step = self._features.step(values, announced)
         targets = np.asarray(values, np.float32)[:, :N_TARGETS]
         self._judge(targets)
-        model, slow = self._run(step.inputs, step.anchors, step.scale)
+        model, slow = self._run(step.inputs, step.anchors, step.spread)
         points = self.points = self._baselines.step(targets)
-        spread = step.scale[:, :, None, :]
-        simple = points[..., None] + self.model.residuals * spread[..., None]
+        usual = self._baselines.usual_error(step.scale)
+        simple = points[..., None] + self.model.residuals * usual[..., None]
         experts = np.concatenate([model[:, :, None], simple], axis=2)
-        experts = self._bounded(self._correction.apply(experts, np.broadcast_to(spread, experts.shape[:-1])))
+        units = np.concatenate([step.spread[:, :, None, :N_HORIZONS], usual], axis=2)
+        experts = self._bounded(self._correction.apply(experts, units))
         self.experts = experts
         self._issued.push(np.where(step.ready[:, :, None, None, None], experts, np.nan))
         gate, skill = self._gate.gate(), self._gate.skill()
         best = np.take_along_axis(experts, self._gate.best_baseline()[:, :, None, :, None], axis=2)[:, :, 0]
-        gated = gate[..., None] * experts[:, :, 0] + (1 - gate[..., None]) * best
+        gated = np.where(self._gate.is_open[..., None], experts[:, :, 0], best)
         self._samples += step.ready
         slow = np.maximum(slow, self._memory_risk(targets[:, _MEMORY], step.scale[:, _MEMORY, 0]))
         self._alarms.step(slow > 0.5, targets[:, _CPU] > 1 - SLOW_SPEED)
@@ -148,12 +151,12 @@ class OnlineForecaster:
         self._correction.learn(due, truth)
         self._gate.learn(pinball(due, truth))
 
-    def _run(self, inputs: Array, anchors: Array, scale: Array) -> tuple[Array, Array]:
+    def _run(self, inputs: Array, anchors: Array, spread: Array) -> tuple[Array, Array]:
         def rows(x: Array) -> torch.Tensor:
             return torch.from_numpy(np.ascontiguousarray(x, np.float32)).flatten(0, 1).unsqueeze(1)
 
         with torch.inference_mode():
-            heads, self._state = self.model.net(rows(inputs), rows(anchors), rows(scale), self._state)
+            heads, self._state = self.model.net(rows(inputs), rows(anchors), rows(spread), self._state)
             quantiles = heads.quantiles[:, 0].reshape(self.series, N_TARGETS, N_HEADS, -1).numpy()
             slow = torch.sigmoid(heads.slow_logit[:, 0]).reshape(self.series, N_TARGETS).numpy()
         return quantiles[:, :, :N_HORIZONS], slow[:, _CPU]

@@ -1,8 +1,8 @@
 """The forecaster: one LSTM shared by all nodes and targets, with residual quantile heads.
 
 A head does not predict a value but a correction: its median is a convex mix of anchors (last value, short and long
-mean, the node's own ridge) plus a multiple of the node's own usual change over that horizon. An untrained or puzzled
-net is therefore close to the last value, whatever the node's level and units.
+mean, the node's own ridge) plus a multiple of what the best of them is usually off by on this node. An untrained or
+puzzled net is therefore close to the last value, whatever the node's level and units.
 
 Heads, in order: one for each of `HORIZONS_S`, then the mean and the greatest value (least headroom) over the window.
 """
@@ -77,11 +77,11 @@ class ForecastNet(nn.Module):
             mix[:, 0] = 2.0
 
     def forward(
-        self, inputs: Tensor, anchors: Tensor, scale: Tensor, state: State | None = None
+        self, inputs: Tensor, anchors: Tensor, spread: Tensor, state: State | None = None
     ) -> tuple[Heads, State]:
         """Whole windows or single steps alike.
 
-        inputs [batch, time, feature]; anchors [batch, time, head, anchor]; scale [batch, time, horizon].
+        inputs [batch, time, feature]; anchors [batch, time, head, anchor]; spread [batch, time, head].
         Returns heads with leading [batch, time] and the state after the last step.
         """
         hidden, state = self.lstm(inputs, state)
@@ -92,7 +92,6 @@ class ForecastNet(nn.Module):
         mix = torch.softmax(table[..., : self.config.anchors], dim=-1)
         base = (mix * anchors).sum(-1)
         low, middle, high = table[..., self.config.anchors :].unbind(-1)
-        spread = torch.cat([scale, scale[..., -1:], scale[..., -1:]], dim=-1)
         median = base + spread * middle
         quantiles = torch.stack(
             [

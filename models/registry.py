@@ -3,7 +3,7 @@
     <root>/<version>/weights.safetensors   tensors only, nothing is unpickled
     <root>/<version>/card.json             what it is, what it was trained on, how it did
     <root>/<version>/backtest.png          optional
-    <root>/champion.json                   {"version": ..., "history": [...]}, replaced atomically
+    <root>/champion.json                   {"version": ..., "history": [...], "challenger": ...}, replaced atomically
 
 A version is complete when its card is there: the card is written last. Nothing is ever loaded that does not agree with
 its card (checksum, schema, shapes); whoever asked keeps what it had.
@@ -26,13 +26,15 @@ import safetensors.torch
 import torch
 
 from models.baselines import LAGS, NAMES, Ridge
+from models.features import N_ANCHORS, N_FEATURES
 from models.forecaster import Model
 from models.grid import CHANNELS, N_HORIZONS, N_TARGETS, TARGETS
 from models.lstm import ForecastNet, LstmConfig
 from shadecast.errors import ConfigError, ShadecastError
 from shadecast.types import HORIZONS_S, QUANTILES
 
-CARD_SCHEMA = 1
+CARD_SCHEMA = 2
+"""2: corrections in units of the best anchor's usual error, baselines' residuals in units of their own."""
 MAKE_ONE = "make one with `python -m train`"
 SHIPPED = Path(__file__).parent / "checkpoints"
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -78,6 +80,10 @@ class Registry:
         """Champions before the present one, oldest first."""
         return [str(v) for v in self._pointer().get("history", [])]
 
+    def challenger(self) -> str:
+        """Version that forecasters score in shadow beside the champion; "" where none is chosen."""
+        return str(self._pointer().get("challenger") or "")
+
     def card(self, version: str) -> dict[str, Any]:
         """The version's card; raises RegistryError where it is missing, not JSON, or of another schema."""
         if not _VERSION.fullmatch(version):
@@ -110,7 +116,7 @@ class Registry:
             raise RegistryError(f"{where}: checksum differs from the card's, the file is corrupt; {MAKE_ONE}")
         try:
             tensors = safetensors.torch.load(blob)
-            net = ForecastNet(LstmConfig.from_mapping(card["lstm"]))
+            net = ForecastNet(_fitting(card["lstm"]))
             net.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("net.")})
             model = _assemble(version, net, tensors, card)
         except (safetensors.SafetensorError, RuntimeError, KeyError, ValueError, TypeError) as error:
@@ -154,7 +160,17 @@ class Registry:
         if old == version:
             return
         history = [*pointer.get("history", []), *([old] if old else [])]
-        self._write("champion.json", (json.dumps({"version": version, "history": history}, indent=1) + "\n").encode())
+        waiting = "" if self.challenger() == version else self.challenger()
+        self._point(version, history, waiting)
+
+    def challenge(self, version: str) -> None:
+        """Let forecasters score a version in shadow on live telemetry, after checking that it loads; "" ends that."""
+        champion = self.champion()
+        if version == champion:
+            raise RegistryError(f"version = {version!r}: is the champion already, it needs no trial in shadow")
+        if version:
+            self.load(version)
+        self._point(champion, self.history(), version)
 
     def rollback(self) -> str:
         """Return to the champion before the present one; raises RegistryError where there was none."""
@@ -162,9 +178,12 @@ class Registry:
         if not history:
             raise RegistryError(f"{self.uri}: there was no champion before {self.champion()!r} to go back to")
         self.load(history[-1])
-        pointer = {"version": history[-1], "history": history[:-1]}
-        self._write("champion.json", (json.dumps(pointer, indent=1) + "\n").encode())
+        self._point(history[-1], history[:-1], self.challenger())
         return history[-1]
+
+    def _point(self, version: str, history: list[str], challenger: str) -> None:
+        pointer = {"version": version, "history": history} | ({"challenger": challenger} if challenger else {})
+        self._write("champion.json", (json.dumps(pointer, indent=1) + "\n").encode())
 
     def _pointer(self) -> dict[str, Any]:
         return self._json("champion.json") if self._exists("champion.json") else {}
@@ -195,6 +214,15 @@ class Registry:
         with self._fs.open_output_stream(f"{folder}/.{base}.tmp") as sink:
             sink.write(content)
         self._fs.move(f"{folder}/.{base}.tmp", f"{folder}/{base}")
+
+
+def _fitting(shape: Mapping[str, Any]) -> LstmConfig:
+    """The card's shape; raises ConfigError where its inputs are not what this code's features make."""
+    config = LstmConfig.from_mapping(dict(shape))
+    for name, made in (("features", N_FEATURES), ("anchors", N_ANCHORS)):
+        if getattr(config, name) != made:
+            raise ConfigError(f"lstm.{name} = {getattr(config, name)}: this code makes {made}")
+    return config
 
 
 def _tensors(model: Model) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from models.grid import CHANNELS, Array
 from models.schema import REQUIRED_COLUMNS
@@ -44,7 +45,7 @@ def series_of(frame: pd.DataFrame, source: str) -> Iterator[Series]:
         t_s = rows["t_s"].to_numpy(np.float64)
         if len(t_s) < 2:
             continue
-        period_s = max(1.0, float(np.round(np.median(np.diff(t_s)))))
+        period_s = sampling_period_s(t_s)
         slot = np.round((t_s - t_s[0]) / period_s).astype(np.int64)
         values = channels_of(rows)
         fresh = np.concatenate([[True], np.diff(slot) > 0])
@@ -53,6 +54,12 @@ def series_of(frame: pd.DataFrame, source: str) -> Iterator[Series]:
             grid = np.full((slot[part[-1]] - slot[part[0]] + 1, len(CHANNELS)), np.nan, np.float32)
             grid[slot[part] - slot[part[0]]] = values[part]
             yield Series(source, str(machine), str(recording), period_s, grid)
+
+
+def sampling_period_s(t_s: NDArray[np.float64]) -> float:
+    """Whole seconds, or hundredths where something samples faster than that."""
+    middle_s = float(np.median(np.diff(t_s)))
+    return float(round(middle_s)) if middle_s > 0.75 else max(0.01, round(middle_s, 2))
 
 
 def channels_of(rows: pd.DataFrame) -> Array:

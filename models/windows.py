@@ -17,13 +17,13 @@ class Batch:
     """Series of equal (padded) length.
 
     `inputs` [series, time, target, feature]; `anchors` [series, time, target, head, anchor];
-    `scale` [series, time, target, horizon]; `truth` [series, time, target, head], NaN where unknown;
+    `spread` [series, time, target, head]; `truth` [series, time, target, head], NaN where unknown;
     `values` [series, time, target].
     """
 
     inputs: Array
     anchors: Array
-    scale: Array
+    spread: Array
     truth: Array
     values: Array
 
@@ -56,7 +56,7 @@ def batch_of(values: Sequence[Array], announced: Sequence[Array] | None = None) 
     return Batch(
         inputs=np.stack([s.inputs for s in steps], axis=1),
         anchors=np.stack([s.anchors for s in steps], axis=1),
-        scale=np.stack([s.scale for s in steps], axis=1),
+        spread=np.stack([s.spread for s in steps], axis=1),
         truth=truth_of(targets),
         values=targets,
     )

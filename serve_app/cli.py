@@ -22,7 +22,9 @@ from rich.table import Table
 
 from serve_app.control_plane import (
     ControlPlane,
+    announce,
     find_coordinator,
+    forecaster_states,
     start_control_plane,
     stop_control_plane,
     wait_until_forecasting,
@@ -219,14 +221,14 @@ def _registry(uri: str) -> Any:
 
 @forecaster.command("list")
 def forecaster_list(registry: RegistryOption = "") -> None:
-    """List the versions, oldest first, with the champion marked."""
+    """List the versions, oldest first, with the champion and what runs in shadow."""
     versions = _registry(registry)
-    champion = versions.champion()
+    roles = {versions.challenger(): "in shadow", versions.champion(): "champion"}
     for version in versions.versions():
         card = versions.card(version)
         made = time.strftime("%Y-%m-%d %H:%M", time.gmtime(float(card.get("created_wall_s", 0.0))))
-        mark = "champion" if version == champion else ""
-        console.print(f"{version:<24} {made} UTC  {card.get('rows', '?')} rows  {mark}", highlight=False)
+        role = roles.get(version, "")
+        console.print(f"{version:<24} {made} UTC  {card.get('rows', '?')} rows  {role}", highlight=False)
 
 
 @forecaster.command("show")
@@ -240,6 +242,43 @@ def forecaster_promote(version: Annotated[str, typer.Argument()], registry: Regi
     """Make a version the champion; running forecasters load it within 10 s."""
     _registry(registry).promote(version)
     console.print(f"Champion is now {version}.", highlight=False)
+
+
+@forecaster.command("shadow")
+def forecaster_shadow(
+    version: Annotated[str, typer.Argument(help="A version, or none, which ends the trial.")],
+    registry: RegistryOption = "",
+) -> None:
+    """Score a version on live telemetry beside the champion, without acting on it; see `shadecast forecaster live`."""
+    _registry(registry).challenge("" if version == "none" else version)
+    console.print(f"In shadow: {version}.", highlight=False)
+
+
+@forecaster.command("live")
+def forecaster_live(address: AddressOption = "") -> None:
+    """Show the versions that every node runs and scores in shadow, with their live skill and what was refused."""
+    with _connected(address):
+        states = forecaster_states()
+    for node, state in states.items():
+        for role, one in state["versions"].items():
+            skill = ", ".join(f"{resource} {_number(value)}" for resource, value in one["skill"].items())
+            console.print(f"{node:<18} {role:<11} {one['version']:<24} {skill}", highlight=False)
+        if state["problem"]:
+            console.print(f"{node:<18} refused: {state['problem']}", markup=False, highlight=False)
+
+
+@forecaster.command("announce")
+def forecaster_announce(
+    node: Annotated[str, typer.Argument(help="Node id, as `shadecast status` shows it.")],
+    starts_in_s: Annotated[float, typer.Argument(help="Seconds from now.")],
+    lasts_s: Annotated[float, typer.Argument(help="Seconds.")],
+    strength: Annotated[float, typer.Option(help="Share of the node that it takes.", min=0.0, max=1.0)] = 1.0,
+    address: AddressOption = "",
+) -> None:
+    """Tell a node's forecaster of a load that is known to come: a batch job, a burst, a scheduled pause."""
+    with _connected(address):
+        told = announce(node, starts_in_s, lasts_s, strength)
+    console.print(f"Announced to {told}.", highlight=False)
 
 
 @forecaster.command("rollback")

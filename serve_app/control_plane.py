@@ -16,7 +16,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.coordinator import Coordinator
-from actors.forecaster_actor import ForecasterFleet, ForecasterSettings
+from actors.forecaster_actor import ForecasterFleet, ForecasterSettings, actor_name
 from serve_app.control import COORDINATOR, NAMESPACE, PAGE
 from serve_app.packages import check_packages
 from serve_app.page import Page
@@ -82,6 +82,33 @@ def find_coordinator() -> Any:
         raise ControlPlaneError(
             "no Shadecast control plane on this cluster: start one with `shadecast up`, or `make serve` for a local one"
         ) from error
+
+
+def forecasters() -> dict[str, Any]:
+    """The running forecasters by the beginning of their node's id."""
+    names = [e["name"] for e in ray.util.list_named_actors(all_namespaces=True) if e["namespace"] == NAMESPACE]
+    prefix = actor_name("")
+    return {name.removeprefix(prefix): ray.get_actor(name, NAMESPACE) for name in names if name.startswith(prefix)}
+
+
+def forecaster_states(timeout_s: float = 30.0) -> dict[str, dict[str, Any]]:
+    """What each node's forecaster says of itself: versions with live skill, failures, the last refusal. By node."""
+    found = forecasters()
+    return dict(zip(found, ray.get([a.status.remote() for a in found.values()], timeout=timeout_s), strict=True))
+
+
+def announce(node_id: str, starts_in_s: float, lasts_s: float, strength: float) -> str:
+    """Tell a node's forecaster of a known load. Raises ControlPlaneError without such a node, or on nonsense."""
+    found = {name: actor for name, actor in forecasters().items() if name.startswith(node_id[:16]) and node_id}
+    if len(found) != 1:
+        known = ", ".join(forecasters()) or "none"
+        raise ControlPlaneError(f"node {node_id!r}: fits {len(found)} forecasters; there are {known}")
+    (name,) = found
+    try:
+        ray.get(found[name].announce.remote(starts_in_s, lasts_s, strength), timeout=30)
+    except ray.exceptions.RayTaskError as error:
+        raise ControlPlaneError(str(error.cause)) from None
+    return name
 
 
 def stop_control_plane() -> int:

@@ -8,9 +8,14 @@ training forecasters on a wide synthetic prior: Dooley et al., ForecastPFN, Neur
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
+
 import numpy as np
+import pandas as pd
 
 from models.grid import CHANNELS, STEPS, Array
+from models.schema import COMMON_COLUMNS
 from models.series import Series
 from train.loads import Rng, mixture, periodic, ramps, steps
 
@@ -29,7 +34,8 @@ def noise(rng: Rng, length: int) -> Array:
 
 
 def _cpu(rng: Rng, length: int) -> Array:
-    level = rng.uniform(0.0, 0.4) + rng.uniform(0.05, 1.2) * mixture(rng, length)
+    base = 0.0 if rng.random() < 0.3 else rng.uniform(0.0, 0.4)
+    level = base + rng.uniform(0.05, 1.2) * mixture(rng, length)
     if rng.random() < 0.15:  # a node that is nearly idle
         level = level * rng.uniform(0.01, 0.2)
     if rng.random() < 0.2:  # a node that is nearly always full
@@ -39,8 +45,8 @@ def _cpu(rng: Rng, length: int) -> Array:
     return np.asarray(np.clip(level + amount * depth * noise(rng, length), 0.0, 1.0))
 
 
-def _memory(rng: Rng, length: int, cpu: Array) -> Array:
-    kind = rng.integers(5)
+def _memory(rng: Rng, length: int, cpu: Array, network: Array) -> Array:
+    kind = rng.integers(6)
     base = rng.uniform(0.03, 0.9)
     if kind == 0:
         out = np.full(length, base)
@@ -50,6 +56,12 @@ def _memory(rng: Rng, length: int, cpu: Array) -> Array:
         out = base + rng.uniform(0.001, 0.3) * steps(rng, length)
     elif kind == 3:
         out = base + np.cumsum(rng.standard_t(3, length)) * np.exp(rng.uniform(np.log(1e-5), np.log(3e-3)))
+    elif kind == 4:  # files that are read and written fill the page cache up to a limit
+        speed = np.exp(rng.uniform(np.log(1e-4), np.log(0.02))) / max(float(network.mean()), 1e-9)
+        out = np.minimum(
+            base + np.cumsum(network + network.mean() * steps(rng, length)) * speed, rng.uniform(base, 1.0)
+        )
+        out = out - rng.choice([0.0, 0.1, 0.3]) * base * steps(rng, length)
     else:  # work allocates, a collector frees
         out = base + np.exp(rng.uniform(np.log(1e-4), np.log(0.02))) * (np.cumsum(cpu - cpu.mean()))
     out = out + np.exp(rng.uniform(np.log(1e-6), np.log(2e-3))) * noise(rng, length)
@@ -80,7 +92,8 @@ def made_up(rng: Rng, length: int, name: str) -> tuple[Series, Array]:
             at, lasts = int(rng.integers(0, fine)), int(rng.integers(2, 30))
             events[at : at + lasts] = rng.uniform(0.3, 1.0)
         cpu = np.clip(cpu + events * rng.uniform(0.7, 1.0), 0.0, 1.0)
-    memory, network = _memory(rng, fine, cpu), _network(rng, fine, cpu)
+    network = _network(rng, fine, cpu)
+    memory = _memory(rng, fine, cpu, network)
     switches = np.abs(200 + rng.uniform(500, 8000) * cpu * np.exp(0.2 * noise(rng, fine)))
     load = np.convolve(cpu * rng.uniform(1, 8), np.exp(-np.arange(60) / 20.0) / 20.0)[:fine]
     disk = np.clip(steps(rng, fine) * (rng.random() < 0.5) + 0.02 * noise(rng, fine), 0.0, 1.0)
@@ -98,3 +111,29 @@ def made_up(rng: Rng, length: int, name: str) -> tuple[Series, Array]:
     coarse = events.reshape(length, period).mean(axis=1) if period == 1 else np.zeros(length)
     ahead = np.stack([np.concatenate([coarse[h:], np.zeros(h)]) for h in STEPS], axis=1)
     return Series("made_up", name, "0", float(period), table.astype(np.float32)), ahead.astype(np.float32)
+
+
+def main() -> None:
+    """`python -m train.augment`: made-up telemetry as a file, to try out or time a retraining without a cluster."""
+    parser = argparse.ArgumentParser(prog="python -m train.augment", description=main.__doc__)
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--machines", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, required=True, help="a folder; one file is written into it")
+    arguments = parser.parse_args()
+    length = 600
+    tables = []
+    for i in range(-(-arguments.rows // length)):
+        series, _ = made_up(np.random.default_rng([arguments.seed, 11, i]), length, str(i))
+        cpu, memory, network, switches, load, disk = series.values.T
+        values = (np.arange(length) * 1.0, cpu, memory, network, network, disk, load, switches)
+        names = {"machine": f"made-up-{i % arguments.machines}", "recording": str(i)}
+        tables.append(pd.DataFrame(names | dict(zip(COMMON_COLUMNS[2:], values, strict=True))))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    file = arguments.out / "invented_1s.parquet"
+    pd.concat(tables).to_parquet(file, index=False, compression="zstd")
+    print(f"{len(tables) * length} rows -> {file}")
+
+
+if __name__ == "__main__":
+    main()

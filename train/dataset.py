@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from models.series import Series, TelemetryError
 from train.augment import made_up
-from train.loop import WARM_UP, Pieces, join, pieces_of, units_of
+from train.loop import WARM_UP, Pieces, join, pieces_of, source_weight, units_of
 
 MADE_UP_LENGTH = 480
 
@@ -88,10 +88,13 @@ def made_up_pieces(count: int, length: int, seed: int, first: int = 0) -> list[P
 
 def pieces(series: Sequence[Series], made_up_count: int, length: int, seed: int) -> Pieces:
     """Everything one training run sees; raises TelemetryError where that is nothing."""
-    parts = real_pieces(series, length) + made_up_pieces(made_up_count, length, seed)
+    parts = real_pieces(series, length)
+    if made_up_count:
+        parts.append(join(made_up_pieces(made_up_count, length, seed)))
     if not parts:
         raise TelemetryError("no series of at least 20 samples to train on; record more, or allow made-up series")
-    return join(parts)
+    largest = max(len(p) for p in parts)
+    return join([replace(p, weight=p.weight * np.float32(source_weight(len(p), largest))) for p in parts])
 
 
 def data_hash(series: Sequence[Series]) -> str:

@@ -55,8 +55,12 @@ def groups(series: Sequence[Series], rows: int = 60_000) -> Iterator[list[Series
 
 
 def judge(model: Model, series: Sequence[Series]) -> Judged:
-    """Run the online forecaster over series, recordings side by side."""
+    """Run the online forecaster over series, recordings side by side; no rows where all are too short to judge."""
     parts = [_judge_group(model, group) for group in groups(series) if len(group[-1].values) > LAGS]
+    if not parts:
+        t, h, q, b = N_TARGETS, N_HORIZONS, len(QUANTILES), len(NAMES)
+        shapes = ((t, h), (t, b, h), (t, h, q), (t, h, q), (t, h), (t, 1 + b, h), (2,))
+        return Judged(*(np.zeros((0, *shape), np.float32) for shape in shapes))
     names = ("truth", "points", "quantiles", "gated", "gate", "losses", "alarms")
     return Judged(*(np.concatenate([getattr(p, n) for p in parts]) for n in names))
 
@@ -148,7 +152,7 @@ def scaled_baselines(series: Sequence[Series]) -> tuple[tuple[Ridge, ...], Array
     """Baselines for the gate of a model that any node may run, so free of units.
 
     Ridge is fitted on series divided by their own deviation, without intercept. Residual quantiles
-    [target, baseline, horizon, quantile] are in multiples of each node's scale.
+    [target, baseline, horizon, quantile] are in multiples of what the baseline is usually off by on each node.
     """
     ridge = tuple(
         fit_ridge([s.values[:, t] / max(float(np.nanstd(s.values[:, t])), 1e-9) for s in known], intercept=False)
@@ -162,10 +166,10 @@ def scaled_baselines(series: Sequence[Series]) -> tuple[tuple[Ridge, ...], Array
         for t in range(values.shape[1]):
             step = features.step(values[:, t])
             points = baselines.step(values[:, t, :N_TARGETS])
-            rows.append(np.concatenate([points, step.scale[:, :, None]], axis=2))
-        table = np.stack(rows, axis=1)[:, LAGS - 1 :]
+            rows.append(np.stack([points, baselines.usual_error(step.scale)]))
+        points, usual = np.stack(rows, axis=2)[:, :, LAGS - 1 :]
         truth = truth_of(values[..., :N_TARGETS])[:, LAGS - 1 :, :, None, :N_HORIZONS]
-        ratio = (truth - table[:, :, :, :-1]) / table[:, :, :, -1:]
+        ratio = (truth - points) / usual
         collected.append(ratio.reshape(-1, *ratio.shape[2:]))
     ratios = np.concatenate(collected)
     residuals = np.zeros((N_TARGETS, len(NAMES), N_HORIZONS, len(QUANTILES)), np.float32)

@@ -12,10 +12,11 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ from train.plots import bands_png
 
 OWN_DATA = SHIPPED.parent / "data"
 DEFAULTS = TrainConfig()
+WARM_LEARNING_RATE = 3e-3
+"""Going on from a champion takes smaller steps than starting from nothing."""
 SKILL_MARGIN = 0.005
 """A challenger has to be better by this much: two trainings of the same thing differ by about as much."""
 
@@ -85,9 +88,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=int, default=DEFAULTS.epochs, help="at most; --steps may allow fewer")
     parser.add_argument("--steps", type=int, default=DEFAULTS.steps, help="upper bound on optimiser steps")
     parser.add_argument("--hidden", type=int, default=LstmConfig().hidden)
+    parser.add_argument("--start", choices=("champion", "nothing"), default="champion", help="weights to go on from")
     parser.add_argument("--hold-out", type=float, default=0.25, help="fraction of machines kept for the backtest")
     parser.add_argument("--seed", type=int, default=DEFAULTS.seed)
     parser.add_argument("--workers", type=int, default=1, help="Ray Train workers")
+    parser.add_argument("--address", default=os.environ.get("RAY_ADDRESS", "local"), help="Ray cluster; default: own")
     parser.add_argument("--gpu", action="store_true", help="one GPU per worker")
     parser.add_argument("--local", action="store_true", help="same loop in this process, without Ray")
     parser.add_argument("--storage", type=Path, default=Path(".shadecast/train"), help="checkpoints of running jobs")
@@ -97,17 +102,23 @@ def _parser() -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> str:
     """Do it all; returns the new version. Raises ShadecastError with one line on what is wrong."""
-    config = TrainConfig(epochs=arguments.epochs, steps=arguments.steps, seed=arguments.seed)
     shape = LstmConfig(hidden=arguments.hidden)
     registry = Registry(arguments.registry)
+    champion = _champion(registry)
+    start = champion if champion and arguments.start == "champion" and champion.net.config == shape else None
+    rate = WARM_LEARNING_RATE if start else DEFAULTS.learning_rate
+    config = TrainConfig(epochs=arguments.epochs, steps=arguments.steps, learning_rate=rate, seed=arguments.seed)
+    started_s = time.time()
     series = read_folder(arguments.telemetry)
     split = split_machines(series, arguments.hold_out, arguments.seed)
     rows = sum(len(s.values) for s in series)
     held_names = sorted({f"{s.source}/{s.machine}" for s in split.held})
     print(f"{len(series)} series, {rows} rows; held out: {', '.join(held_names)}", flush=True)
-    started_s = time.time()
+    print(f"starting from {start.version if start else 'nothing'}", flush=True)
     fingerprint = data_hash(series)
-    net = _train(arguments, config, shape, split, fingerprint)
+    read_s = time.time() - started_s
+    net = _train(arguments, config, shape, split, fingerprint, start)
+    trained_s = time.time() - started_s - read_s
     fit_part, _ = split_recordings(split.train, 0.0, config.seed)
     ridge, residuals = scaled_baselines(fit_part)
     version = arguments.version or time.strftime("%Y%m%d-%H%M%S-", time.gmtime(started_s)) + fingerprint[:6]
@@ -115,19 +126,21 @@ def run(arguments: argparse.Namespace) -> str:
     challenger = Model(version, net, ridge, residuals, unknown)
     judged = judge(challenger, split.held)
     challenger = replace(challenger, prior_skill=prior_skill(judged), alarm_precision=alarm_precision(judged))
-    champion = _champion(registry)
     candidates = {"challenger": challenger} | ({"champion": champion} if champion else {})
     table = backtest(split.train, split.held, candidates)
     decision = verdict(table, champion.version if champion else "")
+    seconds = {"read": read_s, "train": trained_s, "judge": time.time() - started_s - read_s - trained_s}
     card = {
         "created_wall_s": round(started_s, 3),
         "data_sha256": fingerprint,
         "rows": rows,
         "machines": len({(s.source, s.machine) for s in series}),
+        "trained_on": sorted({f"{s.source}/{s.machine}" for s in split.train}),
         "held_out": held_names,
+        "started_from": start.version if start else None,
         "made_up": arguments.made_up,
         "train": asdict(config),
-        "train_s": round(time.time() - started_s, 1),
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "code_version": importlib.metadata.version("shadecast"),
         "command": "python -m train " + " ".join(sys.argv[1:]),
         "prior_skill": _plain(challenger.prior_skill),
@@ -140,6 +153,7 @@ def run(arguments: argparse.Namespace) -> str:
     for model in candidates:
         last, over = (mean_of(table, model, f"pinball_skill_{n}") for n in ("last_value", "ridge"))
         print(f"{model}: skill on held-out machines {last:.3f} over last value, {over:.3f} over ridge (5 and 10 s)")
+    print("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
     print(f"{version}: saved in {arguments.registry}; {decision.reason}")
     if arguments.promote == "always" or (arguments.promote == "auto" and decision.promote):
         registry.promote(version)
@@ -147,33 +161,53 @@ def run(arguments: argparse.Namespace) -> str:
     return version
 
 
-def _train(
-    arguments: argparse.Namespace, config: TrainConfig, shape: LstmConfig, split: Split, fingerprint: str
+def _train(  # noqa: PLR0917 - what a run consists of
+    arguments: argparse.Namespace,
+    config: TrainConfig,
+    shape: LstmConfig,
+    split: Split,
+    fingerprint: str,
+    start: Model | None,
 ) -> ForecastNet:
     """Train locally or on Ray, going on where an earlier call with the same arguments was stopped."""
-    rest = [fingerprint, arguments.made_up, arguments.workers, arguments.hold_out]
+    rest = [fingerprint, arguments.made_up, arguments.workers, arguments.hold_out, start.version if start else ""]
+    weights = start.net.state_dict() if start else None
     plan = json.dumps([asdict(config), asdict(shape), *rest])
     name = "run-" + hashlib.sha256(plan.encode()).hexdigest()[:12]
     folder = arguments.storage.absolute() / name
     folder.mkdir(parents=True, exist_ok=True)
-    net = _train_here(arguments, config, shape, split, folder) if arguments.local else None
+    net = _train_here(arguments, config, shape, split, folder, weights) if arguments.local else None
     if net is None:
         from train.ray_job import RayRun, run_on_ray  # noqa: PLC0415 - the local path needs no Ray
 
         machines = sorted({f"{s.source}/{s.machine}" for s in split.train})
-        ray_run = RayRun(name, str(arguments.storage.absolute()), arguments.workers, arguments.gpu, arguments.made_up)
-        net = run_on_ray(arguments.telemetry.absolute(), machines, shape, config, ray_run)
+        where = RayRun(
+            name,
+            str(arguments.storage.absolute()),
+            workers=arguments.workers,
+            use_gpu=arguments.gpu,
+            made_up=arguments.made_up,
+            address=arguments.address,
+        )
+        net = run_on_ray(arguments.telemetry.absolute(), machines, shape, config, where, weights)
     shutil.rmtree(folder, ignore_errors=True)
     return net
 
 
-def _train_here(
-    arguments: argparse.Namespace, config: TrainConfig, shape: LstmConfig, split: Split, folder: Path
+def _train_here(  # noqa: PLR0917 - what a run consists of
+    arguments: argparse.Namespace,
+    config: TrainConfig,
+    shape: LstmConfig,
+    split: Split,
+    folder: Path,
+    start: Mapping[str, Any] | None,
 ) -> ForecastNet:
     data = pieces(split.train, arguments.made_up, config.piece, config.seed)
     config = config.for_pieces(len(data))
     torch.manual_seed(config.seed)
     net = ForecastNet(shape)
+    if start:
+        net.load_state_dict(start)
     saved = folder / "progress.pt"
     done = Progress.load(saved) if saved.exists() else None
     if done:

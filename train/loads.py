@@ -85,6 +85,39 @@ def idle(rng: Rng, length: int) -> Array:
     return np.clip(out + spikes * rng.pareto(2.0, length) * rng.uniform(0.02, 0.3), 0.0, 1.0)
 
 
+def pulses(rng: Rng, length: int) -> Array:
+    """Batches at a steady beat whose sizes differ: streaming jobs, pollers. The beat is certain, the height is not."""
+    period_s, jitter = np.exp(rng.uniform(np.log(2), np.log(30))), rng.choice([0.0, 0.0, 0.02])
+    if rng.random() < 0.6:
+        period_s = float(round(period_s))  # people choose whole seconds
+    count = int(length / period_s) + 3
+    spread, memory = rng.uniform(0.1, 1.2), rng.choice([0.0, 0.5, 0.9])
+    heights = rng.standard_normal(count)
+    for i in range(1, count):
+        heights[i] = memory * heights[i - 1] + np.sqrt(1 - memory**2) * heights[i]
+    heights = np.exp(spread * heights - spread**2 / 2) * rng.uniform(0.05, 0.8)
+    starts = (np.arange(count) + rng.random()) * period_s + jitter * period_s * rng.standard_normal(count)
+    lasts = np.exp(rng.uniform(np.log(0.3), np.log(0.5 * period_s)))
+    t = np.arange(length)[:, None]
+    # share of each second that each batch covers; larger batches last longer
+    ends = starts + lasts * (heights / heights.mean()) ** rng.choice([0.0, 0.5])
+    covered = np.clip(np.minimum(t + 1, ends) - np.maximum(t, starts), 0.0, 1.0)
+    return np.asarray(np.clip((covered * heights).sum(axis=1), 0.0, 1.0))
+
+
+def phases(rng: Rng, length: int) -> Array:
+    """Jobs after one another, each in phases: read, compute at full speed, write, pause."""
+    out, at = np.zeros(length), 0
+    full = rng.uniform(0.6, 1.6)  # more than 1 is demand that the cores cannot meet
+    while at < length:
+        for level, mean_s in ((rng.uniform(0.1, 0.6), 4.0), (full, 25.0), (rng.uniform(0.2, 0.9), 8.0), (0.02, 6.0)):
+            lasts = 1 + int(rng.exponential(mean_s))
+            wiggle = 1 + 0.15 * rng.standard_normal(max(0, min(lasts, length - at)))
+            out[at : at + lasts] = level * wiggle
+            at += lasts
+    return np.clip(out, 0.0, 1.0)
+
+
 PATTERNS: dict[str, Pattern] = {
     "bursts": bursts,
     "periodic": periodic,
@@ -92,6 +125,8 @@ PATTERNS: dict[str, Pattern] = {
     "steps": steps,
     "ramps": ramps,
     "idle": idle,
+    "pulses": pulses,
+    "phases": phases,
 }
 
 

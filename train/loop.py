@@ -7,14 +7,16 @@ the others; their geometric mean stands between.
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from models.grid import LONGEST, N_TARGETS, WINDOW_MAX, Array
@@ -26,6 +28,7 @@ from shadecast.errors import ConfigError
 SLOW_LOAD = 0.4
 WARM_UP = 10
 LEAST_LOCAL = 0.05
+MOST_WEIGHT = 8.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +45,7 @@ class TrainConfig:
     clip_norm: float = 1.0
     slow_weight: float = 0.2
     local: float = 0.5
-    """Share of the node's own scale in the loss's unit; 1 is local only, 0 global only."""
+    """Share of the node's own spread in the loss's unit; 1 is local only, 0 global only."""
     seed: int = 1
 
     def __post_init__(self) -> None:
@@ -67,14 +70,15 @@ class TrainConfig:
 @dataclass(frozen=True, slots=True)
 class Pieces:
     """Training pieces as arrays: `inputs` [piece, time, target, feature] and so on; `unit` [piece, target] global
-    scale."""
+    scale; `weight` [piece] how often a piece is drawn, relative to the others."""
 
     inputs: Array
     anchors: Array
-    scale: Array
+    spread: Array
     truth: Array
     known: Array
     unit: Array
+    weight: Array
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -116,10 +120,11 @@ def pieces_of(series: Sequence[Series], unit: Array, length: int, announced: Seq
                     Pieces(
                         part(batch.inputs),
                         part(batch.anchors),
-                        part(batch.scale),
+                        part(batch.spread),
                         part(np.nan_to_num(truth)),
                         part(np.isfinite(truth)),
                         (unit if unit.ndim == 1 else unit[i])[None],
+                        np.ones(1, np.float32),
                     )
                 )
     return join(parts)
@@ -127,16 +132,33 @@ def pieces_of(series: Sequence[Series], unit: Array, length: int, announced: Seq
 
 def join(parts: Sequence[Pieces]) -> Pieces:
     """All pieces as one."""
-    names = ("inputs", "anchors", "scale", "truth", "known", "unit")
-    return Pieces(*(np.concatenate([getattr(p, n) for p in parts]) for n in names))
+    return Pieces(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Pieces)))
+
+
+def source_weight(pieces: int, largest: int) -> float:
+    """Weight of a piece of a source with so many pieces beside the largest source: between none and full balance.
+
+    Without it a source of a few machines is drowned, with full balance its few pieces are learned by heart.
+    """
+    return min(MOST_WEIGHT, math.sqrt(largest / pieces))
+
+
+def drawn(weight: Array, rng: np.random.Generator) -> NDArray[np.intp]:
+    """As many piece numbers as there are pieces, shuffled, each about as often as its weight says.
+
+    Systematic sampling: equal weights draw every piece once.
+    """
+    edges = np.cumsum(weight, dtype=np.float64)
+    at = (np.arange(len(weight)) + rng.random()) / len(weight) * edges[-1]
+    return rng.permutation(np.minimum(np.searchsorted(edges, at), len(weight) - 1))
 
 
 def batches(pieces: Pieces, size: int, rng: np.random.Generator) -> Iterator[dict[str, Array]]:
     """Shuffled batches of pieces for one epoch."""
-    order = rng.permutation(len(pieces))
+    order = drawn(pieces.weight, rng)
     for start in range(0, len(order), size):
         index = order[start : start + size]
-        yield {n: getattr(pieces, n)[index] for n in ("inputs", "anchors", "scale", "truth", "known", "unit")}
+        yield {n: getattr(pieces, n)[index] for n in ("inputs", "anchors", "spread", "truth", "known", "unit")}
 
 
 def loss_of(net: torch.nn.Module, batch: dict[str, Tensor], config: TrainConfig) -> Tensor:
@@ -145,11 +167,10 @@ def loss_of(net: torch.nn.Module, batch: dict[str, Tensor], config: TrainConfig)
     def rows(x: Tensor) -> Tensor:
         return x.transpose(1, 2).flatten(0, 1)
 
-    scale, truth, known = rows(batch["scale"]), rows(batch["truth"]), rows(batch["known"])
-    heads, _ = net(rows(batch["inputs"]), rows(batch["anchors"]), scale)
-    local = torch.cat([scale, scale[..., -1:], scale[..., -1:]], dim=-1)
+    local, truth, known = rows(batch["spread"]), rows(batch["truth"]), rows(batch["known"])
+    heads, _ = net(rows(batch["inputs"]), rows(batch["anchors"]), local)
     unit = batch["unit"].flatten()[:, None, None].clamp_min(1e-12)
-    # the floor keeps a constant that jumps once from outweighing everything, and padding (scale 0) from making NaN
+    # the floor keeps a constant that jumps once from outweighing everything, and padding (spread 0) from making NaN
     units = torch.maximum(local, LEAST_LOCAL * unit).pow(config.local) * unit.pow(1 - config.local)
     per_head = pinball(heads.quantiles, truth).mean(-1) / units
     per_head = torch.where(known, per_head, 0.0)

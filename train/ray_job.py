@@ -24,7 +24,7 @@ from models.grid import LONGEST, N_TARGETS, Array
 from models.lstm import ForecastNet, LstmConfig
 from models.series import Series, series_of, source_of
 from train.dataset import made_up_pieces
-from train.loop import WARM_UP, Pieces, Progress, TrainConfig, fit, pieces_of
+from train.loop import WARM_UP, Pieces, Progress, TrainConfig, fit, pieces_of, source_weight
 
 BLOCK = 64
 CHECKPOINT = "progress.pt"
@@ -40,6 +40,8 @@ class RayRun:
     workers: int = 1
     use_gpu: bool = False
     made_up: int = 0
+    address: str = "local"
+    """Cluster to train on: "local" starts one for this job, "auto" is the one on this machine."""
 
 
 def piece_dataset(folder: Path, keep: Sequence[str], made_up: int, config: TrainConfig) -> Any:
@@ -108,25 +110,29 @@ def rows_of(part: Pieces, key: str, source: str) -> list[dict[str, Any]]:
     ]
 
 
-def units_by_source(dataset: Any) -> dict[str, list[float]]:
-    """Mean absolute 10-sample change per target of every recorded source."""
+def units_and_weights(dataset: Any) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """By source: mean absolute 10-sample change per target of every recorded one, and the weight of its pieces."""
     table = dataset.select_columns(["source", "moved", "counted"]).to_pandas()
+    counts = table["source"].value_counts()
+    weights = {str(source): source_weight(int(n), int(counts.max())) for source, n in counts.items()}
     units: dict[str, list[float]] = {}
     for source, rows in table[table["source"] != "made_up"].groupby("source"):
         moved, counted = np.stack(rows["moved"]).sum(axis=0), np.stack(rows["counted"]).sum(axis=0)
         mean = moved / np.maximum(counted, 1e-9)
         units[str(source)] = [float(v) if v > 0 else 1.0 for v in mean]
-    return units
+    return units, weights
 
 
 def train_on_ray(
     dataset: Any, net: LstmConfig, config: TrainConfig, run: RayRun, start: Mapping[str, Any] | None = None
 ) -> ForecastNet:
     """Train on a materialised piece dataset and return the net; raises what Ray Train raises when retries end."""
+    units, weights = units_and_weights(dataset)
     plan = {
         "net": asdict(net),
         "train": asdict(config.for_pieces(-(-dataset.count() // run.workers))),
-        "units": units_by_source(dataset),
+        "units": units,
+        "weights": weights,
         "start": dict(start) if start else None,
     }
     trainer = ray.train.torch.TorchTrainer(
@@ -156,7 +162,7 @@ def worker(plan: dict[str, Any]) -> None:
     net = ForecastNet(LstmConfig.from_mapping(plan["net"]))
     if plan["start"]:
         net.load_state_dict(plan["start"])
-    pieces = gather(ray.train.get_dataset_shard("train"), plan["units"])
+    pieces = gather(ray.train.get_dataset_shard("train"), plan["units"], plan["weights"])
     checkpoint = ray.train.get_checkpoint()
     done = None
     if checkpoint is not None:
@@ -179,7 +185,7 @@ def worker(plan: dict[str, Any]) -> None:
     fit(net, pieces, config, done, report, wrapped=wrapped, device=str(device))
 
 
-def gather(shard: Any, units: Mapping[str, Sequence[float]]) -> Pieces:
+def gather(shard: Any, units: Mapping[str, Sequence[float]], weights: Mapping[str, float]) -> Pieces:
     """A worker's share in memory, in the order of its keys, so that the run does not depend on arrival."""
     batches = list(shard.iter_batches(batch_size=256, batch_format="numpy"))
     keys = np.concatenate([np.asarray(b["key"]).astype(str) for b in batches])
@@ -188,17 +194,29 @@ def gather(shard: Any, units: Mapping[str, Sequence[float]]) -> Pieces:
     sources = np.concatenate([np.asarray(b["source"]).astype(str) for b in batches])[order]
     for source, unit in units.items():
         arrays["unit"][sources == source] = unit
+    for source, weight in weights.items():
+        arrays["weight"][sources == source] = weight
     return Pieces(**arrays)
 
 
-def run_on_ray(folder: Path, machines: Sequence[str], net: LstmConfig, config: TrainConfig, run: RayRun) -> ForecastNet:
+def run_on_ray(  # noqa: PLR0917 - what a run consists of
+    folder: Path,
+    machines: Sequence[str],
+    net: LstmConfig,
+    config: TrainConfig,
+    run: RayRun,
+    start: Mapping[str, Any] | None = None,
+) -> ForecastNet:
     """Connect (or start a local cluster), make the pieces, train; the cluster that was started is stopped again."""
     mine = not ray.is_initialized()
     if mine:
-        ray.init(log_to_driver=True, logging_level="warning", include_dashboard=False)
+        if run.address == "local":
+            ray.init(address="local", logging_level="warning", include_dashboard=False)
+        else:
+            ray.init(address=run.address, logging_level="warning")
     try:
         dataset = piece_dataset(folder, machines, run.made_up, config).materialize()
-        return train_on_ray(dataset, net, config, run)
+        return train_on_ray(dataset, net, config, run, start)
     finally:
         if mine:
             ray.shutdown()

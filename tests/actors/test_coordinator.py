@@ -204,3 +204,16 @@ def test_a_supervisor_that_fails_stops_nothing(fault):
         await coordinator.close()
 
     asyncio.run(scenario())
+
+
+def test_a_node_is_told_what_serve_has_on_it_over_all_routers():
+    async def scenario(coordinator, clock):
+        view = ReplicaReport("a", "node-a", 8, in_flight=3, started=6)
+        for router in ("r1", "r2"):
+            await coordinator.report_router(RouterReport(router, APP, 1, 2.0, (view,)), {})
+        assert await coordinator.report_node(node("node-a")) == (6.0, 6.0)
+        assert await coordinator.report_node(node("node-b")) == (0.0, 0.0)
+        clock.now_s += 4.0
+        assert await coordinator.report_node(node("node-a")) == (0.0, 0.0), "a silent router carries nothing"
+
+    run(scenario)

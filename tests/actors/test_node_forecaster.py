@@ -150,6 +150,8 @@ def test_a_challenger_is_scored_in_shadow_and_never_reported(rig: Rig, model: Mo
     versions = rig.forecaster.versions()
     assert versions["challenger"]["version"] == "challenger"
     assert set(versions["challenger"]["skill"]) == set(RESOURCES)
+    rig.forecaster.drop_challenger()
+    assert set(rig.forecaster.versions()) == {"champion"}
 
 
 def test_a_long_gap_starts_the_forecaster_afresh(rig: Rig) -> None:

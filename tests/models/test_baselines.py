@@ -33,6 +33,17 @@ def test_a_missing_sample_repeats_the_last_value() -> None:
     assert out[..., 0, :] == pytest.approx(3.0)
 
 
+def test_the_usual_error_is_each_baselines_own_and_starts_as_the_nodes_change() -> None:
+    baselines, scale = Baselines(1, flat()), np.full((1, N_TARGETS, N_HORIZONS), 7.0, np.float32)
+    baselines.step(np.zeros((1, N_TARGETS), np.float32))
+    assert baselines.usual_error(scale) == pytest.approx(7.0)
+    for t in range(1, 200):
+        baselines.step(np.full((1, N_TARGETS), float(t), np.float32))
+    error = baselines.usual_error(np.full_like(scale, 1.0))[0, 0]
+    assert error[NAMES.index("last_value")] == pytest.approx(STEPS, rel=1e-3)
+    assert error[NAMES.index("mean10"), -1] == pytest.approx(14.5, rel=0.05)
+
+
 def test_ridge_recovers_an_autoregression() -> None:
     rng = np.random.default_rng(0)
     x = np.zeros(6000)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from models.features import N_ANCHORS, N_FEATURES, Features, Running, Step
+from models.features import ANCHORS, N_ANCHORS, N_FEATURES, Features, Running, Step
 from models.grid import CHANNELS, N_HEADS, N_HORIZONS, N_TARGETS, STEPS, Array
 from tests.models.conftest import wave
 
@@ -20,6 +20,7 @@ def test_shapes_are_as_documented() -> None:
     assert step.inputs.shape == (3, N_TARGETS, N_FEATURES)
     assert step.anchors.shape == (3, N_TARGETS, N_HEADS, N_ANCHORS)
     assert step.scale.shape == (3, N_TARGETS, N_HORIZONS)
+    assert step.spread.shape == (3, N_TARGETS, N_HEADS)
     assert step.ready.shape == (3, N_TARGETS)
 
 
@@ -102,5 +103,14 @@ def test_the_nodes_own_ridge_learns_a_period_that_the_last_value_misses() -> Non
         for i, h in enumerate(STEPS):
             truth = values[0, t + h, 0]
             last += abs(truth - steps[t].anchors[0, 0, i, 0])
-            ridge += abs(truth - steps[t].anchors[0, 0, i, 3])
+            ridge += abs(truth - steps[t].anchors[0, 0, i, ANCHORS.index("adaptive_ridge")])
     assert ridge < 0.3 * last
+
+
+def test_a_steady_ramp_is_foreseen_by_the_drift_and_spread_knows_it() -> None:
+    values = np.zeros((1, 300, len(CHANNELS)), np.float32)
+    values[0, :, 1] = 0.2 + 0.001 * np.arange(300)
+    step = run(values)[-1]
+    drift = step.anchors[0, 1, :N_HORIZONS, ANCHORS.index("drift")]
+    assert drift == pytest.approx([0.499 + 0.001 * h for h in STEPS], abs=1e-4)
+    assert (step.spread[0, 1, :N_HORIZONS] < 0.1 * step.scale[0, 1]).all()

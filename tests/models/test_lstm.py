@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from models.features import N_ANCHORS, N_FEATURES
-from models.grid import N_HEADS, N_HORIZONS
+from models.grid import N_HEADS
 from models.lstm import ForecastNet, LstmConfig, pinball
 from models.windows import batch_of
 from shadecast.errors import ConfigError
@@ -17,8 +17,8 @@ from tests.models.conftest import wave
 def random_inputs(batch: int, time: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
     anchors = torch.rand(batch, time, N_HEADS, N_ANCHORS, generator=g)
-    scale = torch.rand(batch, time, N_HORIZONS, generator=g) + 0.01
-    return torch.randn(batch, time, N_FEATURES, generator=g), anchors, scale
+    spread = torch.rand(batch, time, N_HEADS, generator=g) + 0.01
+    return torch.randn(batch, time, N_FEATURES, generator=g), anchors, spread
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -42,20 +42,20 @@ def test_quantiles_rise_whatever_the_weights() -> None:
 
 def test_stepping_one_sample_at_a_time_equals_the_whole_window() -> None:
     net = ForecastNet(LstmConfig()).eval()
-    inputs, anchors, scale = random_inputs(3, 60)
+    inputs, anchors, spread = random_inputs(3, 60)
     with torch.inference_mode():
-        whole, _ = net(inputs, anchors, scale)
+        whole, _ = net(inputs, anchors, spread)
         state = None
         for t in range(60):
-            one, state = net(inputs[:, t : t + 1], anchors[:, t : t + 1], scale[:, t : t + 1], state)
+            one, state = net(inputs[:, t : t + 1], anchors[:, t : t + 1], spread[:, t : t + 1], state)
             assert torch.allclose(one.quantiles[:, 0], whole.quantiles[:, t], atol=1e-5)
             assert torch.allclose(one.slow_logit[:, 0], whole.slow_logit[:, t], atol=1e-5)
 
 
 def test_an_untrained_net_stays_near_its_anchors() -> None:
-    inputs, anchors, scale = random_inputs(2, 10)
-    heads, _ = ForecastNet(LstmConfig())(inputs, anchors, scale)
-    off = (heads.quantiles[..., 1] - anchors[..., 0]).abs() / torch.cat([scale, scale[..., -1:], scale[..., -1:]], -1)
+    inputs, anchors, spread = random_inputs(2, 10)
+    heads, _ = ForecastNet(LstmConfig())(inputs, anchors, spread)
+    off = (heads.quantiles[..., 1] - anchors[..., 0]).abs() / spread
     assert off.median() < 20.0
     assert torch.isfinite(heads.quantiles).all()
 
@@ -75,7 +75,7 @@ def test_one_batch_can_be_overfitted() -> None:
     net = ForecastNet(LstmConfig(hidden=16, mlp=16))
     batch = batch_of(list(wave(120, series=2)))
     rows = [torch.from_numpy(np.moveaxis(x, 2, 1).reshape(6, 120, *x.shape[3:])) for x in (batch.inputs, batch.anchors)]
-    scale = torch.from_numpy(np.moveaxis(batch.scale, 2, 1).reshape(6, 120, -1))
+    spread = torch.from_numpy(np.moveaxis(batch.spread, 2, 1).reshape(6, 120, -1))
     truth = torch.from_numpy(np.moveaxis(batch.truth, 2, 1).reshape(6, 120, -1))
     known = torch.isfinite(truth)
     known[:, :10] = False
@@ -83,10 +83,8 @@ def test_one_batch_can_be_overfitted() -> None:
     losses = []
     for _ in range(80):
         optimiser.zero_grad()
-        heads, _ = net(rows[0], rows[1], scale)
-        gap = pinball(heads.quantiles, truth.nan_to_num()).mean(-1) / torch.cat(
-            [scale, scale[..., -1:], scale[..., -1:]], -1
-        )
+        heads, _ = net(rows[0], rows[1], spread)
+        gap = pinball(heads.quantiles, truth.nan_to_num()).mean(-1) / spread
         loss = gap[known].mean()
         torch.autograd.backward(loss)
         optimiser.step()

@@ -115,6 +115,36 @@ def test_a_damaged_version_is_refused_in_one_line_and_the_champion_stays(registr
     assert registry.load("a").version == "a"
 
 
+def test_a_version_made_for_other_features_is_refused_before_it_runs(registry: Registry) -> None:
+    shape = json.loads(card(registry).read_text())["lstm"]
+    edit_card(registry, lstm={**shape, "features": shape["features"] - 3})
+    with pytest.raises(RegistryError, match=r"lstm\.features = \d+: this code makes \d+"):
+        registry.load("b")
+
+
+def test_a_challenger_waits_beside_the_champion_until_it_is_promoted_or_taken_back(registry: Registry) -> None:
+    registry.rollback()
+    assert registry.challenger() == ""
+    registry.challenge("b")
+    assert (registry.champion(), registry.challenger()) == ("a", "b")
+    registry.promote("b")
+    assert (registry.champion(), registry.challenger()) == ("b", "")
+    registry.challenge("a")
+    assert registry.history() == ["a"]
+    registry.challenge("")
+    assert registry.challenger() == ""
+
+
+def test_a_damaged_version_or_the_champion_cannot_be_a_challenger(registry: Registry) -> None:
+    with pytest.raises(RegistryError, match="is the champion already"):
+        registry.challenge("b")
+    registry.rollback()
+    weights(registry).unlink()
+    with pytest.raises(RegistryError, match="cannot be read"):
+        registry.challenge("b")
+    assert registry.challenger() == ""
+
+
 def test_an_error_says_which_command_makes_a_checkpoint(tmp_path: Path) -> None:
     empty = Registry(str(tmp_path / "nothing"))
     assert empty.versions() == []

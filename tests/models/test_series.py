@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from models.schema import REQUIRED_COLUMNS
+from models.schema import COMMON_COLUMNS, REQUIRED_COLUMNS
 from models.series import TelemetryError, read_folder, series_of, source_of
 
 
@@ -35,6 +35,14 @@ def test_rows_out_of_order_twice_or_without_time_are_put_right() -> None:
     (one,) = series_of(frame([3.0, 1.0, 2.0, 2.0, 0.0, np.nan]), "s")
     assert len(one.values) == 4
     assert np.isfinite(one.values[:, :3]).all()
+
+
+def test_a_clock_faster_than_a_second_keeps_every_sample() -> None:
+    fast = pd.DataFrame({"machine": "m", "recording": "r", "t_s": np.arange(50) * 0.1})
+    for name in COMMON_COLUMNS[3:]:
+        fast[name] = 0.5
+    (one,) = series_of(fast, "s")
+    assert (one.period_s, len(one.values)) == (0.1, 50)
 
 
 def test_a_slower_clock_keeps_its_own_period() -> None:

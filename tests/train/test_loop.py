@@ -13,7 +13,7 @@ from models.series import Series
 from shadecast.errors import ConfigError
 from tests.models.conftest import wave
 from train.dataset import Split, made_up_pieces, pieces, split_machines, split_recordings
-from train.loop import WARM_UP, Pieces, Progress, TrainConfig, fit, loss_of, pieces_of
+from train.loop import WARM_UP, Pieces, Progress, TrainConfig, drawn, fit, loss_of, pieces_of, source_weight
 
 SHAPE = LstmConfig(hidden=8, mlp=8)
 CONFIG = TrainConfig(epochs=3, piece=60, batch=4)
@@ -134,6 +134,24 @@ def test_a_made_up_series_depends_on_its_number_only() -> None:
     (last,) = made_up_pieces(1, 240, seed=1, first=2)
     assert np.array_equal(whole.truth[-2:], last.truth)
     assert np.allclose(whole.inputs[-2:], last.inputs, atol=1e-3)
+
+
+def test_pieces_are_drawn_as_their_weights_say_and_each_once_where_they_are_equal() -> None:
+    rng = np.random.default_rng(0)
+    assert sorted(drawn(np.ones(17), rng)) == list(range(17))
+    weight = np.array([1.0] * 90 + [3.0] * 10)
+    counts = np.bincount(np.concatenate([drawn(weight, rng) for _ in range(200)]), minlength=100) / 200
+    assert counts[:90].mean() == pytest.approx(100 / 120, rel=0.02)
+    assert counts[90:].mean() == pytest.approx(300 / 120, rel=0.02)
+    assert not np.array_equal(drawn(weight, rng), np.sort(drawn(weight, rng)))
+
+
+def test_a_small_source_weighs_more_but_not_as_much_as_a_large_one() -> None:
+    assert source_weight(100, 100) == 1.0
+    assert source_weight(25, 100) == 2.0
+    assert source_weight(1, 10**6) == 8.0
+    small, large = [series("a", source="small")], [series(f"m{i}", seed=i, source="large") for i in range(4)]
+    assert sorted(set(pieces(small + large, 0, 60, 1).weight.tolist())) == [1.0, 2.0]
 
 
 def test_a_larger_log_takes_fewer_epochs_not_more_steps() -> None:

@@ -1,0 +1,122 @@
+"""The loop closed: a cluster's own telemetry retrains its forecaster, and its nodes take up what is promoted."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from models.registry import Registry
+from serve_app.control_plane import forecaster_states, start_control_plane
+from serve_app.local import LocalCluster
+from tests.cluster.conftest import status, wait_for
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
+
+FASTER = 0.1
+"""Seconds between samples, so that minutes of telemetry are there in seconds; everything else is as in production."""
+NODES = 2
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(folder of the log, registry) of a cluster that forecasts with a registry of its own."""
+    folder = tmp_path_factory.mktemp("loop")
+    shipped, registry = Registry(), Registry(str(folder / "registry"))
+    champion = shipped.champion()
+    registry.save(shipped.load(champion), {"created_wall_s": 1.0})
+    registry.promote(champion)
+    settings = {
+        "telemetry_log": str(folder / "log"),
+        "registry": registry.uri,
+        "period_s": FASTER,
+        "log_flush_s": 1.0,
+    }
+    with LocalCluster(workers=NODES - 1) as local:
+        local.connect()
+        start_control_plane(settings, page_port=0)
+        wait_for(lambda: len(status()["nodes"]) == NODES, 90.0, "both nodes report")
+        yield folder / "log", registry, local.address
+
+
+def command(*arguments: str, address: str) -> str:
+    """The output of a command line, run as an operator would."""
+    environment = {**os.environ, "RAY_ADDRESS": address, "RAY_USAGE_STATS_ENABLED": "0"}
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=240, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def in_use(role: str = "champion") -> set[str]:
+    """Versions that the nodes' forecasters run in a role, "" where one has none."""
+    return {state["versions"].get(role, {}).get("version", "") for state in forecaster_states().values()}
+
+
+def logged_rows(log: Path) -> int:
+    return sum(pq.read_metadata(p).num_rows for p in log.rglob("*.parquet"))
+
+
+def test_logged_telemetry_retrains_the_forecaster_and_the_nodes_run_the_promoted_version(running: Any) -> None:
+    log, registry, address = running
+    before = {node: state["pid"] for node, state in forecaster_states().items()}
+    assert in_use() == {registry.champion()}
+    wait_for(lambda: logged_rows(log) > 300 * NODES, 120.0, "enough rows in the log")
+
+    small = ["--made-up", "0", "--epochs", "1", "--workers", "1", "--promote", "never"]
+    folders = ["--telemetry", str(log), "--registry", registry.uri, "--storage", str(log.parent / "runs")]
+    out = command("-m", "train", *folders, *small, "--version", "retrained", "--address", address, address=address)
+    assert "retrained: saved" in out
+    card = registry.card("retrained")
+    assert card["started_from"] == registry.champion()
+    assert card["rows"] > 300 * NODES
+    assert in_use() == {registry.champion()}, "nothing changes before the promotion"
+
+    shadecast = ["-m", "serve_app", "forecaster"]
+    command(*shadecast, "shadow", "retrained", "--registry", registry.uri, address=address)
+    wait_for(lambda: in_use("challenger") == {"retrained"}, 10.0, "every node scores the challenger in shadow")
+    assert {n["model_version"] for n in status()["nodes"]} <= {registry.champion(), ""}, "a challenger is not acted on"
+
+    command(*shadecast, "promote", "retrained", "--registry", registry.uri, address=address)
+    started_s = time.monotonic()
+    wait_for(lambda: in_use() == {"retrained"}, 10.0, "every node runs the promoted version")
+    assert time.monotonic() - started_s < 10.0
+    assert {node: state["pid"] for node, state in forecaster_states().items()} == before, "without a restart"
+
+    wait_for(
+        lambda: all(n["model_version"] == "retrained" and n["skill"] for n in status()["nodes"]), 30.0, "live skill"
+    )
+    state = json.loads(command("-m", "serve_app", "status", "--json", address=address))
+    for node in state["nodes"]:
+        assert node["model_version"] == "retrained"
+        assert set(node["skill"]) >= {"cpu", "memory"}
+        assert all(isinstance(value, float) for value in node["skill"].values())
+
+
+def test_a_damaged_or_missing_version_is_refused_while_the_champion_goes_on(running: Any) -> None:
+    _, registry, _ = running
+    champion, root = registry.champion(), Path(registry.uri)
+    registry.save(replace(registry.load(champion), version="broken"), {})
+    weights = root / "broken" / "weights.safetensors"
+    whole = weights.read_bytes()
+    for content, words in ((whole[:-1] + bytes([whole[-1] ^ 1]), "corrupt"), (None, "cannot be read")):
+        weights.unlink() if content is None else weights.write_bytes(content)
+        (root / "champion.json").write_text(json.dumps({"version": "broken", "history": [champion]}))
+        wait_for(
+            lambda words=words: all(words in state["problem"] for state in forecaster_states().values()),
+            15.0,
+            f"every node refuses it: {words}",
+        )
+        assert in_use() == {champion}
+    registry.rollback()
+    wait_for(lambda: not any(state["problem"] for state in forecaster_states().values()), 15.0, "the refusal is over")
+    assert in_use() == {champion}
