@@ -22,7 +22,7 @@ import uuid
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray.exceptions import RayActorError
@@ -39,7 +39,7 @@ from ray.serve.request_router import (
 
 from serve_app.control import COORDINATOR, NAMESPACE
 from serve_app.mirror import Mirror, key_of
-from serve_app.rescue import RESCUE_SUFFIX, Rescuable
+from serve_app.rescue import RESCUE_SUFFIX, Rescuable, Withdrawable
 from serve_app.user_functions import load_function
 from serve_app.watch import StreamWatch, was_cancelled, watch_end
 from shadecast.config import Config
@@ -73,6 +73,19 @@ class _Stream:
     waited_s: float = 0.0
 
 
+@dataclass(slots=True)
+class _Choice:
+    """A request that was chosen for a replica, which has not accepted it yet."""
+
+    replica_id: str
+    request: PendingRequest
+    since_s: float
+    others: int
+    """This router's other requests there at the choice."""
+    sent: Withdrawable | None = None
+    """What it is sent through, if it may be sent elsewhere instead."""
+
+
 class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
     """Least predicted score among d random eligible replicas; power of two choices without a usable table."""
 
@@ -90,7 +103,7 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         self._costs = cost_table(*self._cost_key)
         self._by_index: list[RunningReplica] = []
         self._picks = PickTable((), None, {}, {}, self._costs)
-        self._sending: dict[str, tuple[str, PendingRequest]] = {}
+        self._sending: dict[str, _Choice] = {}
         """Requests chosen for a replica that has not accepted them yet, by `key_of`."""
         self._pending_calls: dict[int, PendingRequest] = {}
         """Requests that wait for a replica, by the identity of their metadata."""
@@ -212,12 +225,16 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
             self._unsent.pop(pending_request.metadata.internal_request_id, None)
             self._forget_choice(key_of(pending_request))
             raise
+        choice = self._sending.get(key_of(pending_request))
+        if choice is not None and self._mirror.copyable(pending_request, chosen):
+            choice.sent = Withdrawable(chosen)
+            return cast("RunningReplica", choice.sent)
         return chosen
 
     def _forget_choice(self, request_id: str) -> None:
         expected = self._sending.pop(request_id, None)
         if expected is not None:
-            self._shift(expected[0], -1)
+            self._shift(expected.replica_id, -1)
 
     def _add_pending_request_to_indices(self, pending_request: PendingRequest) -> None:
         super()._add_pending_request_to_indices(pending_request)
@@ -342,8 +359,8 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         self._unsent[pending_request.metadata.internal_request_id] = request_id
         before = self._sending.get(request_id)
         if before is not None:
-            self._shift(before[0], -1)
-        self._sending[request_id] = (picks.ids[i], pending_request)
+            self._shift(before.replica_id, -1)
+        self._sending[request_id] = _Choice(picks.ids[i], pending_request, time.monotonic(), picks.in_flight[i])
         picks.shift(i, 1)
 
     def _shift(self, replica_id: str, by: int) -> None:
@@ -370,7 +387,7 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
             stream = self._watch_stream(result, request_id, replica, unary=not metadata.is_streaming)
         else:
             watch_end(result, self._event_loop, lambda error: self._ended(request_id, replica, error))
-            if self._mirror.copyable(pending_request):
+            if self._mirror.copyable(pending_request, self._replicas.get(replica_id)):
                 self._rescuable[request_id] = Rescuable(pending_request, result)
         self._rescue_budget.earn()
         if self._mirrored:
@@ -473,7 +490,7 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
     def _rescue_stuck(self, table: RoutingTable) -> None:
         """Send requests again that a collapsed replica holds, as far as the budget goes."""
         slow = collapsed(table, self._config.balance)
-        if not slow or not self._rescuable:
+        if not slow or not (self._rescuable or self._sending):
             return
         now_s = time.monotonic()
         stuck = [
@@ -482,15 +499,30 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
             for request_id, entry in self._ledger.open_on(replica_id)
             if (known := self._rescuable.get(request_id)) is not None and known.awaited and not known.rescued
         ]
+        stuck += [
+            Stuck(request_id, choice.replica_id, now_s - choice.since_s, choice.others, self._cost(choice.request))
+            for request_id, choice in self._sending.items()
+            if choice.replica_id in slow and choice.sent is not None
+        ]
         picks = self._picks
         scores = {replica_id: picks.score(i) for i, replica_id in enumerate(picks.ids) if picks.share[i] >= 1.0}
         for each in worth_rescuing(stuck, table, scores, self._config.balance):
             if not self._rescue_budget.take():
                 return
+            if each.request_id not in self._rescuable:
+                self._withdraw(each.request_id)
+                continue
             self._rescuable[each.request_id].rescued = True
             task = self._event_loop.create_task(self._rescue(each))
             self._rescues.add(task)
             task.add_done_callback(self._rescues.discard)
+
+    def _withdraw(self, request_id: str) -> None:
+        """Let Serve choose again for a request that its replica has not accepted."""
+        choice = self._sending[request_id]
+        if choice.sent is not None and choice.sent.withdraw():
+            choice.request.routing_context.should_backoff = False  # it is not the replicas that are full
+            self._ledger.rescued += 1
 
     async def _rescue(self, stuck: Stuck) -> None:
         """One second attempt; if it cannot be placed, the first one simply goes on."""
@@ -550,8 +582,8 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
             self._cost_key = (table.slots, table.batch_half)
             self._costs = cost_table(*self._cost_key)
         mine = self._ledger.all_in_flight()
-        for replica_id, _ in self._sending.values():
-            mine[replica_id] = mine.get(replica_id, 0) + 1
+        for choice in self._sending.values():
+            mine[choice.replica_id] = mine.get(choice.replica_id, 0) + 1
         self._by_index = list(self._replicas.values())
         ids = [r.replica_id.unique_id for r in self._by_index]
         self._laid_out_for = self.level
@@ -592,17 +624,23 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
 
     def _make_report(self) -> Any:
         """This second's report; forgets choices whose request was cancelled before it was sent."""
-        for request_id, (replica_id, pending) in list(self._sending.items()):
-            failed = pending.future.done() and time.time() - pending.created_at > _SEND_FAILED_S
-            if pending.future.cancelled() or failed:
-                del self._sending[request_id]
-                self._shift(replica_id, -1)
+        for request_id, choice in list(self._sending.items()):
+            future = choice.request.future
+            failed = future.done() and time.time() - choice.request.created_at > _SEND_FAILED_S
+            if future.cancelled() or failed:
+                self._forget_choice(request_id)
         for request_id in self._streams:
             self._count_items(request_id)
         alive = [(r.replica_id.unique_id, r.node_id or "", r.max_ongoing_requests) for r in self._by_index]
         held, self._want_table_back = (self._table if self._want_table_back else None), False
         epoch = self._table.epoch if self._table is not None else 0
-        report = self._ledger.report(time.monotonic(), alive, self.level, table_epoch=epoch, held_table=held)
+        waiting = [
+            Started(choice.replica_id, choice.since_s, choice.others, self._cost(choice.request))
+            for choice in self._sending.values()
+        ]
+        report = self._ledger.report(
+            time.monotonic(), alive, self.level, table_epoch=epoch, held_table=held, waiting=waiting
+        )
         self._counted = {replica_id: self._picks.in_flight[i] for replica_id, i in self._picks.index.items()}
         return report
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 from shadecast.types import Outcome, PairedSample, ReplicaReport, RouterReport, RoutingTable, Unfinished
 
@@ -130,9 +131,12 @@ class Ledger:
         *,
         table_epoch: int = 0,
         held_table: RoutingTable | None = None,
+        waiting: Iterable[Started] = (),
     ) -> RouterReport:
         """Everything since the last report, and start anew. `alive` lists (replica_id, node_id, max_ongoing).
 
+        `waiting` are requests that were sent, or are about to be, and that their replica has not accepted yet. They
+        count as in flight: a replica that is too slow even to say yes would look idle without them.
         Replicas that are gone are left out of the report, and forgotten once nothing is open on them.
         """
         interval_s = 0.0 if self._reported_s is None else max(now_s - self._reported_s, 0.0)
@@ -140,19 +144,26 @@ class Ledger:
         self._seq += 1
         replicas = []
         alive_ids = set()
+        unanswered: dict[str, list[Started]] = {}
+        for entry in waiting:
+            unanswered.setdefault(entry.replica_id, []).append(entry)
         for replica_id, node_id, max_ongoing in alive:
             alive_ids.add(replica_id)
             counts = self._replicas.get(replica_id)
+            sent = unanswered.get(replica_id, [])
             if counts is None:
-                replicas.append(ReplicaReport(replica_id, node_id, max_ongoing, 0))
-                continue
-            oldest = list(counts.open.values())[:_MAX_UNFINISHED]  # insertion order is age order
+                if not sent:
+                    replicas.append(ReplicaReport(replica_id, node_id, max_ongoing, 0))
+                    continue
+                counts = self._replicas[replica_id] = _Counts()
+            first = islice(counts.open.values(), _MAX_UNFINISHED)  # insertion order is age order
+            oldest = sorted([*first, *sent], key=lambda s: s.started_s)[:_MAX_UNFINISHED]
             replicas.append(
                 ReplicaReport(
                     replica_id,
                     node_id,
                     max_ongoing,
-                    len(counts.open),
+                    len(counts.open) + len(sent),
                     counts.started,
                     counts.finished,
                     counts.failed,
