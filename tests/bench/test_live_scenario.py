@@ -1,0 +1,183 @@
+"""Scenarios, metrics and the command of the live benchmark, without a cluster."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from bench.live.arms import ARMS, find_arms
+from bench.live.cgroups import LabError
+from bench.live.faults import FAULTS, NEEDS_ISOLATION
+from bench.live.metrics import Span, measure
+from bench.live.report import by_arm, write_markdown
+from bench.live.run import Row, Rows
+from bench.live.scenario import SCENARIOS, find_scenarios, requests
+from bench.live.targets import checks
+from shadecast.config import Config
+
+NODES = ("one", "two", "three", "four")
+
+
+def record(at_s, latency_s=0.05, node="one", error="", **more):
+    return {"at_s": at_s, "latency_s": latency_s, "node": node, "error": error, "tries": 1, "session": "", **more}
+
+
+def result(records, unanswered=0, **more):
+    return {"records": records, "unanswered": unanswered, "driver_cpu_s": 1.0, "before": {}, "after": {}} | more
+
+
+def spread(until_s, rate_per_s=20, bad_from=None, bad_to=None, back_s=None):
+    """Requests over four nodes; node "one" is left alone between `bad_from` and `back_s`."""
+    made = []
+    for i in range(int(until_s * rate_per_s)):
+        at_s = i / rate_per_s
+        nodes = NODES[1:] if bad_from is not None and bad_from <= at_s < back_s else NODES
+        made.append(record(at_s, node=nodes[i % len(nodes)]))
+    return made
+
+
+def test_every_arm_gets_the_same_requests_and_every_seed_others():
+    for scenario in SCENARIOS.values():
+        if not scenario.trace:
+            assert requests(scenario, 1) == requests(scenario, 1)
+            assert requests(scenario, 1) != requests(scenario, 2)
+
+
+@pytest.mark.parametrize("name", [n for n, s in SCENARIOS.items() if not s.trace and s.kind != "stream"])
+def test_a_run_has_about_two_thousand_requests_after_the_warm_up(name):
+    counted = [r for r in requests(SCENARIOS[name], 0) if r.at_s >= 0.0]
+    assert len(counted) >= 1800
+    assert max(r.at_s for r in counted) <= SCENARIOS[name].length_s
+
+
+def test_streams_last_two_to_twenty_seconds():
+    scenario = SCENARIOS["streams"]
+    lengths_s = [r.items * scenario.item_gap_s for r in requests(scenario, 0)]
+    assert 1.9 <= min(lengths_s) < 4.0
+    assert 15.0 < max(lengths_s) <= 20.2
+
+
+def test_every_fault_of_every_scenario_can_be_made_and_fits_into_the_run():
+    for scenario in SCENARIOS.values():
+        for fault in scenario.faults:
+            assert fault.kind in FAULTS
+            assert fault.start < fault.end
+    assert set(FAULTS) >= NEEDS_ISOLATION
+
+
+def test_our_arms_have_valid_settings():
+    for arm in ARMS.values():
+        if arm.config is not None:
+            Config.from_mapping(arm.config)
+
+
+def test_unknown_names_are_refused_with_what_there_is():
+    with pytest.raises(LabError, match="known are default, round_robin"):
+        find_arms("default,fastest")
+    with pytest.raises(LabError, match="soak, calm, hog"):
+        find_scenarios("hogg")
+    with pytest.raises(LabError, match="is empty"):
+        find_scenarios(" , ")
+
+
+def test_quantiles_leave_out_the_warm_up_and_failures_count_as_misses():
+    scenario = replace(SCENARIOS["calm"], requests=100, rate_per_s=10, slo_s=0.1)
+    rows = (
+        [record(-1.0, 9.0)] + [record(i / 10, 0.05) for i in range(98)] + [record(9.8, 0.5), record(9.9, error="lost")]
+    )
+    found = measure(scenario, result(rows, unanswered=1), [])
+    assert found["requests"] == 101
+    assert found["p999_s"] == 0.5
+    assert found["slo_miss_fraction"] == pytest.approx(3 / 101)
+    assert (found["errors"], found["errors_lost"], found["errors_unanswered"], found["lost"]) == (2, 1, 1, 2)
+    assert found["goodput_per_s"] == pytest.approx(9.8)
+
+
+def test_seconds_until_the_bad_node_is_avoided_and_used_again():
+    scenario = replace(SCENARIOS["hog"], requests=1200, rate_per_s=20)
+    span = Span("hog", 20.0, 40.0, "one", bad=True)
+    rows = spread(60.0, bad_from=23.0, back_s=45.0)
+    found = measure(scenario, result(rows), [span])
+    assert found["avoided_s"] == pytest.approx(2.5, abs=0.6)  # a window of 2 s reaches a third of the share before
+    assert found["used_again_s"] == pytest.approx(4.0, abs=0.7)
+    assert found["share_bad_node"] == pytest.approx(3 / 20 * 0.25, abs=0.01)
+
+
+def test_a_node_that_is_never_avoided_counts_with_the_whole_time():
+    scenario = replace(SCENARIOS["hog"], requests=1200, rate_per_s=20)
+    found = measure(scenario, result(spread(60.0)), [Span("hog", 20.0, 40.0, "one", bad=True)])
+    assert found["avoided_s"] == 20.0
+    assert found["share_bad_node"] == pytest.approx(0.25, abs=0.01)
+
+
+def test_streams_are_judged_by_first_item_and_pace():
+    scenario = replace(SCENARIOS["streams"], requests=2, rate_per_s=1)
+    fast = record(0.0, 2.1, first_item_s=0.1, items=11)
+    slow = record(1.0, 8.1, first_item_s=0.1, items=11)
+    found = measure(scenario, result([fast, slow]), [])
+    assert found["slo_miss_fraction"] == 0.5
+    assert found["item_slowdown_p99"] == pytest.approx(4.0)
+    assert found["first_item_p99_s"] == 0.1
+
+
+def test_sessions_that_leave_a_bad_node_are_moved_but_not_strayed():
+    scenario = replace(SCENARIOS["sessions-hot"], requests=4, rate_per_s=1)
+    nodes = ["one", "one", "two", "three"]
+    rows = [record(float(i), node=node, session="s") for i, node in enumerate(nodes)]
+    found = measure(scenario, result(rows), [Span("hog", 1.5, 3.0, "one", bad=True)])
+    assert found["sessions_moved"] == 2
+    assert found["session_stay_fraction_well"] == pytest.approx(2 / 3)
+
+
+def test_rows_are_saved_after_every_run_and_resumed(tmp_path):
+    path = tmp_path / "live.json"
+    rows = Rows(path, resume=False)
+    rows.add([Row("hog", "default", 0, "p99_s", 1.5)])
+    assert json.loads(path.read_text()) == [
+        {"scenario": "hog", "arm": "default", "seed": 0, "metric": "p99_s", "value": 1.5}
+    ]
+    again = Rows(path, resume=True)
+    assert again.done("hog", "default", 0)
+    assert not again.done("hog", "default", 1)
+    again.add([Row("hog", "default", 1, "p99_s", 2.5)])
+    assert by_arm(Rows(path, resume=True).rows, "hog")["default"]["p99_s"] == [1.5, 2.5]
+
+
+def fill(arm, **metrics):
+    return [Row("hog", arm, seed, name, value) for name, values in metrics.items() for seed, value in enumerate(values)]
+
+
+def test_targets_are_ratios_to_the_arms_measured_beside_it():
+    rows = fill("default", p99_s=[1.0, 1.0], p999_s=[20.0, 20.0]) + fill("oracle", p99_s=[0.1, 0.2], p999_s=[0.2, 0.2])
+    good = by_arm(rows + fill("shadecast", p99_s=[0.12, 0.2], p999_s=[0.25, 0.25]), "hog")
+    assert [check.met for check in checks("hog", good, {})] == [True, True, True]
+    slow = by_arm(rows + fill("shadecast", p99_s=[0.2, 0.4], p999_s=[5.0, 5.0]), "hog")
+    assert [check.met for check in checks("hog", slow, {})] == [False, False, False]
+
+
+def test_the_page_names_targets_errors_and_too_few_requests(tmp_path):
+    rows = fill("default", p99_s=[1.0], requests=[300.0], errors=[2.0], errors_lost=[2.0])
+    rows += fill("shadecast", p99_s=[0.1], requests=[300.0], errors=[0.0])
+    write_markdown(tmp_path / "live.md", rows, None)
+    page = (tmp_path / "live.md").read_text()
+    assert "QUICK" in page
+    assert "Errors: default 2 lost." in page
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--arms", "fastest"], "known are default"),
+        (["--scenario", "nothing"], "known are all, soak, calm"),
+        (["--json", __file__], "is there already"),
+    ],
+)
+def test_wrong_arguments_end_with_one_line_before_anything_is_started(words, said):
+    done = subprocess.run([sys.executable, "-m", "bench.live", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert said in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
