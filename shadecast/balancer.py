@@ -42,6 +42,10 @@ _CUSUM_LIMIT = 9.0
 _MAX_SETBACKS = 2
 _MAX_COPY_LOG_SPEED = math.log(1.5)
 """A copy on an idle newcomer is not taken for proof that it is much faster than the others."""
+_SETTLED = 0.3
+"""Change of log headroom from one sample to the next below which a node's load counts as steady."""
+_REMEMBERED_S = 300.0
+"""How long a node is remembered for a replica that served well there."""
 _OVERDUE = 2.0
 """Standard deviations beyond its expected log duration from which an unfinished request is evidence."""
 
@@ -138,6 +142,9 @@ class _Replica:
     connection: Connection
     speed: cap.SpeedEstimate
     capacity: float = 1.0
+    """As published."""
+    steady: float = 1.0
+    """Capacity but for a veto, which comes and goes at once: only this one moves at a limited rate."""
     queue: float = 0.0
     max_ongoing: int = 1
     listed_s: float = 0.0
@@ -168,6 +175,10 @@ class _Replica:
 class _Node:
     report: NodeReport
     made_s: float
+    changes: tuple[float, float] = (0.0, 0.0)
+    """Change of log headroom between the last three samples, the greatest of all resources."""
+    back_s: float = -math.inf
+    """When it was heard of again after silence."""
 
 
 class Balancer:
@@ -192,6 +203,9 @@ class Balancer:
         self._last_tick_s: float | None = None
         self._transitions: list[Transition] = []
         self._all_rates = self._all_recent = _Rates()
+        self._veto = cap.Veto()
+        self._left_s: dict[str, float] = {}
+        """When a node lost a replica that served well."""
         self._dropped = 0
         self._load = math.nan
         self._copyable = True
@@ -213,7 +227,7 @@ class Balancer:
                 row.replica_id, row.node_id, kept, now_s, 0, row.rejections, again_s, row.proven, held
             )
             known = self._add(connection, now_s)
-            known.capacity = known.live_capacity = known.slow_capacity = max(row.capacity, 0.01)
+            known.capacity = known.steady = known.live_capacity = known.slow_capacity = max(row.capacity, 0.01)
         if table.rows:
             self._first_seen_s = now_s - self.config.balance.bootstrap_s
             self._finished_total = _BOOTSTRAP_REQUESTS
@@ -263,7 +277,15 @@ class Balancer:
         if not (math.isfinite(report.age_s) and report.age_s >= 0.0):
             self._dropped += 1
             return
-        self._nodes[report.node_id] = _Node(report, now_s - report.age_s)
+        made_s = now_s - report.age_s
+        before = self._nodes.get(report.node_id)
+        if before is None:
+            self._nodes[report.node_id] = _Node(report, made_s)
+            return
+        was, is_ = cap.headroom_now(before.report.snapshot), cap.headroom_now(report.snapshot)
+        change = max(abs(b - a) for a, b in zip(was, is_, strict=True))
+        back_s = now_s if made_s - before.made_s > self.config.balance.lost_after_s else before.back_s
+        self._nodes[report.node_id] = _Node(report, made_s, (change, before.changes[0]), back_s)
 
     def _take_router(self, report: RouterReport, now_s: float) -> bool:
         """Membership and counts of one report; False if it cannot be true."""
@@ -362,7 +384,8 @@ class Balancer:
         explained = cap.explained(self._sensitivity.gamma, headroom)
         self._curve.observe(outcome.in_flight_at_start, log_duration + explained + before)
         log_alone = log_duration - math.log(self._curve.curve.correction(outcome.in_flight_at_start))
-        shown = self._duration.observe(known.duration, log_alone, headroom, self._sensitivity, before)
+        settled = self._settled(known.connection.node_id)
+        shown = self._duration.observe(known.duration, log_alone, headroom, self._sensitivity, before, settled=settled)
         if not self._is_paced(known):
             known.speed.observe(shown)
 
@@ -375,7 +398,8 @@ class Balancer:
         log_alone = log_time - math.log(self._curve.curve.correction(max(known.queue - 1.0, 0.0)))
         headroom = self._headroom(known.connection.node_id)
         before = known.speed.residual(self._noise(known))
-        shown = self._pace.observe(known.pace, log_alone, headroom, self._sensitivity, before)
+        settled = self._settled(known.connection.node_id)
+        shown = self._pace.observe(known.pace, log_alone, headroom, self._sensitivity, before, settled=settled)
         known.speed.observe(shown, min(view.stream_s, _MAX_STREAM_S))
 
     def _is_paced(self, known: _Replica) -> bool:
@@ -389,6 +413,10 @@ class Balancer:
         node = self._nodes.get(node_id)
         fresh = node is not None and self._age(node) <= self.config.forecast.ttl_s
         return cap.headroom_now(node.report.snapshot) if node is not None and fresh else cap.NO_HEADROOM
+
+    def _settled(self, node_id: str) -> bool:
+        node = self._nodes.get(node_id)
+        return node is not None and max(node.changes) < _SETTLED
 
     def _age(self, node: _Node) -> float:
         return (self._last_tick_s or 0.0) - node.made_s
@@ -428,7 +456,7 @@ class Balancer:
                 )
             else:
                 outlooks[node_id] = cap.NO_OUTLOOK
-        vetoed = cap.vetoes(outlooks, config, self.config.trial.memory_limit)
+        vetoed = self._veto.step(outlooks, config, self.config.trial.memory_limit, now_s)
         unfinished = self._unfinished(now_s)
         for replica_id, known in self._replicas.items():
             node_id = known.connection.node_id
@@ -441,11 +469,10 @@ class Balancer:
             known.vetoed = node_id in vetoed
             view = known.outlook
             wanted = math.exp(cap.blend(log_live, view.log_change, config, view.error_sigma))
-            if known.vetoed:
-                wanted *= config.veto_factor
-            known.capacity = max(cap.limit_rate(known.capacity, wanted, elapsed_s, config), 0.01)
+            known.steady = max(cap.limit_rate(known.steady, wanted, elapsed_s, config), 0.01)
+            known.capacity = max(known.steady * config.veto_factor, 0.01) if known.vetoed else known.steady
             keep = 0.5 ** (max(elapsed_s, 0.0) / _SLOW_HALF_LIFE_S)
-            known.slow_capacity = keep * known.slow_capacity + (1.0 - keep) * known.capacity
+            known.slow_capacity = keep * known.slow_capacity + (1.0 - keep) * known.steady
         self._load = self._predicted_load()
 
     def _unfinished(self, now_s: float) -> dict[str, list[tuple[float, float, float]]]:
@@ -539,7 +566,7 @@ class Balancer:
                     now_s,
                     batch_half=curve.batch_half,
                     slots=slots,
-                    short=known.connection.proven,
+                    short=known.connection.proven or self._has_returned(known, now_s),
                 )
             case State.SHIFTING:
                 if event is Event.STEP_FAILED:
@@ -570,6 +597,9 @@ class Balancer:
         listed = {view.replica_id for report in reports for view in report.replicas}
         for replica_id, known in list(self._replicas.items()):
             if replica_id not in listed:
+                if known.connection.state is State.ACTIVE and not known.connection.rejections:
+                    recent = {n: at_s for n, at_s in self._left_s.items() if at_s > now_s - _REMEMBERED_S}
+                    self._left_s = {**recent, known.connection.node_id: now_s}
                 self._apply(known, Event.LOST, now_s, "no router lists the replica any more")
                 del self._replicas[replica_id]
             elif _takes_traffic(known) and self._unreachable(known, now_s, limit_s):
@@ -599,8 +629,16 @@ class Balancer:
                     pass
 
     def _memory_fraction(self, known: _Replica) -> float:
+        """Of its node; NaN where that is not known, or is from before the node went away."""
         node = self._nodes.get(known.connection.node_id)
-        return node.report.snapshot.memory_fraction if node is not None else math.nan
+        fresh = node is not None and self._age(node) <= self.config.forecast.ttl_s
+        return node.report.snapshot.memory_fraction if node is not None and fresh else math.nan
+
+    def _has_returned(self, known: _Replica, now_s: float) -> bool:
+        """Whether its node served well, went silent and is back: the same machine, not a new version of the code."""
+        node_id = known.connection.node_id
+        node, left_s = self._nodes.get(node_id), self._left_s.get(node_id, -math.inf)
+        return node is not None and node.back_s > left_s > now_s - _REMEMBERED_S
 
     def _neighbours(self, known: _Replica) -> tuple[float, float]:
         """Mean log speed of ACTIVE replicas on the same node less that of those elsewhere, and its standard error."""
@@ -666,16 +704,23 @@ class Balancer:
                 return
         waited_s = now_s - known.connection.since_s
         trial = self.config.trial
-        proven = any(r.verdict is Verdict.FAVOURABLE for r in rulings)
-        seen = rulings[0].evidence.get("candidate_outcomes", 0.0)
-        level = rulings[0].evidence.get("mean_log_ratio", math.nan)
-        harmless = seen >= trial.min_pairs and level <= math.log(trial.margin)
-        if waited_s >= trial.step_timeout_s or (waited_s >= trial.step_s and (proven or harmless)):
+        good = any(r.verdict is Verdict.FAVOURABLE for r in rulings) or self._seems_harmless(known, rulings[0])
+        if waited_s >= trial.step_timeout_s or (waited_s >= trial.step_s and good):
             share = known.connection.share(trial.ramp)
             if share >= 1.0:
                 self._apply(known, Event.RAMP_DONE, now_s, "last step of the ramp passed", rulings[0])
             else:
                 self._apply(known, Event.STEP_PASSED, now_s, f"no harm at a share of {share:g}", rulings[0])
+
+    def _seems_harmless(self, known: _Replica, ruling: Ruling) -> bool:
+        """Whether a step of the ramp may end before its proof: enough was seen, or there is no time to see more."""
+        margin = math.log(self.config.trial.margin)
+        level = ruling.evidence.get("mean_log_ratio", math.nan)
+        if self._urgent():
+            return not level > margin
+        if self._is_paced(known) and known.speed.weight >= self.config.trial.warmup_pairs:
+            return known.speed.recent >= -margin  # streams tell their pace long before they end
+        return ruling.evidence.get("candidate_outcomes", 0.0) >= self.config.trial.min_pairs and level <= margin
 
     def _guard(self, known: _Replica, now_s: float) -> None:
         """An ACTIVE replica: errors that the others do not have drain it; long good service is a clean slate."""

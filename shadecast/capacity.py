@@ -13,13 +13,16 @@ already (the E step of the censored normal model, Tobin 1958, Schmee and Hahn 19
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shadecast.config import BalanceConfig
 from shadecast.types import HORIZONS_S, RESOURCES, Forecast, NodeSnapshot
 
-_MIN_HEADROOM = 0.05
+_MIN_HEADROOM = 0.02
+_NO_SIGNAL = 0.1
+"""Change of log headroom that telemetry's own noise makes, too."""
 _MIN_LOG_SPEED = math.log(0.01)
 _MAX_LOG_SPEED = math.log(4.0)
 _PRIOR_SIGMA = 0.5
@@ -28,6 +31,13 @@ _SURPRISE = 9.0
 """Three standard errors: a difference that is not chance."""
 _NORMAL_10_TO_90 = 2.563
 """Standard deviations between the .1 and the .9 quantile of a normal distribution."""
+_SPAN_STEPS = 8
+_RESIDENCES = 2.5
+"""Requests live through this many times their median residence, if they are long: what is forecast counts so far."""
+_TABLE_LIFE_S = 1.5
+"""A table is made, travels and is in use for so long: a veto must be there before what it is for."""
+_VETO_HOLD_S = 0.5
+"""Half of what lies between two samples: a forecast's end of a disturbance is not known more exactly."""
 _SQRT_2 = math.sqrt(2.0)
 _SQRT_2_PI = math.sqrt(2.0 * math.pi)
 
@@ -57,21 +67,22 @@ def headroom_now(snapshot: NodeSnapshot | None) -> Headroom:
     )
 
 
-def at_horizon(rows: Sequence[Sequence[float]], ahead_s: float, quantile: int) -> float:
-    """The quantile `ahead_s` from the forecast's origin, linear between horizons, held beyond the last one.
+def horizon_weights(age_s: float, span_s: float) -> tuple[float, ...]:
+    """Weights [horizon] of a forecast's rows in the mean over `span_s` from now, of a forecast `age_s` old.
 
-    `rows` has shape [horizon, quantile]. This is the re-indexing by clock time: a forecast that is `a` seconds old
-    is read `a` seconds further out.
+    The trajectory is linear between horizons and held beyond the last one. It is indexed by clock time: what a
+    forecast said of a moment holds however old it is.
     """
-    horizons_s = HORIZONS_S
-    if ahead_s <= horizons_s[0]:
-        return rows[0][quantile]
-    for k in range(1, len(horizons_s)):
-        low, high = horizons_s[k - 1], horizons_s[k]
-        if ahead_s <= high:
-            part = (ahead_s - low) / (high - low)
-            return rows[k - 1][quantile] * (1.0 - part) + rows[k][quantile] * part
-    return rows[len(horizons_s) - 1][quantile]
+    weights = [0.0] * len(HORIZONS_S)
+    for step in range(_SPAN_STEPS):
+        ahead_s = age_s + span_s * (step + 0.5) / _SPAN_STEPS
+        after = min(bisect_left(HORIZONS_S, ahead_s), len(HORIZONS_S) - 1)
+        before = max(after - 1, 0)
+        gap_s = HORIZONS_S[after] - HORIZONS_S[before]
+        part = min((ahead_s - HORIZONS_S[before]) / gap_s, 1.0) if gap_s and ahead_s > HORIZONS_S[before] else 0.0
+        weights[before] += (1.0 - part) / _SPAN_STEPS
+        weights[after] += part / _SPAN_STEPS
+    return tuple(weights)
 
 
 def censored_excess(z: float) -> float:
@@ -192,8 +203,8 @@ class Sensitivity:
 
     def observe(self, headroom_deviation: Headroom, log_speed_deviation: float) -> None:
         """Add one finished request's deviations from its replica's slow means."""
-        if not math.isfinite(log_speed_deviation):
-            return
+        if not math.isfinite(log_speed_deviation) or max(map(abs, headroom_deviation)) < _NO_SIGNAL:
+            return  # many small deviations are noise of telemetry, and would pull gamma to 0 (errors in variables)
         for a, x in enumerate(headroom_deviation):
             self._xy[a] = self._xy[a] * self._FADE + x * log_speed_deviation
             row = self._xx[a]
@@ -223,13 +234,13 @@ class Outlook:
     """What a forecast says of one node, for one deployment, over the look-ahead."""
 
     log_change: float = 0.0
-    """Gated change of log speed from now to the look-ahead; 0 without a usable forecast."""
+    """Gated change of log speed from now to its mean over the look-ahead; 0 without a usable forecast."""
     error_sigma: float = 0.0
     """Spread of that change by the forecast's own quantiles."""
     worst_log_speed: float = 0.0
-    """Log speed by the unfavourable quantile, relative to an idle node."""
+    """Log speed at the worst moment, by the unfavourable quantile, relative to an idle node."""
     memory_high: float = 0.0
-    """Upper quantile of the memory fraction over the look-ahead."""
+    """Upper quantile of the memory fraction at the longest horizon."""
     alarm: bool = False
     """The forecast is allowed to veto (its alarms have been right)."""
 
@@ -244,27 +255,34 @@ def outlook(
     age_s: float,
     ahead_s: float,
 ) -> Outlook:
-    """Read a forecast that is `age_s` old at `ahead_s` from now. A broken or missing part counts as no change."""
+    """What a forecast that is `age_s` old says of a request placed now that stays `ahead_s` (median).
+
+    The change of speed is that of the mean load over what requests live through. The worst moment is looked for until
+    the next table can be in use; memory that runs out loses all requests, so it counts as far as the forecast goes.
+    A broken or missing part counts as no change.
+    """
     if forecast is None or snapshot is None:
         return NO_OUTLOOK
     now = headroom_now(snapshot)
+    weights = horizon_weights(age_s, min(_RESIDENCES * ahead_s, HORIZONS_S[-1]))
+    soonest = min(bisect_right(HORIZONS_S, age_s), len(HORIZONS_S) - 1)
+    latest = max(bisect_right(HORIZONS_S, age_s + ahead_s + _TABLE_LIFE_S) - 1, soonest)
     change, variance, worst, memory_high = 0.0, 0.0, 0.0, 0.0
     for k, resource in enumerate(RESOURCES):
         rows = forecast.quantiles.get(resource)
         if not rows or len(rows) != len(HORIZONS_S):
             continue
-        low = at_horizon(rows, age_s + ahead_s, 0)
-        median = at_horizon(rows, age_s + ahead_s, 1)
-        high = at_horizon(rows, age_s + ahead_s, 2)
-        if not (math.isfinite(low) and math.isfinite(median) and math.isfinite(high)):
+        low, median, high = (sum(w * row[q] for w, row in zip(weights, rows, strict=True)) for q in range(3))
+        worst_high = max(row[-1] for row in rows[soonest : latest + 1])
+        if not (math.isfinite(low) and math.isfinite(median) and math.isfinite(high) and math.isfinite(worst_high)):
             continue
         gate = min(max(forecast.gate.get(resource, 0.0), 0.0), 1.0)
         change += gate * gamma[k] * (log_headroom(median) - now[k])
         spread = gamma[k] * (log_headroom(low) - log_headroom(high)) / _NORMAL_10_TO_90
         variance += (gate * spread) ** 2
-        worst += gamma[k] * log_headroom(high)
+        worst += gamma[k] * log_headroom(worst_high)
         if resource == "memory":
-            memory_high = high
+            memory_high = rows[-1][-1]
     return Outlook(change, math.sqrt(variance), worst, memory_high, forecast.veto_allowed)
 
 
@@ -296,3 +314,21 @@ def vetoes(outlooks: Mapping[str, Outlook], config: BalanceConfig, memory_limit:
     ]
     allowed = int(config.veto_max_fraction * len(outlooks))
     return frozenset(node_id for _, node_id in sorted(dire)[:allowed])
+
+
+class Veto:
+    """The nodes that are left because their forecast is dire, and a moment longer."""
+
+    def __init__(self) -> None:
+        self._until_s: dict[str, float] = {}
+
+    def step(
+        self, outlooks: Mapping[str, Outlook], config: BalanceConfig, memory_limit: float, now_s: float
+    ) -> frozenset[str]:
+        """The nodes to leave now: the dire ones first, at most the configured fraction of all."""
+        dire = vetoes(outlooks, config, memory_limit)
+        self._until_s.update(dict.fromkeys(dire, now_s + _VETO_HOLD_S))
+        self._until_s = {n: until_s for n, until_s in self._until_s.items() if until_s > now_s and n in outlooks}
+        allowed = int(config.veto_max_fraction * len(outlooks))
+        lately = sorted((n for n in self._until_s if n not in dire), key=lambda n: (-self._until_s[n], n))
+        return frozenset([*dire, *lately[: allowed - len(dire)]])

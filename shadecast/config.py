@@ -74,7 +74,7 @@ class BalanceConfig(_Section):
     table_ttl_s: float = _bounded(3.0, 0.5, 60.0, "an older table says nothing about queues any more")
     local_only_age_s: float = _bounded(5.0, 1.0, 120.0, "from this age on a router uses power of two choices")
     choices: int = _bounded(4, 1, 64, "d of the pick; 1 is random, all replicas herd")
-    forecast_weight: float = _bounded(0.7, 0.0, 1.0, "beta; 0 is live capacity only")
+    forecast_weight: float = _bounded(1.0, 0.0, 1.0, "beta; 0 is live capacity only")
     dead_band: float = _bounded(0.2, 0.0, 2.0, "log change that a forecast must exceed to count")
     rise_per_s: float = _bounded(0.3, 0.01, 10.0, "capacity may rise by this much of nominal in a second")
     fall_per_s: float = _bounded(0.6, 0.01, 10.0, "capacity may fall by this much of nominal in a second")

@@ -47,19 +47,27 @@ class Yardstick:
             self.reference = median(usual)
 
     def observe(
-        self, mean: SlowMean, log_alone: float, headroom: cap.Headroom, sensitivity: cap.Sensitivity, residual: float
+        self,
+        mean: SlowMean,
+        log_alone: float,
+        headroom: cap.Headroom,
+        sensitivity: cap.Sensitivity,
+        residual: float,
+        *,
+        settled: bool,
     ) -> float:
         """Learn from one time and return the log speed that it shows beyond what the headroom explains.
 
         `log_alone` is the log time with the replica's load taken out, `residual` the estimate before. NaN while no
-        reference is known. A time that is too short to be true counts only as far as it is plausible.
+        reference is known. A time that is too short to be true counts only as far as it is plausible. While the
+        headroom is not `settled` nobody knows which one the request felt: no sensitivity is learned from it.
         """
         gamma = sensitivity.gamma
         work = log_alone + cap.explained(gamma, headroom)
         mean.weight = min(mean.weight + 1.0, _MEMORY)
         rate = 1.0 / mean.weight
         h = mean.headroom
-        if mean.weight >= _MIN_FOR_SENSITIVITY:
+        if settled and mean.weight >= _MIN_FOR_SENSITIVITY:
             deviation = (headroom[0] - h[0], headroom[1] - h[1], headroom[2] - h[2])
             sensitivity.observe(deviation, mean.log_work - cap.explained(gamma, h) - log_alone)
         mean.log_work += rate * (work - mean.log_work)

@@ -91,6 +91,37 @@ def test_a_replica_that_gets_well_comes_back():
     assert world.state("new") is State.ACTIVE
 
 
+def test_a_node_that_was_away_and_is_back_needs_a_short_trial_only():
+    """A new version in its place, on a node that never went silent, needs the whole trial."""
+    took_s = {}
+    for case in ("returned", "new version"):
+        world = grown(6)
+        world.machines["old0"].alive = False
+        if case == "new version":
+            world.add("watch", node_id="node-old0").silent = True  # keeps nothing but the node's telemetry alive
+            world.machines["watch"].silent = False
+        world.run(20)
+        world.add("again", node_id="node-old0")
+        world.run(1)
+        since_s = world.now_s
+        while world.state("again") in (State.INACTIVE, State.SHADOWING):
+            world.tick()
+        took_s[case] = world.now_s - since_s
+    assert took_s["returned"] < took_s["new version"]
+
+
+def test_memory_that_was_full_before_a_node_died_ends_no_trial_when_it_is_back():
+    world = grown(4)
+    world.machines["old0"].memory = 0.99
+    world.run(1)
+    world.machines["old0"].alive = False
+    world.run(10)
+    world.add("again", node_id="node-old0", silent=True)
+    world.run(30)
+    assert "trial_failed" not in world.events("again")
+    assert world.state("again") in (State.SHIFTING, State.ACTIVE)
+
+
 def test_requests_that_cannot_be_copied_lead_to_a_small_live_canary():
     world = grown(copyable=False)
     world.add("new")

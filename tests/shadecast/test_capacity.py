@@ -82,14 +82,33 @@ def test_a_resource_that_moves_together_with_another_is_not_counted_twice():
     assert gamma[0] + gamma[1] == pytest.approx(1.0, abs=0.1)
 
 
-def test_a_forecast_is_read_by_clock_time():
-    ramp = forecast([0.1, 0.2, 0.3, 0.5, 0.8, 0.8])
-    for age_s in (0.0, 1.0, 3.0):
-        # what lies 5 s after the forecast was made is 5 - age seconds ahead now
-        view = cap.outlook(ramp, snapshot(), (1.0, 0.0, 0.0), age_s, 5.0 - age_s)
-        assert view.log_change == pytest.approx(math.log(0.5))
-    assert cap.at_horizon(((0, 0.0, 0), (0, 1.0, 0)) + ((0, 2.0, 0),) * 4, 1.5, 1) == 0.5
-    assert cap.at_horizon(((0, 0.0, 0), (0, 1.0, 0)) + ((0, 2.0, 0),) * 4, 99.0, 1) == 2.0
+@pytest.mark.parametrize("age_s", [1.0, 2.5, 4.0])
+@pytest.mark.parametrize("span_s", [0.5, 3.0, 6.0])
+def test_a_forecast_is_read_by_clock_time(age_s, span_s):
+    weights = cap.horizon_weights(age_s, span_s)
+    assert sum(weights) == pytest.approx(1.0)
+    middle_s = sum(w * h for w, h in zip(weights, HORIZONS_S, strict=True))  # of a load that rises by 1 a second
+    assert middle_s == pytest.approx(age_s + span_s / 2.0, abs=1e-9)
+
+
+def test_a_forecast_holds_its_first_and_last_value_outside_its_horizons():
+    assert cap.horizon_weights(0.0, 0.5) == (1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    assert cap.horizon_weights(60.0, 5.0) == (0.0, 0.0, 0.0, 0.0, 0.0, 1.0)
+
+
+def test_a_drop_counts_by_how_much_of_a_requests_life_it_takes():
+    late = forecast([0.0, 0.0, 0.0, 0.0, 0.8, 0.8])
+    changes = [cap.outlook(late, snapshot(), (1.0, 0.0, 0.0), 0.0, h).log_change for h in (0.5, 2.5, 4.0)]
+    assert changes[0] == 0.0
+    assert changes[0] > changes[1] > changes[2] > math.log(0.2)
+
+
+def test_a_veto_looks_until_the_next_table_is_in_use_and_at_memory_as_far_as_it_can():
+    pause = forecast([0.0, 0.97, 0.0, 0.0, 0.0, 0.0])
+    worst = [cap.outlook(pause, snapshot(), (1.0, 0.0, 0.0), age_s, 0.5).worst_log_speed for age_s in (0.0, 1.0, 2.5)]
+    assert worst[0] == worst[1] < math.log(0.15) < worst[2]
+    climbing = forecast([0.0] * 6, memory=0.99)
+    assert cap.outlook(climbing, snapshot(), (1.0, 0.0, 0.0), 0.0, 0.5).memory_high == pytest.approx(0.99)
 
 
 @pytest.mark.parametrize(
@@ -146,6 +165,18 @@ def test_vetoes_need_leave_and_hit_the_worst_few():
     assert len(vetoed) == 2
     assert "n3" in vetoed
     assert "n0" not in vetoed
+
+
+def test_a_veto_outlasts_its_forecast_by_half_a_sample_and_never_takes_more_than_its_share():
+    gamma = (1.0, 0.0, 0.0)
+    dire = {f"n{i}": cap.outlook(forecast([0.95] * 6, veto=True), snapshot(), gamma, 0.0, 5.0) for i in range(8)}
+    well = {**dict.fromkeys(dire, cap.NO_OUTLOOK), "n7": dire["n7"]}
+    veto = cap.Veto()
+    first = veto.step(dire, CONFIG, 0.92, 100.0)
+    assert len(first) == 2
+    assert veto.step(well, CONFIG, 0.92, 100.4) == {"n7", min(first)}
+    assert veto.step(well, CONFIG, 0.92, 100.6) == {"n7"}
+    assert veto.step({}, CONFIG, 0.92, 100.7) == frozenset()
 
 
 def durations(slots, batch_half, seed=1, count=2000, top=24):

@@ -20,27 +20,29 @@ def test_the_reference_is_the_median_over_replicas_and_one_slow_one_does_not_mov
     means = [SlowMean() for _ in range(5)]
     for _ in range(50):
         for k, mean in enumerate(means):
-            yardstick.observe(mean, math.log(8.0 if k == 0 else 2.0), NO_HEADROOM, sensitivity, 0.0)
+            yardstick.observe(mean, math.log(8.0 if k == 0 else 2.0), NO_HEADROOM, sensitivity, 0.0, settled=True)
     yardstick.refer(means)
     assert yardstick.reference == pytest.approx(math.log(2.0))
-    assert yardstick.observe(means[0], math.log(8.0), NO_HEADROOM, sensitivity, 0.0) == pytest.approx(-math.log(4.0))
+    assert yardstick.observe(means[0], math.log(8.0), NO_HEADROOM, sensitivity, 0.0, settled=True) == pytest.approx(
+        -math.log(4.0)
+    )
 
 
 def test_nothing_is_said_of_speed_before_a_reference_is_known():
-    assert math.isnan(Yardstick().observe(SlowMean(), 0.0, NO_HEADROOM, Sensitivity(), 0.0))
+    assert math.isnan(Yardstick().observe(SlowMean(), 0.0, NO_HEADROOM, Sensitivity(), 0.0, settled=True))
 
 
 def test_a_time_too_short_to_be_true_counts_only_as_far_as_it_is_plausible():
     yardstick = Yardstick()
     yardstick.reference, yardstick.noise = 0.0, 0.1
-    assert yardstick.observe(SlowMean(), -10.0, NO_HEADROOM, Sensitivity(), 0.0) < 1.0
+    assert yardstick.observe(SlowMean(), -10.0, NO_HEADROOM, Sensitivity(), 0.0, settled=True) < 1.0
 
 
 def test_the_noise_learned_is_that_of_the_times():
     yardstick, rng = Yardstick(), random.Random(0)
     yardstick.reference = 0.0
     for _ in range(3000):
-        yardstick.observe(SlowMean(), rng.gauss(0.0, 0.3), NO_HEADROOM, Sensitivity(), 0.0)
+        yardstick.observe(SlowMean(), rng.gauss(0.0, 0.3), NO_HEADROOM, Sensitivity(), 0.0, settled=True)
     assert yardstick.noise == pytest.approx(0.3, rel=0.15)
 
 
