@@ -145,7 +145,7 @@ class ForecasterActor:
             hostname=socket.gethostname(),
         )
         self._loaded = {"champion": "", "challenger": ""}
-        self._problem = ""
+        self._problems: dict[str, str] = {}
         self._look_after()
         self._stop = threading.Event()
         self._threads = [
@@ -160,7 +160,7 @@ class ForecasterActor:
         return {
             "versions": self._forecaster.versions(),
             "failures": self._forecaster.failures,
-            "problem": self._problem,
+            "problem": "; ".join(self._problems.values()),
             "pid": os.getpid(),
         }
 
@@ -204,19 +204,20 @@ class ForecasterActor:
         for role in ("champion", "challenger"):
             try:
                 wanted = self._wanted(role)
-                if wanted == self._loaded[role]:
-                    continue
-                if not wanted:
-                    self._forecaster.drop_challenger()
-                    self._loaded[role] = ""
-                    continue
-                self._forecaster.use(self._registry.load(wanted), challenger=role == "challenger")
+                if wanted != self._loaded[role]:
+                    self._take(wanted, role)
+                self._problems.pop(role, None)
             except ShadecastError as error:
-                if str(error) != self._problem:
+                if str(error) != self._problems.get(role):
                     logger.warning("%s not loaded, %s stays: %s", role, self._loaded[role] or "no forecast", error)
-                self._problem = str(error)
-                continue
-            self._loaded[role], self._problem = wanted, ""
+                self._problems[role] = str(error)
+
+    def _take(self, wanted: str, role: str) -> None:
+        if wanted:
+            self._forecaster.use(self._registry.load(wanted), challenger=role == "challenger")
+        else:
+            self._forecaster.drop_challenger()
+        self._loaded[role] = wanted
 
     def _wanted(self, role: str) -> str:
         if role == "champion":
