@@ -23,6 +23,7 @@ from bench.live.faults import runs_on
 from bench.live.hosts import missing
 from bench.live.report import print_table, write_markdown
 from bench.live.scenario import SCENARIOS, find_scenarios
+from bench.live.soak import soak_scenario
 
 _DEFAULT_ARMS = "default,round_robin,consistent_hash,capacity_queue,prequal,live_capacity,shadecast,oracle"
 
@@ -49,7 +50,8 @@ def main(
         if clean:
             console.print(f"removed what was left of {len(state.clean())} labs", highlight=False)
             return
-        wanted, chosen = find_scenarios(scenario), find_arms(arms)
+        soak = [soak_scenario(minutes, 0)] if scenario == "soak" else []
+        wanted, chosen = soak or find_scenarios(scenario), find_arms(arms)
         _check(json_file, resume=resume, unisolated=unisolated)
     except LabError as error:
         console.print(f"bench.live: {error}", style="red", markup=False)

@@ -26,6 +26,11 @@ class Arm:
         """Whether the control plane balances it."""
         return self.config is not None
 
+    @property
+    def over_http(self) -> bool:
+        """Whether the project's gateway can be told to use it."""
+        return self.router in ("", _OURS)
+
     def options(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Options of a Serve deployment; `settings` are the scenario's own sections of our configuration."""
         from ray.serve.config import DeploymentActorConfig, RequestRouterConfig  # noqa: PLC0415 - slow to import

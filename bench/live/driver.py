@@ -18,20 +18,29 @@ import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import ray
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError
+from ray.serve.schema import ServeDeploySchema
 
+from bench.live import gateway_model
 from bench.live.arms import ARMS
 from bench.live.workload import Work, exchange_folder, right_answer
 from serve_app.control_plane import find_coordinator, start_control_plane
 from serve_app.retry import RetryBudget
 
 MARK = "@@"
+HTTP_PORT = 8018
 REQUEST_TIMEOUT_S = 60.0
 _DRAIN_S = 75.0
 _RUNNING_S = 180.0
+
+
+class HttpError(Exception):
+    """An answer that is no success; the text is its kind."""
 
 
 class Driver:
@@ -41,16 +50,18 @@ class Driver:
         self._handle: Any = None
         self._options: dict[str, Any] = {}
         self._replicas = 0
-        self._app = ""
+        self._app = self._name = ""
         self._deployed = 0
         self._states: list[dict[str, Any]] = []
+        self._client: Any = None
 
     # ------------------------------------------------------------------ commands
 
     async def control_plane(self) -> dict[str, Any]:
         """Start the control plane and Serve."""
         await asyncio.to_thread(start_control_plane, page_port=0)
-        await asyncio.to_thread(serve.start, proxy_location="Disabled")
+        http = {"host": "127.0.0.1", "port": HTTP_PORT}
+        await asyncio.to_thread(serve.start, proxy_location="HeadOnly", http_options=http)
         return await self.nodes()
 
     async def nodes(self) -> dict[str, Any]:
@@ -75,8 +86,50 @@ class Driver:
         }
         self._replicas = replicas
         self._deployed += 1
+        self._name = "Work"
         self._app = f"live{self._deployed}"  # Serve keeps a handle, with its router, by the application's name
         await self._apply()
+        return {"on": await self._replica_nodes()}
+
+    async def deploy_http(self, arm: str, replicas: int, settings: dict[str, Any]) -> dict[str, Any]:
+        """Deploy the project's own gateway, twice, before the same work as a model."""
+        self._replicas, self._deployed = replicas, self._deployed + 1
+        self._app, self._name = f"live{self._deployed}", "burn"
+        own = ARMS[arm].config
+        config = {s: {**settings.get(s, {}), **own.get(s, {})} for s in {*settings, *own}} if own is not None else {}
+        common = {"graceful_shutdown_timeout_s": 5.0}
+        worker = {"ray_actor_options": {"num_cpus": 0.1, "resources": {"worker": 1}}, "max_replicas_per_node": 1}
+        application = {
+            "name": self._app,
+            "route_prefix": "/",
+            "import_path": "serve_app.app:build",
+            "args": {
+                "model": "bench.live.gateway_model:Burn",
+                "replicas": replicas,
+                "gateway_replicas": 2,
+                "max_ongoing_requests": 64,
+                "router": "default" if own is None else "predictive",
+                "config": config,
+            },
+            "deployments": [
+                {"name": "Gateway", "ray_actor_options": {"num_cpus": 0, "resources": {"head": 0.01}}, **common},
+                {"name": "burn", **worker, **common},
+            ],
+        }
+        schema = ServeDeploySchema.model_validate(
+            {"applications": [application], "http_options": {"host": "127.0.0.1", "port": HTTP_PORT}}
+        )
+        await asyncio.to_thread(lambda: _get_global_client().deploy_apps(schema))
+        await self._running()
+        limits = httpx.Limits(max_connections=500, max_keepalive_connections=100)
+        self._client = httpx.AsyncClient(
+            base_url=f"http://127.0.0.1:{HTTP_PORT}", timeout=REQUEST_TIMEOUT_S, limits=limits
+        )
+        for _ in range(100):  # the proxy learns of a new route a moment later
+            answer = await self._client.get("/v2/health/ready")
+            if answer.status_code == 200:
+                break
+            await asyncio.sleep(0.1)
         return {"on": await self._replica_nodes()}
 
     async def scale(self, replicas: int) -> dict[str, Any]:
@@ -96,6 +149,9 @@ class Driver:
         """Remove the application."""
         await asyncio.to_thread(serve.delete, self._app)
         self._handle = None
+        if self._client is not None:
+            await self._client.aclose()
+            self._client = None
         return {}
 
     async def status(self) -> dict[str, Any]:
@@ -115,7 +171,7 @@ class Driver:
 
         async def one(row: dict[str, Any]) -> dict[str, Any]:
             nonlocal done
-            send = self._stream if scenario["kind"] == "stream" else self._unary
+            send = self._http if scenario["kind"] == "http" else self._stream if row["items"] else self._unary
             record: dict[str, Any] = {
                 "at_s": row["at_s"],
                 "session": row["session"],
@@ -176,6 +232,8 @@ class Driver:
             return "timeout", False
         except BackPressureError:
             return "rejected", False
+        except HttpError as error:
+            return str(error), False
         except RayTaskError as error:
             return type(error.cause).__name__, False
         except RayActorError:
@@ -194,6 +252,13 @@ class Driver:
         node, value, size = await handle.infer.remote(row["x"], row["cpu_s"], payload)
         record["node"] = node
         return bool(value == right_answer(row["x"]) and size == len(payload))
+
+    async def _http(self, row: dict[str, Any], record: dict[str, Any], _: dict[str, Any], __: float) -> bool:
+        answer = await self._client.post("/v2/models/burn/infer", content=gateway_model.body(row["x"], row["cpu_s"]))
+        if answer.status_code != 200:
+            raise HttpError(f"HTTP {answer.status_code}")
+        record["node"], value = gateway_model.read(answer.json())
+        return value == right_answer(row["x"])
 
     async def _stream(
         self, row: dict[str, Any], record: dict[str, Any], scenario: dict[str, Any], zero_s: float
@@ -216,10 +281,16 @@ class Driver:
     async def _apply(self) -> None:
         app = serve.deployment(Work).options(**self._options, num_replicas=self._replicas).bind()
         self._handle = await asyncio.to_thread(serve.run, app, name=self._app, route_prefix=None)
+        await self._running()
+
+    async def _running(self) -> None:
         deadline_s = time.monotonic() + _RUNNING_S
         while True:
-            states = (await asyncio.to_thread(serve.status)).applications[self._app].deployments["Work"].replica_states
-            if states.get("RUNNING") == self._replicas and sum(states.values()) == self._replicas:
+            app = (await asyncio.to_thread(serve.status)).applications.get(self._app)
+            found = app.deployments.get(self._name) if app is not None else None
+            states = found.replica_states if found is not None else {}
+            ready = app is not None and app.status == "RUNNING"
+            if ready and states.get("RUNNING") == self._replicas and sum(states.values()) == self._replicas:
                 return
             if time.monotonic() > deadline_s:
                 raise TimeoutError(f"{self._replicas} replicas did not run within {_RUNNING_S:g} s: {states}")
@@ -227,8 +298,8 @@ class Driver:
 
     async def _replica_nodes(self) -> list[str]:
         """Node ids of the replicas that run, by asking Serve's controller."""
-        details = await asyncio.to_thread(lambda: serve.context._get_global_client().get_serve_details())
-        replicas = details["applications"][self._app]["deployments"]["Work"]["replicas"]
+        details = await asyncio.to_thread(lambda: _get_global_client().get_serve_details())
+        replicas = details["applications"][self._app]["deployments"][self._name]["replicas"]
         return [r["node_id"] for r in replicas if r["state"] == "RUNNING"]
 
     async def _status(self) -> dict[str, Any]:
@@ -236,7 +307,7 @@ class Driver:
             status = await asyncio.wait_for(find_coordinator().status.remote(), 3.0)
         except Exception as error:  # killed by the scenario, perhaps
             return {"error": repr(error)}
-        mine = [d for d in status["deployments"] if d["deployment"].startswith(f"{self._app}/")]
+        mine = [d for d in status["deployments"] if d["deployment"] == f"{self._app}/{self._name}"]
         return {"deployment": mine[0] if mine else None, "nodes": status["nodes"], "transitions": status["transitions"]}
 
     async def _watch(self, zero_s: float) -> None:

@@ -90,6 +90,12 @@ def coordinator_kill(scene: Scene, fault: Fault) -> End:
     return _kill_actor(scene.world.named("_CoordinatorActor"), "the coordinator")
 
 
+def replica_kill(scene: Scene, fault: Fault) -> End:
+    """SIGKILL to the node's replica; Serve starts another."""
+    own = scene.node.isolated("killing a replica").group.pids()
+    return _kill_actor([p for p in scene.world.named("ServeReplica") if p.pid in own], "a replica", required=False)
+
+
 def forecaster_kill(scene: Scene, fault: Fault) -> End:
     """SIGKILL to the node's forecaster."""
     found = scene.world.named("ForecasterActor")
@@ -131,8 +137,8 @@ def _join(scene: Scene, role: Mapping[str, float]) -> End:
     return lambda: scene.world.set_role(scene.node, {})
 
 
-def _kill_actor(found: list[psutil.Process], what: str) -> End:
-    if not found:
+def _kill_actor(found: list[psutil.Process], what: str, *, required: bool = True) -> End:
+    if not found and required:
         raise LabError(f"{what} was not found among the cluster's processes")
     for process in found:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -143,11 +149,23 @@ def _kill_actor(found: list[psutil.Process], what: str) -> End:
 FAULTS: Mapping[str, Callable[[Scene, Fault], End]] = {
     each.__name__: each
     for each in (
-        *(hog, quota, leak, slow_link, link_down, kill, coordinator_kill, forecaster_kill, gateway_kill, rolling),
+        *(
+            hog,
+            quota,
+            leak,
+            slow_link,
+            link_down,
+            kill,
+            coordinator_kill,
+            forecaster_kill,
+            gateway_kill,
+            rolling,
+            replica_kill,
+        ),
         *(newcomer_slow, newcomer_failing, newcomer_wrong),
     )
 }
-NEEDS_ISOLATION = frozenset({"quota", "leak", "slow_link", "link_down"})
+NEEDS_ISOLATION = frozenset({"quota", "leak", "slow_link", "link_down", "replica_kill", "gateway_kill"})
 
 
 def runs_on(scenario: Scenario, world: World | type[World]) -> bool:

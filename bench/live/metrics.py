@@ -36,7 +36,7 @@ def measure(scenario: Scenario, result: Mapping[str, Any], spans: Sequence[Span]
     errors["unanswered"] += int(result["unanswered"])
     good = [r for r in records if not r["error"]]
     found: dict[str, float] = {"requests": float(len(records) + result["unanswered"])}
-    found |= quantiles([r["latency_s"] for r in good])
+    found |= quantiles([r["latency_s"] for r in good if scenario.kind == "stream" or not r.get("items")])
     missed = sum(not _within_slo(scenario, r) for r in good) + sum(errors.values())
     found["slo_miss_fraction"] = missed / found["requests"]
     found["goodput_per_s"] = (found["requests"] - missed) / scenario.length_s
@@ -52,6 +52,8 @@ def measure(scenario: Scenario, result: Mapping[str, Any], spans: Sequence[Span]
         found |= _sessions(good, spans)
     found |= _bad_node(scenario, good, spans)
     found |= _balancer(result)
+    if scenario.soak:
+        found |= _leftovers(result)
     return found
 
 
@@ -64,7 +66,7 @@ def quantiles(latencies_s: Sequence[float], prefix: str = "") -> dict[str, float
 
 
 def _within_slo(scenario: Scenario, record: Mapping[str, Any]) -> bool:
-    if scenario.kind != "stream":
+    if not record.get("items"):
         return bool(record["latency_s"] <= scenario.slo_s)
     return bool(record["first_item_s"] <= scenario.slo_s and _gap_s(record) <= 2.0 * scenario.item_gap_s)
 
@@ -135,6 +137,15 @@ def _until(at_s: Any, there: Any, start_s: float, end_s: float, reached: Any) ->
         if window.any() and reached(float(there[window].mean())):
             return float(begin_s - max(start_s, 0.0))
     return end_s - max(start_s, 0.0)
+
+
+def _leftovers(result: Mapping[str, Any]) -> dict[str, float]:
+    """After a soak: requests that the balancer still counts, and replicas that are not back in full use."""
+    replicas = ((result["after"] or {}).get("deployment") or {}).get("replicas", [])
+    return {
+        "left_in_flight": float(sum(view["queue"] for view in replicas)),
+        "left_not_active": float(sum(view["state"] != "active" for view in replicas)),
+    }
 
 
 def _balancer(result: Mapping[str, Any]) -> dict[str, float]:

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from bench.live.driver_process import DriverError
 from bench.live.faults import FAULTS, Scene
 from bench.live.metrics import Span, measure
 from bench.live.scenario import Fault, Scenario, requests
+from bench.live.soak import Watch
 from bench.live.workload import exchange_folder
 
 WORKERS = 4
@@ -100,7 +101,12 @@ class _Timeline(threading.Thread):
         if fault.bad:
             self._oracle(True)
         start_s = time.monotonic() - self._zero_s
-        end = FAULTS[fault.kind](self._scene, fault)
+        scene = self._scene
+        if fault.node:
+            workers = scene.world.workers
+            other = workers[(workers.index(scene.node) + fault.node) % len(workers)]
+            scene = replace(scene, node=other)
+        end = FAULTS[fault.kind](scene, fault)
         try:
             self._wait(fault.end)
         finally:
@@ -108,7 +114,7 @@ class _Timeline(threading.Thread):
             end_s = time.monotonic() - self._zero_s
             if fault.bad and fault.kind != "kill":
                 self._oracle(False)
-            self.spans.append(Span(fault.kind, start_s, end_s, self._scene.node.node_id, fault.bad))
+            self.spans.append(Span(fault.kind, start_s, end_s, scene.node.node_id, fault.bad))
 
     def finish(self) -> list[Span]:
         """End what is still there; what was when."""
@@ -130,6 +136,7 @@ class Bench:
     def scenario(self, scenario: Scenario, arms: Sequence[Arm], seeds: Sequence[int]) -> list[str]:
         """Run what is not in the rows yet; the failures, one line each."""
         failures = []
+        arms = [arm for arm in arms if scenario.kind != "http" or arm.over_http]
         for seed in seeds:
             turn = [arms[(i + seed) % len(arms)] for i in range(len(arms))]
             for arm in turn:
@@ -182,9 +189,11 @@ class Bench:
         if isinstance(world, IsolatedWorld):
             world.set_quota(None)  # starting under the quota takes long and shows nothing
         settings = {section: dict(values) for section, values in scenario.settings.items()}
-        on = world.driver.call(
-            "deploy", 240.0, arm=arm.name, replicas=scenario.replicas, settings=settings, unisolated=self._unisolated
-        )["on"]
+        what: dict[str, Any] = {"arm": arm.name, "replicas": scenario.replicas, "settings": settings}
+        if scenario.kind == "http":
+            on = world.driver.call("deploy_http", 240.0, **what)["on"]
+        else:
+            on = world.driver.call("deploy", 240.0, **what, unisolated=self._unisolated)["on"]
         if isinstance(world, IsolatedWorld):
             world.set_quota(world.lab.cpu_quota)
         try:
@@ -250,6 +259,9 @@ class Bench:
             except LabError as error:
                 box["error"] = error
 
+        watch = Watch(world.processes) if scenario.soak else None
+        if watch is not None:
+            watch.start()
         caller = threading.Thread(target=call, daemon=True)
         caller.start()
         timeline: _Timeline | None = None
@@ -273,6 +285,8 @@ class Bench:
         for key in (k for k in now if k.endswith("cpu_s")):
             if now[key] >= used.get(key, 0.0):  # a process that was killed took its count along
                 found[key.replace("cpu_s", "cpu_fraction")] = (now[key] - used.get(key, 0.0)) / seconds
+        if watch is not None:
+            found |= watch.finish()
         result: dict[str, Any] = json.loads((world.exchange / "result.json").read_text())
         return result, spans, found
 

@@ -21,6 +21,7 @@ QUOTA = 0.25
 CPU_S = 0.01
 RATE_PER_S = 24.0
 REQUESTS = 2000
+_ITEM_CPU_S = 0.003
 WARM_UP_S = 20.0
 """Replicas of a first start enter untried for 15 s, and queues and estimates settle; nothing of it is counted."""
 Kind = Literal["unary", "stream", "http"]
@@ -38,6 +39,8 @@ class Fault:
     end: float
     value: float = 0.0
     bad: bool = True
+    node: int = 0
+    """Which node: 0 is the run's, others are counted on from it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,8 @@ class Scenario:
     sessions: int = 0
     stream_s: tuple[float, float] = (0.0, 0.0)
     """Shortest and longest stream when nothing is slow; log-uniform between."""
+    stream_fraction: float = 0.0
+    """Of unary requests, that are streams instead."""
     item_gap_s: float = 0.2
     slo_s: float = 0.3
     """Of a request; of a stream, its first item's, and its mean gap must be within twice `item_gap_s`."""
@@ -64,7 +69,9 @@ class Scenario:
     memory_limit_bytes: int | None = None
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     trace: bool = False
-    quick: bool = False
+    soak: bool = False
+    """Whether growth and leftovers are looked for."""
+    warm_up_s: float = WARM_UP_S
     seconds: float = 0.0
     """Length of the run; 0 takes what `requests` need."""
 
@@ -73,14 +80,9 @@ class Scenario:
         """Of the measured part."""
         return self.seconds or self.requests / self.rate_per_s
 
-    @property
-    def warm_up_s(self) -> float:
-        """Of the part before it."""
-        return WARM_UP_S
-
     def shortened(self) -> Scenario:
         """A third of the requests."""
-        return replace(self, requests=max(self.requests // 3, 1), seconds=self.seconds / 3, quick=True)
+        return replace(self, requests=max(self.requests // 3, 1), seconds=self.seconds / 3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,10 +173,10 @@ def requests(scenario: Scenario, seed: int) -> list[Request]:
     for at_s in _arrivals(scenario, rng):
         cpu_s = scenario.cpu_s * rng.uniform(0.7, 1.3)
         items = 0
-        if scenario.kind == "stream":
+        if scenario.kind == "stream" or rng.random() < scenario.stream_fraction:
             low_s, high_s = scenario.stream_s
             items = max(round(low_s * (high_s / low_s) ** rng.random() / scenario.item_gap_s), 2)
-            cpu_s = scenario.cpu_s
+            cpu_s = min(scenario.cpu_s, _ITEM_CPU_S)
         session = f"session-{seed}-{rng.randrange(scenario.sessions)}" if scenario.sessions else ""
         made.append(Request(at_s, rng.randrange(1 << 30), cpu_s, items, session))
     if scenario.trace:
