@@ -122,7 +122,7 @@ def test_cluster_yaml_comes_up_over_ssh_serves_retrains_and_leaves_nothing(
     bare = _pids(lab)
     config = str(_filled_in(lab, launcher, tmp_path))
     launcher.run("ray", "get-auth-token", "--generate", timeout_s=60)
-    launcher.run("ray", "up", "-y", config, timeout_s=300)
+    launcher.run("ray", "up", "-y", config, timeout_s=400)
     try:
         _reaches_no_port_of_the_head(lab.head.ip)
         with launcher.forwarded(lab.head.ip, 8265, 8266, 8000) as (dashboard, page, serve):
@@ -133,13 +133,15 @@ def test_cluster_yaml_comes_up_over_ssh_serves_retrains_and_leaves_nothing(
             _the_application_knows_a_zero(serve)
             _retrain(launcher, address, tmp_path / "shared")
         for host in lab.hosts:
+            log = host.folder / "tmp/home/shadecast-telemetry"
+            wait_for(lambda log=log: list(log.rglob("*.parquet")), 120.0, f"telemetry on {host.name}")
             code = "import shadecast; print(shadecast.__file__)"
             found = host.check([f"{ssh_hosts.VENV}/bin/python", "-P", "-c", code])
             assert found.startswith(ssh_hosts.VENV), f"{host.name} runs {found}, not what was installed there"
     finally:
         launcher.run("ray", "down", "-y", config, timeout_s=120)
     with suppress(AssertionError):
-        wait_for(lambda: not _left(lab, bare), 90.0, "nothing left")
+        wait_for(lambda: not _left(lab, bare), 120.0, "nothing left")
     assert _left(lab, bare) == [], "`ray down` left processes on the hosts"
 
 
