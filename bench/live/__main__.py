@@ -6,6 +6,7 @@ every single run. `--clean` removes what a killed run left behind.
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from pathlib import Path
@@ -56,6 +57,7 @@ def main(
     except LabError as error:
         console.print(f"bench.live: {error}", style="red", markup=False)
         raise typer.Exit(2) from None
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # end as on Ctrl-C: with everything removed
     rows = run.Rows(json_file, resume=resume)
     failures: list[str] = []
     started_s = time.monotonic()
