@@ -151,6 +151,7 @@ def write_markdown(path: Path, rows: Sequence[Row], series: Path | None) -> None
         "Latencies count from the time at which a request was due. Arms run in turn on the same cluster with the same "
         "arrivals, the order rotates by seed. The control plane runs beside every arm.",
         "",
+        *_notes(path),
         "## Targets",
         "",
         "| scenario | target | measured | met |",
@@ -161,6 +162,12 @@ def write_markdown(path: Path, rows: Sequence[Row], series: Path | None) -> None
         "",
     ]
     path.write_text("\n".join([*head, *sections]), encoding="utf-8")
+
+
+def _notes(path: Path) -> list[str]:
+    """Hand-written notes that live beside the page and survive its making."""
+    notes = path.with_name(f"{path.stem}-notes.md")
+    return [*notes.read_text(encoding="utf-8").rstrip().splitlines(), ""] if notes.exists() else []
 
 
 def _errors(found: Found) -> str:
