@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +25,22 @@ class TelemetryError(ShadecastError, ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One uninterrupted recording: `values` [time, channel] on a grid of `period_s`, NaN where missing."""
+    """One uninterrupted recording: `values` [time, channel] on a grid of `period_s`, NaN where missing.
+
+    `began_wall_s` is the calendar time of its first row, NaN where the file does not tell.
+    """
 
     source: str
     machine: str
     recording: str
     period_s: float
     values: Array
+    began_wall_s: float = math.nan
+
+    @property
+    def ended_wall_s(self) -> float:
+        """Calendar time of the last row."""
+        return self.began_wall_s + (len(self.values) - 1) * self.period_s
 
 
 def series_of(frame: pd.DataFrame, source: str) -> Iterator[Series]:
@@ -48,12 +58,14 @@ def series_of(frame: pd.DataFrame, source: str) -> Iterator[Series]:
         period_s = sampling_period_s(t_s)
         slot = np.round((t_s - t_s[0]) / period_s).astype(np.int64)
         values = channels_of(rows)
+        wall_s = rows["wall_s"].to_numpy(np.float64) if "wall_s" in rows.columns else None
         fresh = np.concatenate([[True], np.diff(slot) > 0])
         slot, values = slot[fresh], values[fresh]
         for part in np.split(np.arange(len(slot)), np.flatnonzero(np.diff(slot) > MAX_HOLE + 1) + 1):
             grid = np.full((slot[part[-1]] - slot[part[0]] + 1, len(CHANNELS)), np.nan, np.float32)
             grid[slot[part] - slot[part[0]]] = values[part]
-            yield Series(source, str(machine), str(recording), period_s, grid)
+            began_wall_s = float(wall_s[fresh][part[0]]) if wall_s is not None else math.nan
+            yield Series(source, str(machine), str(recording), period_s, grid, began_wall_s)
 
 
 def sampling_period_s(t_s: NDArray[np.float64]) -> float:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -17,21 +18,33 @@ MADE_UP_LENGTH = 480
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Series to train on and series of machines that training never sees."""
+    """Series to train on and series of machines or times that training never sees.
+
+    `until_wall_s` is, for each source that was split by time, the end of what is trained on.
+    """
 
     train: list[Series]
     held: list[Series]
+    until_wall_s: Mapping[str, float] = field(default_factory=dict)
 
 
 def split_machines(series: Sequence[Series], fraction: float, seed: int) -> Split:
     """Hold out about `fraction` of the machines of every source, at least one where there are two.
 
-    A source with one machine is split by time instead: its last recordings are held out.
+    A source with one machine is split by time instead: its last recordings are held out. So is one that tells calendar
+    time: nodes of one cluster share their load, and often their host, so that a machine held out would not be unknown
+    as long as its neighbours at the same time are trained on.
     """
     train: list[Series] = []
     held: list[Series] = []
+    until_wall_s: dict[str, float] = {}
     for source in sorted({s.source for s in series}):
         mine = [s for s in series if s.source == source]
+        if all(math.isfinite(s.began_wall_s) for s in mine):
+            before, after, until_wall_s[source] = split_time(mine, fraction, seed)
+            train += before
+            held += after
+            continue
         machines = sorted({s.machine for s in mine}, key=lambda m: _shuffled(m, seed))
         count = round(fraction * len(machines))
         out = set(machines[: min(max(1, count), len(machines) - 1)])
@@ -42,7 +55,47 @@ def split_machines(series: Sequence[Series], fraction: float, seed: int) -> Spli
             last = max(1, round(fraction * len(mine))) if len(mine) > 1 else 0
             train += mine[: len(mine) - last]
             held += mine[len(mine) - last :]
-    return Split(train, held)
+    return Split(train, held, until_wall_s)
+
+
+def split_time(series: Sequence[Series], fraction: float, seed: int) -> tuple[list[Series], list[Series], float]:
+    """(train, held, the calendar time between them): all of `held` is later than all of `train`.
+
+    Whole sessions (recordings that overlap in time) are held out, the last ones, about `fraction` of them. A single
+    session is cut: machines held out count after `1 - fraction` of the time, the others before.
+    """
+    sessions: list[list[Series]] = []
+    end_s = -math.inf
+    for s in sorted(series, key=lambda s: s.began_wall_s):
+        if s.began_wall_s > end_s:
+            sessions.append([])
+        sessions[-1].append(s)
+        end_s = max(end_s, s.ended_wall_s)
+    if len(sessions) > 1:
+        last = min(max(1, round(fraction * len(sessions))), len(sessions) - 1)
+        before, after = ([s for one in some for s in one] for some in (sessions[:-last], sessions[-last:]))
+        return before, after, min(s.began_wall_s for s in after)
+    machines = sorted({s.machine for s in series}, key=lambda m: _shuffled(m, seed))
+    out = set(machines[: max(1, round(fraction * len(machines)))])
+    kept = [s for s in series if s.machine not in out] or list(series)
+    began_s = min(s.began_wall_s for s in series)
+    cut_s = began_s + (1.0 - fraction) * (end_s - began_s)
+    return parts(kept, -math.inf, cut_s), parts([s for s in series if s.machine in out], cut_s, math.inf), cut_s
+
+
+def parts(series: Sequence[Series], from_s: float, to_s: float) -> list[Series]:
+    """What of each series lies between two calendar times; all of one that does not tell them."""
+    found = []
+    for s in series:
+        if not math.isfinite(s.began_wall_s):
+            found.append(s)
+            continue
+        at_s = s.began_wall_s + s.period_s * np.arange(len(s.values))
+        inside = np.flatnonzero((at_s >= from_s) & (at_s < to_s))
+        if len(inside):
+            low, high = int(inside[0]), int(inside[-1]) + 1
+            found.append(replace(s, values=s.values[low:high], began_wall_s=float(at_s[low])))
+    return found
 
 
 def split_recordings(series: Sequence[Series], fraction: float, seed: int) -> tuple[list[Series], list[Series]]:

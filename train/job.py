@@ -180,7 +180,6 @@ def _train(  # noqa: PLR0917 - what a run consists of
     if net is None:
         from train.ray_job import RayRun, run_on_ray  # noqa: PLC0415 - the local path needs no Ray
 
-        machines = sorted({f"{s.source}/{s.machine}" for s in split.train})
         where = RayRun(
             name,
             str(arguments.storage.absolute()),
@@ -189,7 +188,7 @@ def _train(  # noqa: PLR0917 - what a run consists of
             made_up=arguments.made_up,
             address=arguments.address,
         )
-        net = run_on_ray(arguments.telemetry.absolute(), machines, shape, config, where, weights)
+        net = run_on_ray(arguments.telemetry.absolute(), split, shape, config, where, weights)
     shutil.rmtree(folder, ignore_errors=True)
     return net
 

@@ -6,6 +6,7 @@ run `train.loop.fit`. Each epoch is reported with a checkpoint; a run of the sam
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -23,7 +24,7 @@ import torch
 from models.grid import LONGEST, N_TARGETS, Array
 from models.lstm import ForecastNet, LstmConfig
 from models.series import Series, series_of, source_of
-from train.dataset import made_up_pieces
+from train.dataset import Split, made_up_pieces, parts
 from train.loop import WARM_UP, Pieces, Progress, TrainConfig, fit, pieces_of, source_weight
 
 BLOCK = 64
@@ -44,32 +45,34 @@ class RayRun:
     """Cluster to train on: "local" starts one for this job, "auto" is the one on this machine."""
 
 
-def piece_dataset(folder: Path, keep: Sequence[str], made_up: int, config: TrainConfig) -> Any:
-    """Ray dataset of pieces of the machines in `keep` ("source/machine") and of made-up series.
+def piece_dataset(folder: Path, split: Split, made_up: int, config: TrainConfig) -> Any:
+    """Ray dataset of pieces of what `split` trains on and of made-up series.
 
     Columns: `key` (order), `source`, the arrays of `Pieces`, and `moved`, `counted` [target]: sum and number of
     absolute 10-sample changes in the series, from which the global unit of each source is made afterwards.
     """
     log = ray.data.read_parquet(str(folder), include_paths=True, partitioning=None, file_extensions=["parquet"])
-    root, wanted, length = str(folder), frozenset(keep), config.piece
+    root, length, until_wall_s = str(folder), config.piece, dict(split.until_wall_s)
+    wanted = frozenset(f"{s.source}/{s.machine}" for s in split.train)
 
     def named(frame: pd.DataFrame) -> pd.DataFrame:
         frame["source"] = [source_of(Path(p), Path(root)) for p in frame.pop("path")]
         return frame[(frame["source"] + "/" + frame["machine"].astype(str)).isin(wanted)]
 
     def recording(frame: pd.DataFrame) -> dict[str, Any]:
-        found = list(series_of(frame, str(frame["source"].iloc[0])))
+        source = str(frame["source"].iloc[0])
+        found = parts(list(series_of(frame, source)), -math.inf, until_wall_s.get(source, math.inf))
         return columns_of([s for s in found if len(s.values) > 2 * WARM_UP], length)
 
-    parts = log.map_batches(named, batch_format="pandas").groupby(["source", "machine", "recording"])
-    pieces = parts.map_groups(recording, batch_format="pandas")
+    recordings = log.map_batches(named, batch_format="pandas").groupby(["source", "machine", "recording"])
+    pieces = recordings.map_groups(recording, batch_format="pandas")
     if made_up:
         blocks = ray.data.range(-(-made_up // BLOCK))
 
         def invent(row: Mapping[str, Any]) -> list[dict[str, Any]]:
             first = int(row["id"]) * BLOCK
-            parts = made_up_pieces(min(BLOCK, made_up - first), length, config.seed, first)
-            return [r for part in parts for r in rows_of(part, f"~{first:08d}", "made_up")]
+            invented = made_up_pieces(min(BLOCK, made_up - first), length, config.seed, first)
+            return [r for part in invented for r in rows_of(part, f"~{first:08d}", "made_up")]
 
         pieces = pieces.union(blocks.flat_map(invent))
     return pieces
@@ -201,7 +204,7 @@ def gather(shard: Any, units: Mapping[str, Sequence[float]], weights: Mapping[st
 
 def run_on_ray(  # noqa: PLR0917 - what a run consists of
     folder: Path,
-    machines: Sequence[str],
+    split: Split,
     net: LstmConfig,
     config: TrainConfig,
     run: RayRun,
@@ -215,7 +218,7 @@ def run_on_ray(  # noqa: PLR0917 - what a run consists of
         else:
             ray.init(address=run.address, logging_level="warning")
     try:
-        dataset = piece_dataset(folder, machines, run.made_up, config).materialize()
+        dataset = piece_dataset(folder, split, run.made_up, config).materialize()
         return train_on_ray(dataset, net, config, run, start)
     finally:
         if mine:

@@ -12,7 +12,7 @@ from models.lstm import ForecastNet, LstmConfig
 from models.series import Series
 from shadecast.errors import ConfigError
 from tests.models.conftest import wave
-from train.dataset import Split, made_up_pieces, pieces, split_machines, split_recordings
+from train.dataset import Split, made_up_pieces, parts, pieces, split_machines, split_recordings
 from train.loop import WARM_UP, Pieces, Progress, TrainConfig, drawn, fit, loss_of, pieces_of, source_weight
 
 SHAPE = LstmConfig(hidden=8, mlp=8)
@@ -120,6 +120,36 @@ def test_every_source_has_something_held_out_a_lone_machine_by_time() -> None:
     split: Split = split_machines(everything, 0.25, seed=1)
     assert [s.recording for s in split.held if s.source == "alone"] == ["d"]
     assert len([s for s in split.held if s.source == "pair"]) == 1
+
+
+def clocked(machine: str, began_s: float, length: int = 150) -> Series:
+    return Series("log", machine, f"{machine}-{began_s:g}", 1.0, wave(length, seed=3)[0], began_s)
+
+
+def test_a_log_is_split_by_time_whole_sessions_where_there_are_several() -> None:
+    first, second = [clocked(m, 1000.0 + i) for i, m in enumerate("abc")], [clocked(m, 5000.0) for m in "ab"]
+    split = split_machines(first + second, 0.25, seed=1)
+    assert {s.recording for s in split.held} == {s.recording for s in second}
+    assert {s.recording for s in split.train} == {s.recording for s in first}
+    assert split.until_wall_s == {"log": 5000.0}
+
+
+def test_a_single_session_is_split_by_machine_and_by_time() -> None:
+    split = split_machines([clocked(m, 1000.0) for m in "abcd"], 0.25, seed=1)
+    assert {s.machine for s in split.train} & {s.machine for s in split.held} == set()
+    assert len({s.machine for s in split.held}) == 1
+    cut_s = split.until_wall_s["log"]
+    assert max(s.ended_wall_s for s in split.train) <= cut_s <= min(s.began_wall_s for s in split.held)
+    assert sum(len(s.values) for s in split.held) == pytest.approx(0.25 * 150, abs=1)
+    lone = split_machines([clocked("a", 1000.0)], 0.25, seed=1)
+    assert (len(lone.train), len(lone.held)) == (1, 1)
+
+
+def test_what_lies_between_two_times_keeps_its_place_in_time() -> None:
+    (middle,) = parts([clocked("a", 1000.0)], 1010.0, 1020.0)
+    assert (middle.began_wall_s, len(middle.values)) == (1010.0, 10)
+    assert parts([clocked("a", 1000.0)], 0.0, 999.0) == []
+    assert len(parts([series("x")], 0.0, 1.0)) == 1, "without calendar time nothing is cut"
 
 
 def test_recordings_left_out_for_checking_are_not_fitted() -> None:
