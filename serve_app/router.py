@@ -390,8 +390,10 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
             if self._mirror.copyable(pending_request, self._replicas.get(replica_id)):
                 self._rescuable[request_id] = Rescuable(pending_request, result)
         self._rescue_budget.earn()
-        if self._mirrored:
-            self._maybe_copy(pending_request, replica, others, result, stream)
+        if self._mirrored or metadata.session_id:
+            candidate_id = self._drawn_to_copy_to(metadata.session_id)
+            if candidate_id is not None and candidate_id != replica:
+                self._copy(candidate_id, pending_request, replica, others, result, stream)
 
     def _cost(self, pending_request: PendingRequest) -> float:
         """Units of work of a request, by the user's function."""
@@ -460,30 +462,39 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         self._shift(replica, -1)
         self._mirror.primary_done(request_id, None if cancelled else duration_s, ok=error is None)
 
-    def _maybe_copy(
+    def _drawn_to_copy_to(self, session_id: str) -> str | None:
+        """Which replica is to get a copy of a request: one on trial, or one that the session will move to soon.
+
+        The latter checks the new place and warms its caches.
+        """
+        draw = self._random()
+        for candidate_id, fraction in self._mirrored:
+            draw -= fraction
+            if draw < 0.0:
+                return candidate_id
+        if session_id and self._sessions is not None and draw < self._config.trial.mirror_fraction:
+            return self._sessions.destination(session_id)
+        return None
+
+    def _copy(
         self,
+        candidate_id: str,
         pending_request: PendingRequest,
         primary: str,
         primary_in_flight: float,
         result: ReplicaResult,
         stream: StreamWatch | None,
     ) -> None:
-        draw = self._random()
-        for candidate_id, fraction in self._mirrored:
-            draw -= fraction
-            if draw < 0.0:
-                i = self._picks.index.get(candidate_id)
-                if i is None or candidate_id == primary:
-                    return
-                candidate = self._by_index[i]
-                if self._mirror.copyable(pending_request, candidate):
-                    copied = self._mirror.copy(
-                        pending_request, candidate, primary, primary_in_flight, primary=result, stream=stream
-                    )
-                    self._ledger.mirrored += copied
-                else:
-                    self._ledger.uncopyable += 1
-                return
+        i = self._picks.index.get(candidate_id)
+        if i is None:
+            return
+        candidate = self._by_index[i]
+        if self._mirror.copyable(pending_request, candidate):
+            self._ledger.mirrored += self._mirror.copy(
+                pending_request, candidate, primary, primary_in_flight, primary=result, stream=stream
+            )
+        else:
+            self._ledger.uncopyable += 1
 
     # ------------------------------------------------------------------ rescue
 
@@ -509,6 +520,7 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         for each in worth_rescuing(stuck, table, scores, self._config.balance):
             if not self._rescue_budget.take():
                 return
+            self._ledger.give_up(each.replica_id, each.age_s, each.in_flight_at_start, each.cost)
             if each.request_id not in self._rescuable:
                 self._withdraw(each.request_id)
                 continue

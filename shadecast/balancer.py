@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from statistics import median
 
 from shadecast import capacity as cap
 from shadecast.config import Config
@@ -46,6 +47,12 @@ _SETTLED = 0.3
 """Change of log headroom from one sample to the next below which a node's load counts as steady."""
 _REMEMBERED_S = 300.0
 """How long a node is remembered for a replica that served well there."""
+_SILENT_S = 30.0
+"""A node that falls silent is taken to be as it last said for so long: a hog starves the node's forecaster, too."""
+_UNSEEN_S = 3.0
+"""A slow replica that nobody has asked for so long gets copies, which show whether it is well again."""
+_SLOWER = 0.5
+"""Part of the median capacity below which a replica is left out by scores alone."""
 _OVERDUE = 2.0
 """Standard deviations beyond its expected log duration from which an unfinished request is evidence."""
 
@@ -149,6 +156,8 @@ class _Replica:
     max_ongoing: int = 1
     listed_s: float = 0.0
     progress_s: float = 0.0
+    asked_s: float = 0.0
+    """When a router last had live requests on it."""
     rates: _Rates = field(default_factory=_Rates)
     recent: _Rates = field(default_factory=lambda: _Rates(half_life_s=1.5))
     cusum: float = 0.0
@@ -306,6 +315,8 @@ class Balancer:
             known.max_ongoing = max(view.max_ongoing, 1)
             if view.finished > 0 or view.in_flight == 0:
                 known.progress_s = now_s
+            if view.started > 0 or view.in_flight > 0:
+                known.asked_s = now_s
             finished = max(view.finished, 0)
             self._finished_total += finished
             for rates in (known.rates, known.recent):
@@ -322,17 +333,20 @@ class Balancer:
             self._take_outcomes(known, view, now_s)
         for pair in report.pairs:
             candidate = self._replicas.get(pair.candidate_id)
-            if candidate is not None and candidate.trial is not None:
+            if candidate is None:
+                continue
+            if candidate.trial is not None:
                 candidate.trial.observe(pair, now_s - max(pair.age_s, 0.0))
-                self._observe_pair(candidate, pair)
+            self._observe_pair(candidate, pair)
         if report.mirrored + report.uncopyable > 0:
             self._copyable = report.mirrored > 0
 
     def _observe_pair(self, candidate: _Replica, pair: PairedSample) -> None:
         """A candidate's speed from its copy, relative to the primary's: pairs may cover only a stream's first items."""
         primary = self._replicas.get(pair.primary_id)
-        whole = pair.primary_ok and pair.shadow_ok and pair.primary_s > 0.0 and pair.shadow_s > 0.0
-        if primary is None or not whole or not (pair.primary_in_flight >= 0.0 and pair.shadow_in_flight >= 0.0):
+        whole = pair.primary_ok and pair.shadow_ok and min(pair.primary_s, pair.shadow_s) > 0.0
+        sides = ((pair.primary_s, pair.primary_in_flight), (pair.shadow_s, pair.shadow_in_flight))
+        if primary is None or not whole or not all(_plausible(*side, 1.0) and side[0] < 1e6 for side in sides):
             return
         gamma, curve = self._sensitivity.gamma, self._curve.curve
         log_ratio = math.log(pair.primary_s / pair.shadow_s) + math.log(
@@ -411,8 +425,8 @@ class Balancer:
 
     def _headroom(self, node_id: str) -> cap.Headroom:
         node = self._nodes.get(node_id)
-        fresh = node is not None and self._age(node) <= self.config.forecast.ttl_s
-        return cap.headroom_now(node.report.snapshot) if node is not None and fresh else cap.NO_HEADROOM
+        known = node is not None and self._age(node) <= max(_SILENT_S, self.config.forecast.ttl_s)
+        return cap.headroom_now(node.report.snapshot) if node is not None and known else cap.NO_HEADROOM
 
     def _settled(self, node_id: str) -> bool:
         node = self._nodes.get(node_id)
@@ -794,7 +808,9 @@ class Balancer:
     def _plan_mirrors(self, now_s: float) -> None:
         """Split the mirrored budget; with little traffic it grows, up to a candidate's fair share."""
         trial = self.config.trial
-        candidates = [r for r in self._replicas.values() if r.trial is not None]
+        capacities = [r.capacity for r in self._replicas.values() if _takes_traffic(r)]
+        slow = _SLOWER * median(capacities) if len(capacities) > 1 else 0.0
+        candidates = [r for r in self._replicas.values() if r.trial is not None or _is_unseen(r, slow, now_s)]
         for known in self._replicas.values():
             known.mirror_fraction = 0.0
         if not candidates:
@@ -881,6 +897,12 @@ class Balancer:
             dict(ruling.evidence) if ruling is not None else {},
             max(c.not_before_s - now_s, 0.0) if c.state is State.INACTIVE else 0.0,
         )
+
+
+def _is_unseen(known: _Replica, slow: float, now_s: float) -> bool:
+    """An ACTIVE replica whose score keeps all requests away: without any, its estimate would stay for minutes."""
+    quiet = known.queue < 0.5 and now_s - known.asked_s >= _UNSEEN_S
+    return known.connection.state is State.ACTIVE and known.capacity < slow and quiet
 
 
 def _takes_traffic(known: _Replica) -> bool:

@@ -96,6 +96,14 @@ class Ledger:
             del outcomes[0]
         outcomes.append(Outcome(duration_s, entry.in_flight_at_start, ok, entry.cost, entry.first_item_s, entry.items))
 
+    def give_up(self, replica_id: str, waited_s: float, in_flight_at_start: float, cost: float = 1.0) -> None:
+        """A request was taken off a replica after so long: it would have taken longer, which is evidence that must not
+        go with it. No request counts as finished."""
+        counts = self._replicas.get(replica_id)
+        if counts is None:
+            counts = self._replicas[replica_id] = _Counts()
+        counts.outcomes = [*counts.outcomes[1 - _MAX_OUTCOMES :], Outcome(waited_s, in_flight_at_start, True, cost)]
+
     def pace(self, replica_id: str, items: int, stream_s: float) -> None:
         """Streams on a replica gave `items` in `stream_s` seconds of waiting for them (summed over the streams)."""
         counts = self._replicas.get(replica_id)

@@ -6,7 +6,8 @@ Invariants, checked after every tick:
 2. An INACTIVE or SHADOWING replica has no live traffic, except in panic; a DRAINING one gets no new.
 3. One tick moves a capacity by at most the rate limit.
 4. Every recorded transition is in the table, and each begins in the state in which the last one ended.
-5. Copies go only to replicas on trial; at most the configured number enter a trial at once.
+5. Copies go only to replicas on trial, and to ACTIVE ones that are slower than others; at most the configured
+   number enter a trial at once.
 6. No replica takes live traffic before its trial unless at the first start, in panic, or for urgent load.
 7. A rejected replica is not tried again before its back-off is over.
 8. Versions rise; no report, however broken, raises.
@@ -118,7 +119,9 @@ class History(RuleBasedStateMachine):
                 assert row.share == 0.0 or table.panic
             if row.state is State.DRAINING:
                 assert row.share == 0.0
-            assert not row.mirror_fraction or row.state in (State.SHADOWING, State.SHIFTING)
+            copied = row.state in (State.SHADOWING, State.SHIFTING)
+            slow = row.state is State.ACTIVE and row.capacity < max(r.capacity for r in rows.values())
+            assert not row.mirror_fraction or copied or slow
         if any(t.event == Event.ADMIT for t in transitions):
             trial = CONFIG.trial
             allowed = max(

@@ -44,6 +44,8 @@ class World:
     rate_per_tick: int = 10
     seed: int = 1
     copyable: bool = True
+    left_below: float = 0.0
+    """Replicas with less than this part of the best capacity get no live request, as by the least score."""
 
     def __post_init__(self):
         self.rng = random.Random(self.seed)
@@ -74,6 +76,8 @@ class World:
         rows = {r.replica_id: r for r in self.output.table.rows} if self.output else {}
         alive = {n: m for n, m in self.machines.items() if m.alive}
         weights = {n: rows[n].share * rows[n].capacity if n in rows else 0.0 for n in alive}
+        best = max(weights.values(), default=0.0)
+        weights = {n: w if w >= self.left_below * best else 0.0 for n, w in weights.items()}
         if not any(weights.values()):
             weights = dict.fromkeys(alive, 1.0)
         outcomes = {n: [] for n in alive}

@@ -1,0 +1,66 @@
+"""Replicas that nobody asks, nodes that fall silent, requests that were taken away: silence is no good news."""
+
+from shadecast.ledger import Ledger
+from shadecast.types import State
+from tests.shadecast.world import grown
+
+
+def slowed(**kwargs):
+    """A grown world in which old0 was slow for some seconds, so that the least score now leaves it out."""
+    world = grown(left_below=0.5, **kwargs)
+    world.machines["old0"].speed = 0.05
+    world.run(4)
+    assert world.row("old0").capacity < 0.3
+    world.live.clear()
+    return world
+
+
+def test_a_replica_that_was_slow_for_a_moment_is_found_to_be_well_again():
+    found, blind = slowed(), slowed(copyable=False)
+    for world in (found, blind):
+        world.machines["old0"].speed = 1.0
+        world.run(20)
+        assert world.state("old0") is State.ACTIVE
+    assert blind.live.get("old0", 0) == 0, "otherwise requests themselves show it, not copies"
+    assert found.row("old0").capacity > 0.6
+    assert found.live.get("old0", 0) > 0
+
+
+def test_a_replica_that_stays_slow_gets_copies_and_no_live_request():
+    world = slowed()
+    world.mirrored = 0
+    world.run(30)
+    assert world.live.get("old0", 0) == 0
+    assert 0 < world.mirrored <= 0.25 * 30 * 2 * world.rate_per_tick
+    assert world.row("old0").capacity < 0.3
+
+
+def test_replicas_that_are_asked_get_no_copies():
+    world = grown(left_below=0.5)
+    world.mirrored = 0
+    world.run(20)
+    assert world.mirrored == 0
+
+
+def test_a_node_that_falls_silent_while_it_is_busy_is_not_taken_for_idle():
+    world = grown()
+    hogged = world.machines["old0"]
+    hogged.background, hogged.speed = 0.9, 0.1
+    world.run(3)
+    busy = world.row("old0").capacity
+    assert busy < 0.5
+    world.machines["old0"].silent = True
+    world.rate_per_tick = 0  # no request shows anything either
+    world.run(15)
+    assert world.row("old0").capacity < 1.2 * busy
+    world.run(40)
+    assert world.row("old0").capacity > busy, "not for ever: then telemetry is simply broken"
+
+
+def test_a_request_taken_off_a_replica_remains_as_evidence_of_at_least_that_duration():
+    ledger = Ledger("router", "app/model")
+    ledger.give_up("a", 2.5, 3.0)
+    (view,) = ledger.report(1.0, [("a", "node", 8)]).replicas
+    assert [(o.duration_s, o.in_flight_at_start, o.ok) for o in view.outcomes] == [(2.5, 3.0, True)]
+    assert (view.started, view.finished, view.failed, view.in_flight) == (0, 0, 0, 0)
+    assert ledger.report(2.0, [("a", "node", 8)]).replicas[0].outcomes == ()
