@@ -393,7 +393,7 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         if self._mirrored or metadata.session_id:
             candidate_id = self._drawn_to_copy_to(metadata.session_id)
             if candidate_id is not None and candidate_id != replica:
-                self._copy(candidate_id, pending_request, replica, others, result, stream)
+                self._copy(candidate_id, pending_request, replica, others, result=result, stream=stream)
 
     def _cost(self, pending_request: PendingRequest) -> float:
         """Units of work of a request, by the user's function."""
@@ -482,6 +482,7 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         pending_request: PendingRequest,
         primary: str,
         primary_in_flight: float,
+        *,
         result: ReplicaResult,
         stream: StreamWatch | None,
     ) -> None:

@@ -440,6 +440,27 @@ def test_sessions_are_never_placed_on_a_replica_on_trial_and_leave_one_that_is_g
     run(scenario())
 
 
+def test_a_session_that_is_to_move_has_requests_copied_to_its_new_replica_first():
+    async def scene():
+        replicas = {name: FakeReplica(name) for name in "abc"}
+        router = make_router(*replicas.values(), trial={"copy_methods": ["infer"], "mirror_fraction": 0.5})
+        router.take_table(table(1, a=1.0, b=1.0, c=1.0))
+        homes = {s: (await choose(router, request(f"q{s}", session_id=s)))[0][0].name for s in map(str, range(30))}
+        session = next(s for s, home in homes.items() if home == "a")
+        rows = {name: (1.0, 0.05 if name == "a" else 1.0, 0.0) for name in "abc"}
+        router.take_table(table(2, **rows))  # a is far slower than the others: its sessions leave one after the other
+        for i in range(12):
+            pending = request(f"r{i}", session_id=session)
+            await choose(router, pending)
+            router.on_request_routed(pending, replicas["a"].replica_id, FakeResult())
+            await settle()
+        copied = {name: len(replica.sent) for name, replica in replicas.items()}
+        assert copied["a"] == 0
+        assert sorted(copied[name] > 0 for name in "bc") == [False, True]
+
+    run(scene())
+
+
 def test_a_router_that_nobody_holds_is_freed():
     async def scenario():
         router = make_router(FakeReplica("a"))
