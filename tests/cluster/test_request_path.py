@@ -162,14 +162,14 @@ def recorded(router):
         del router._make_report
 
 
-async def load(handle, seconds, rate_per_s=40.0, method="predict"):
+async def load(handle, seconds, rate_per_s=40.0, method="predict", *arguments):
     """Open loop over a handle; what was answered or raised, and the latencies of what was answered."""
     seen, latencies = Counter(), []
 
     async def one(i):
         started_s = time.monotonic()
         try:
-            await getattr(handle, method).remote(i)
+            await getattr(handle, method).remote(i, *arguments)
             seen["ok"] += 1
             latencies.append(time.monotonic() - started_s)
         except Exception as error:
@@ -431,6 +431,38 @@ def test_scaling_and_a_rolling_update_under_load_fail_no_request(model, folder):
     assert seen["ok"] > 100
     wait_for(lambda: len(router_of(model)._by_index) == 3, 20, "three replicas")
     assert before.isdisjoint(replicas_of(model))
+    assert_idle(model)
+
+
+def test_replicas_come_and_go_with_the_load_and_no_request_fails(model, folder):
+    async def scene():
+        seen, busy, done = Counter(), asyncio.Event(), asyncio.Event()
+
+        async def drive():
+            while not done.is_set():
+                rate_per_s, pause_s = (40, 0.2) if busy.is_set() else (5, 0.002)
+                found, _ = await load(model, 0.5, rate_per_s, "predict", pause_s)
+                seen.update(found)
+
+        driving = asyncio.create_task(drive())
+        in_thread = asyncio.get_running_loop().run_in_executor
+        scaling = {"min_replicas": 1, "max_replicas": 4, "downscale_delay_s": 0.5, "upscale_delay_s": 0.5}
+        scaling |= {"metrics_interval_s": 0.5, "look_back_period_s": 1.0, "target_ongoing_requests": 2}
+        try:
+            await in_thread(None, lambda: deploy(folder, 0, autoscaling_config=scaling))
+            await in_thread(None, wait_for, lambda: running() == 1, 40, "one replica while there is little to do")
+            busy.set()  # eight requests at a time
+            await in_thread(None, wait_for, lambda: running() >= 3, 40, "replicas for the load")
+            busy.clear()
+            await in_thread(None, wait_for, lambda: running() == 1, 40, "one replica again")
+            await in_thread(None, deploy, folder, 3)
+        finally:
+            done.set()
+            await driving
+        return seen
+
+    seen = asyncio.run(scene())
+    assert set(seen) == {"ok"}, seen
     assert_idle(model)
 
 
