@@ -58,6 +58,11 @@ class Withdrawable:
 
         result.get_rejection_response = get_rejection_response
 
+    @property
+    def waiting(self) -> bool:
+        """Whether the replica's acceptance is waited for just now."""
+        return self._waiter is not None and not self._withdrawn
+
     def withdraw(self) -> bool:
         """Give up waiting for the replica's acceptance and cancel the attempt; False if nothing waits (any more)."""
         waiter = self._waiter

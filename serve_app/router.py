@@ -46,7 +46,7 @@ from shadecast.config import Config
 from shadecast.errors import ConfigError
 from shadecast.ledger import Ledger, Started
 from shadecast.pick import PickTable, cost_table, table_scores
-from shadecast.rescue import RescueBudget, Stuck, collapsed, worth_rescuing
+from shadecast.rescue import Patience, RescueBudget, Stuck, collapsed, worth_rescuing
 from shadecast.sessions import SessionMap
 from shadecast.types import RoutingTable, State
 
@@ -55,6 +55,8 @@ logger = logging.getLogger("ray.serve")
 _LONG_POLL_S = 5.0
 _SEND_FAILED_S = 60.0
 """A choice that no replica has accepted after so long, and that nobody waits for, was never sent."""
+_LOOK_S = 0.1
+"""How often requests that wait for acceptance are looked at."""
 _TOLD_S = 1.5
 """How long a queue length that a replica told is better than a table's."""
 _SECRET_KEY = b"session-secret"
@@ -119,6 +121,8 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         self._streams: dict[str, _Stream] = {}
         self._rescue_budget = RescueBudget(self._config.balance.rescue_fraction)
         self._rescues: set[asyncio.Task[None]] = set()
+        self._patience = Patience()
+        self._looking = False
         self._random = random.random
         self._sessions: SessionMap | None = None
         """Made with the first request that has a session."""
@@ -228,6 +232,8 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         choice = self._sending.get(key_of(pending_request))
         if choice is not None and self._mirror.copyable(pending_request, chosen):
             choice.sent = Withdrawable(chosen)
+            if not self._looking:
+                self._look_soon()
             return cast("RunningReplica", choice.sent)
         return chosen
 
@@ -374,6 +380,8 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         """A replica has accepted the request: account for it, and copy it to a replica on trial now and then."""
         request_id = key_of(pending_request)
         replica = replica_id.unique_id
+        if (choice := self._sending.get(request_id)) is not None:
+            self._patience.accepted(time.monotonic() - choice.since_s)
         self._unsent.pop(pending_request.metadata.internal_request_id, None)
         self._forget_choice(request_id)
         others = max((self._replica_queue_len_cache.get(replica_id) or 1) - 1.0, 0.0)
@@ -529,6 +537,31 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
             task = self._event_loop.create_task(self._rescue(each))
             self._rescues.add(task)
             task.add_done_callback(self._rescues.discard)
+
+    def _look_soon(self) -> None:
+        self._looking = True
+        due_s = self._event_loop.time() + _LOOK_S
+        self._event_loop.call_at(due_s, self._leave_silent, due_s)
+
+    def _leave_silent(self, due_s: float) -> None:
+        """Send elsewhere what a replica has not accepted for too long; the replica seems full for a moment."""
+        self._looking = False
+        if self._sending:
+            self._look_soon()
+        if self._event_loop.time() > due_s + _LOOK_S:
+            return  # this process was stuck itself: answers may lie unread
+        now_s = time.monotonic()
+        before_s = now_s - self._patience.limit_s
+        for request_id, choice in list(self._sending.items()):
+            if choice.sent is None or not choice.sent.waiting or choice.since_s > before_s:
+                continue
+            i = self._picks.index.get(choice.replica_id)
+            if i is None or len(self._picks.pool) < 2 or not self._rescue_budget.take():
+                continue
+            full = self._by_index[i].max_ongoing_requests + self._picks.in_flight[i]  # also once ours are gone
+            self._note_queue(choice.replica_id, float(full), now_s)
+            self._ledger.give_up(choice.replica_id, now_s - choice.since_s, choice.others, self._cost(choice.request))
+            self._withdraw(request_id)
 
     def _withdraw(self, request_id: str) -> None:
         """Let Serve choose again for a request that its replica has not accepted."""

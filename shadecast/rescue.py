@@ -20,6 +20,10 @@ from shadecast.types import RoutingTable
 
 _BURST = 8.0
 """Rescues that may be saved up: about the requests that one replica holds."""
+_LEAST_PATIENCE_S = 0.25
+"""Two and a half periods of a CPU quota: a throttled, but otherwise idle replica answers within one."""
+_PATIENCE = 10.0
+"""Times the usual wait."""
 _GAIN = 2.0
 """Starting anew must be expected to end in at most 1/_GAIN of the time that staying takes."""
 
@@ -33,6 +37,28 @@ class Stuck:
     age_s: float
     in_flight_at_start: float
     cost: float = 1.0
+
+
+class Patience:
+    """How long a replica may take to say that it takes a request.
+
+    That needs none of the request's own work, so it takes about the same time whatever is asked, and far longer only
+    where the replica's process hardly runs. Known to the router at once, where a table shows it seconds later.
+    """
+
+    __slots__ = ("_mean_s",)
+
+    def __init__(self) -> None:
+        self._mean_s = 0.0
+
+    def accepted(self, after_s: float) -> None:
+        """A replica has accepted a request after so long; exponential mean over about 50."""
+        self._mean_s += 0.02 * (min(max(after_s, 0.0), _LEAST_PATIENCE_S) - self._mean_s)
+
+    @property
+    def limit_s(self) -> float:
+        """Beyond this a replica counts as one that does not answer."""
+        return max(_LEAST_PATIENCE_S, _PATIENCE * self._mean_s)
 
 
 class RescueBudget:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from shadecast.rescue import Patience
 from tests.serve_app.router_fakes import FakeReplica, FakeResult, make_router, request, table
 
 
@@ -169,5 +170,76 @@ def test_a_caller_that_gives_up_while_waiting_is_cancelled_and_leaves_no_count()
         router.on_request_completed(a.replica_id, "stuck")
         assert router._sending == {}
         assert router._picks.in_flight == [0, 0]
+
+    run(scenario())
+
+
+async def silent_for(router, a, seconds):
+    """A request that waits for "a" while both replicas are open; the router's clock goes on by so much."""
+    router.take_table(table(version=2, a=1.0, b=0.0))
+    caller = await waiting(router, age_s=0.0)
+    router.take_table(table(version=3, a=1.0, b=1.0))
+    for choice in router._sending.values():
+        choice.since_s -= seconds
+    return caller
+
+
+def test_a_request_that_a_silent_replica_does_not_accept_goes_elsewhere_without_a_new_table():
+    async def scenario():
+        router, a, b = scene(copy_methods=["*"])
+        caller = await silent_for(router, a, 1.0)
+        chosen, _ = await asyncio.wait_for(caller, 5.0)
+        assert chosen.replica_id == b.replica_id
+        assert a.results[0].cancelled
+        assert router._picks.score(router._picks.index["a"]) > 1e8, "it seems full to the next requests"
+        views = {view.replica_id: view for view in router._make_report().replicas}
+        assert [o.duration_s >= 1.0 for o in views["a"].outcomes] == [True], "and the coordinator is told"
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("why", ["not idempotent", "young", "no budget", "this process was stuck itself"])
+def test_a_silent_replica_keeps_other_requests(why):
+    async def scenario():
+        methods = [] if why == "not idempotent" else ["*"]
+        router, a, b = scene(copy_methods=methods)
+        caller = await silent_for(router, a, 0.0 if why == "young" else 1.0)
+        if why == "no budget":
+            router._rescue_budget.tokens = 0.0
+        if why == "this process was stuck itself":
+            for choice in router._sending.values():
+                choice.since_s += 1.0 - router._patience.limit_s  # late, but only just
+            late = router._event_loop.time() - 1.0
+            router._leave_silent(late)
+        else:
+            router._leave_silent(router._event_loop.time())
+        await settle()
+        assert not caller.done()
+        assert not a.results[0].cancelled
+        assert b.sent == []
+        caller.cancel()
+        await asyncio.gather(caller, return_exceptions=True)
+
+    run(scenario())
+
+
+def test_where_acceptance_takes_long_everywhere_patience_grows():
+    patience = Patience()
+    short_s = patience.limit_s
+    for _ in range(300):
+        patience.accepted(0.1)
+    assert patience.limit_s > 3.0 * short_s
+    for _ in range(300):
+        patience.accepted(0.002)
+    assert patience.limit_s == short_s
+
+
+def test_nothing_looks_at_an_idle_router():
+    async def scenario():
+        router, a, _ = scene(copy_methods=["*"])
+        caller = await silent_for(router, a, 1.0)
+        await asyncio.wait_for(caller, 5.0)
+        await asyncio.sleep(0.3)
+        assert not router._looking
 
     run(scenario())
