@@ -1,7 +1,8 @@
 """What a node's forecaster costs: `python -m bench.forecast --cost`.
 
 Two measurements. The sampling loop alone, in this process: CPU of sampler, model and loop, and the jitter of its
-ticks. The whole actor on a local Ray node, as in production: its process's CPU (Ray's own threads with it) and memory.
+ticks. The whole actor on a local Ray node, as in production: its process's CPU and memory, with
+Ray's own threads, and beside it an actor that does nothing, for what Ray takes by itself.
 """
 
 from __future__ import annotations
@@ -85,6 +86,14 @@ def loop_cost(seconds: float, registry: str) -> dict[str, Any]:
     }
 
 
+class Idle:
+    """An actor that does nothing: what Ray itself takes for each."""
+
+    def pid(self) -> int:
+        """Its process."""
+        return os.getpid()
+
+
 def actor_cost(seconds: float, registry: str) -> dict[str, Any]:
     """The actor on a Ray node of its own, with a telemetry log."""
     import pandas as pd  # noqa: PLC0415
@@ -98,11 +107,13 @@ def actor_cost(seconds: float, registry: str) -> dict[str, Any]:
             node_id = ray.get_runtime_context().get_node_id()
             settings = {"telemetry_log": folder, "registry": registry}
             actor = start_forecaster(node_id, None, settings, detached=False)
-            pid = ray.get(actor.status.remote(), timeout=90)["pid"]
+            idle = ray.remote(Idle).options(num_cpus=0).remote()
+            pid, idle_pid = ray.get(actor.status.remote(), timeout=90)["pid"], ray.get(idle.pid.remote(), timeout=90)
             time.sleep(WARM_UP_S)
-            before_s = cpu_s(pid)
+            before_s, idle_before_s = cpu_s(pid), cpu_s(idle_pid)
             time.sleep(seconds)
-            spent_s, rss_mb = cpu_s(pid) - before_s, rss_bytes(pid) / 2**20
+            spent_s, idle_s = cpu_s(pid) - before_s, cpu_s(idle_pid) - idle_before_s
+            rss_mb, idle_mb = rss_bytes(pid) / 2**20, rss_bytes(idle_pid) / 2**20
             ray.get(actor.stop.remote(), timeout=30)
         finally:
             ray.shutdown()
@@ -110,6 +121,7 @@ def actor_cost(seconds: float, registry: str) -> dict[str, Any]:
     return {
         "core_percent": round(100 * spent_s / seconds, 3),
         "rss_mb": round(rss_mb, 1),
+        "an_empty_actor": {"core_percent": round(100 * idle_s / seconds, 3), "rss_mb": round(idle_mb, 1)},
         "jitter": jitter(sorted(rows["t_s"])),
     }
 
