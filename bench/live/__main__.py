@@ -87,7 +87,10 @@ def main(
                     say(f"FAILED {error}")
                 print_table(console, each, rows.rows)
         finally:
-            bench.close()
+            left = bench.close()
+    if left:
+        failures.append("left behind: " + ", ".join(left))
+        console.print(failures[-1], style="red", markup=False)
     if markdown is not None:
         write_markdown(markdown, rows.rows, series)
         console.print(f"wrote {markdown}", highlight=False)

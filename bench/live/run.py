@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 
+from bench.live import state
 from bench.live.arms import Arm
 from bench.live.cgroups import LabError
 from bench.live.cluster import IsolatedWorld, UnisolatedWorld, Worker, World
@@ -154,11 +155,13 @@ class Bench:
                             failures.append(line)
         return failures
 
-    def close(self) -> None:
-        """Remove the cluster."""
+    def close(self) -> list[str]:
+        """Remove the cluster; what is left of it all the same."""
         world, self._world = self._world, None
-        if world is not None:
-            world.__exit__(None, None, None)
+        if world is None:
+            return []
+        world.__exit__(None, None, None)
+        return state.leftovers(world.lab.state.made) if isinstance(world, IsolatedWorld) else []
 
     def _get_world(self, scenario: Scenario) -> World:
         if self._world is not None and self._world_limit != scenario.memory_limit_bytes:

@@ -140,6 +140,14 @@ def remove_all(made: Made, root: Path = ROOT) -> None:
         _remove_folder(Path(folder))
 
 
+def leftovers(made: Made, root: Path = ROOT) -> list[str]:
+    """What of a lab is still there: empty after `remove_all`."""
+    groups = [str(folder) for name in made.groups for folder in Group(made.version, name, root).folders]
+    links = [f"/sys/class/net/{link}" for link in made.links]
+    processes = [f"/proc/{pid}" for host, pid in made.processes.items() if birth(pid) == made.born.get(host)]
+    return [path for path in (*groups, *links, *made.folders, *processes) if Path(path).exists()]
+
+
 def _own(names: list[str]) -> Iterator[str]:
     """Longest first, and only what bears our prefix: a damaged file must not remove anything else."""
     for name in sorted(names, key=len, reverse=True):

@@ -208,25 +208,20 @@ with Lab(workers=1) as lab:
 """
         driver = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
         slot, holder = driver.stdout.readline().split()
+        file = state.FOLDER / f"{slot}.json"
+        made = state.Made(**json.loads(file.read_text()))
         os.kill(driver.pid, signal.SIGKILL)
         driver.wait()
         deadline_s = time.monotonic() + 10.0
         while Path(f"/proc/{holder}").exists():  # hosts end by themselves
             assert time.monotonic() < deadline_s
             time.sleep(0.05)
-        assert leftovers(slot), "bridge and groups are still there: otherwise this test shows nothing"
+        assert state.leftovers(made), "bridge and groups are still there: otherwise this test shows nothing"
         subprocess.run([sys.executable, "-m", "bench.live", "--clean"], check=True, capture_output=True)
-        assert leftovers(slot) == []
+        assert state.leftovers(made) == []
+        assert not file.exists()
 
 
 def link_flags(link: str) -> dict[str, object]:
     found = subprocess.run(["ip", "-j", "link", "show", link], check=True, capture_output=True).stdout
     return json.loads(found)[0]
-
-
-def leftovers(slot: str) -> list[str]:
-    groups = [str(p) for p in Path("/sys/fs/cgroup").glob(f"*/{state.PREFIX}{slot}")]
-    groups += [str(p) for p in Path("/sys/fs/cgroup").glob(f"{state.PREFIX}{slot}")]
-    links = [p.name for p in Path("/sys/class/net").iterdir() if p.name.startswith(f"{state.LINK_PREFIX}{slot}")]
-    files = [str(p) for p in (Path(f"/tmp/{state.PREFIX}{slot}"), state.FOLDER / f"{slot}.json") if p.exists()]
-    return [*groups, *links, *files]

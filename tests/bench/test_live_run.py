@@ -31,7 +31,8 @@ def test_a_short_hog_is_driven_through_two_arms_and_nothing_is_left(tmp_path):
         assert bench.scenario(scenario, find_arms("default,oracle"), [0]) == [], said
         slot = bench._world.lab.state.made.slot
     finally:
-        bench.close()
+        left = bench.close()
+    assert left == []
     for arm in ("default", "oracle"):
         found = {row.metric: row.value for row in rows.rows if row.arm == arm}
         assert found["requests"] > 200
