@@ -170,6 +170,8 @@ class _Replica:
     neighbours_before: float = math.nan
     """Log speed of the node's other replicas over that of other nodes', when the trial began."""
     setbacks: int = 0
+    unexplained: float = 0.0
+    """Log speed that its node's telemetry does not explain."""
     ruling: Ruling | None = None
     mirror_fraction: float = 0.0
     slow_capacity: float = 1.0
@@ -477,6 +479,7 @@ class Balancer:
             explained = cap.explained(gamma, self._headroom(node_id))
             known.speed.settle(self._noise(known))
             residual = self._with_unfinished(known, unfinished.get(replica_id, ()), explained)
+            known.unexplained = residual
             log_live = max(explained + residual, math.log(0.01))
             known.live_capacity = math.exp(log_live)
             known.outlook = outlooks[node_id]
@@ -902,7 +905,8 @@ class Balancer:
 def _is_unseen(known: _Replica, slow: float, now_s: float) -> bool:
     """An ACTIVE replica whose score keeps all requests away: without any, its estimate would stay for minutes."""
     quiet = known.queue < 0.5 and now_s - known.asked_s >= _UNSEEN_S
-    return known.connection.state is State.ACTIVE and known.capacity < slow and quiet
+    by_requests = known.unexplained < math.log(_SLOWER)  # what telemetry says, it also takes back
+    return known.connection.state is State.ACTIVE and known.capacity < slow and quiet and by_requests
 
 
 def _takes_traffic(known: _Replica) -> bool:
