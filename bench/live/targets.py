@@ -66,7 +66,7 @@ def checks(scenario: str, found: Found, without: Found) -> list[Check]:
             if "oracle" in found:
                 made += _ratio(found, "p99_3s_after_fault_s", "oracle", 1.25)
             return made
-        case "coordinator-kill" | "partition" | "forecaster-kill" | "gateway-kill":
+        case "coordinator-kill" | "partition" | "forecaster-kill":
             return [*_at_most(found, "errors", 0.0, "failed requests"), *_ratio(found, "p99_s", "oracle", 1.1)]
         case "sessions-hot":
             stay = _mean(found, "shadecast", "session_stay_fraction_well")
