@@ -19,7 +19,7 @@ def compact(document: dict[str, Any]) -> str:
         return json.dumps(document, indent=1, allow_nan=False) + "\n"
     rows = [{**r, "value": None if r["value"] is None else float(f"{r['value']:.5g}")} for r in document["rows"]]
     head = json.dumps({k: v for k, v in document.items() if k != "rows"}, indent=1, allow_nan=False)
-    lines = ",\n".join("  " + json.dumps(r, allow_nan=False) for r in rows)
+    lines = ",\n".join("  " + json.dumps(r, allow_nan=False, separators=(",", ":")) for r in rows)
     return f'{head[:-2]},\n "rows": [\n{lines}\n ]\n}}\n'
 
 
