@@ -54,7 +54,9 @@ def start_control_plane(
     """
     check_packages()
     ForecasterSettings.from_mapping(settings or {})
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    node = ray.get_runtime_context().get_node_id()
+    here = NodeAffinitySchedulingStrategy(node, soft=True)
+    only_here = NodeAffinitySchedulingStrategy(node, soft=False)  # the page's address is this node's loopback
     common = {"namespace": NAMESPACE, "lifetime": "detached", "num_cpus": 0, "get_if_exists": True}
     coordinator = (
         ray.remote(_CoordinatorActor)
@@ -67,7 +69,7 @@ def start_control_plane(
     if page_port:
         page = (
             ray.remote(Page)
-            .options(name=PAGE, max_restarts=3, scheduling_strategy=here, **common)
+            .options(name=PAGE, max_restarts=3, scheduling_strategy=only_here, **common)
             .remote(page_host, page_port, token)
         )
         url, token = ray.get([page.start.remote(), page.token.remote()], timeout=60)
