@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from models.registry import Registry
-from serve_app.control_plane import forecaster_states, start_control_plane
+from serve_app.control_plane import ControlPlaneError, announce, forecaster_states, start_control_plane
 from serve_app.local import LocalCluster
 from tests.cluster.conftest import status, wait_for
 
@@ -101,6 +101,19 @@ def test_logged_telemetry_retrains_the_forecaster_and_the_nodes_run_the_promoted
         assert node["model_version"] == "retrained"
         assert set(node["skill"]) >= {"cpu", "memory"}
         assert all(isinstance(value, float) for value in node["skill"].values())
+
+
+def test_the_log_has_what_serve_carries_and_a_forecaster_takes_announcements(running: Any) -> None:
+    log, _, _ = running
+    newest = max(log.rglob("*.parquet"), key=lambda p: p.stat().st_mtime)
+    columns = pq.read_table(newest, columns=["in_flight", "arrivals_per_s"], partitioning=None).to_pydict()
+    assert (columns["in_flight"][-1], columns["arrivals_per_s"][-1]) == (0.0, 0.0), "told by the coordinator, not NaN"
+    node = status()["nodes"][0]["node_id"]
+    assert node.startswith(announce(node[:12], 5.0, 10.0, 0.8))
+    with pytest.raises(ControlPlaneError, match="fits 0 forecasters; there are"):
+        announce("nowhere", 5.0, 10.0, 0.8)
+    with pytest.raises(ControlPlaneError, match="announce"):
+        announce(node, -1.0, 10.0, 0.8)
 
 
 def test_a_damaged_or_missing_version_is_refused_while_the_champion_goes_on(running: Any) -> None:
