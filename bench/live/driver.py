@@ -36,6 +36,8 @@ MARK = "@@"
 HTTP_PORT = 8018
 REQUEST_TIMEOUT_S = 60.0
 _DRAIN_S = 75.0
+_REST_S = 5.0
+"""After a soak, until reports and tables show that nothing is under way."""
 _RUNNING_S = 180.0
 
 
@@ -207,6 +209,8 @@ class Driver:
             task.cancel()
         records = [t.result() for t in tasks if t.done() and not t.cancelled() and t.exception() is None]
         watcher.cancel()
+        if scenario["soak"]:
+            await asyncio.sleep(_REST_S)
         after = await self._status()
         answer = {
             "records": records,

@@ -257,6 +257,7 @@ class Bench:
                         "kind": scenario.kind,
                         "payload_bytes": scenario.payload_bytes,
                         "item_gap_s": scenario.item_gap_s,
+                        "soak": scenario.soak,
                     },
                 )
             except LabError as error:
