@@ -132,6 +132,8 @@ def test_cluster_yaml_comes_up_over_ssh_serves_retrains_and_leaves_nothing(
             launcher.run("serve", "deploy", "-a", address, "examples/serve_config.yaml", timeout_s=120)
             _the_application_knows_a_zero(serve)
             _retrain(launcher, address, tmp_path / "shared")
+            launcher.run("ray", "exec", config, "shadecast down && shadecast up", timeout_s=120)
+            _every_node_is_watched(page, len(lab.hosts))  # the page is back on the head, not on any node
         for host in lab.hosts:
             log = host.folder / "tmp/home/shadecast-telemetry"
             wait_for(lambda log=log: list(log.rglob("*.parquet")), 120.0, f"telemetry on {host.name}")
