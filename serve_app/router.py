@@ -59,6 +59,8 @@ _LOOK_S = 0.1
 """How often requests that wait for acceptance are looked at."""
 _TOLD_S = 1.5
 """How long a queue length that a replica told is better than a table's."""
+_LONGEST_SHUN = 3
+"""A replica that does not accept is left out for 1.5 s, 3 s, 6 s, and no longer than 12 s at a time."""
 _SECRET_KEY = b"session-secret"
 _SECRET_WAIT_S = 0.5
 _FORGET_TABLE_S = 60.0
@@ -122,6 +124,8 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         self._rescue_budget = RescueBudget(self._config.balance.rescue_fraction)
         self._rescues: set[asyncio.Task[None]] = set()
         self._patience = Patience()
+        self._shunned: dict[str, tuple[int, float]] = {}
+        """Of replicas that did not accept: how often in a row, and until when they are left out."""
         self._looking = False
         self._random = random.random
         self._sessions: SessionMap | None = None
@@ -384,6 +388,8 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
             self._patience.accepted(time.monotonic() - choice.since_s)
         self._unsent.pop(pending_request.metadata.internal_request_id, None)
         self._forget_choice(request_id)
+        if self._shunned:
+            self._shunned.pop(replica, None)
         others = max((self._replica_queue_len_cache.get(replica_id) or 1) - 1.0, 0.0)
         metadata = pending_request.metadata
         stream = None
@@ -558,10 +564,19 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
             i = self._picks.index.get(choice.replica_id)
             if i is None or len(self._picks.pool) < 2 or not self._rescue_budget.take():
                 continue
-            full = self._by_index[i].max_ongoing_requests + self._picks.in_flight[i]  # also once ours are gone
-            self._note_queue(choice.replica_id, float(full), now_s)
+            self._shun(i, now_s)
             self._ledger.give_up(choice.replica_id, now_s - choice.since_s, choice.others, self._cost(choice.request))
             self._withdraw(request_id)
+
+    def _shun(self, i: int, now_s: float) -> None:
+        """Take a replica that does not answer for full: a moment at first, longer each time until it answers."""
+        replica_id = self._picks.ids[i]
+        times, until_s = self._shunned.get(replica_id, (0, 0.0))
+        if now_s >= until_s:  # else a request from before: nothing new
+            until_s = now_s + _TOLD_S * 2.0**times
+            self._shunned[replica_id] = (min(times + 1, _LONGEST_SHUN), until_s)
+        full = self._by_index[i].max_ongoing_requests + self._picks.in_flight[i]  # also once ours are gone
+        self._note_queue(replica_id, float(full), until_s - _TOLD_S)
 
     def _withdraw(self, request_id: str) -> None:
         """Let Serve choose again for a request that its replica has not accepted."""
@@ -600,6 +615,8 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Serve's own membership: authoritative, whatever the table says."""
         super().update_replicas(replicas)
+        alive = {r.replica_id.unique_id for r in replicas}
+        self._shunned = {replica_id: held for replica_id, held in self._shunned.items() if replica_id in alive}
         self._lay_out()
         if self._control is None or self._control.done():
             self._control = self._event_loop.create_task(_control_loop(weakref.ref(self)))

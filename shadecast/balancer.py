@@ -186,8 +186,8 @@ class _Replica:
 class _Node:
     report: NodeReport
     made_s: float
-    changes: tuple[float, float] = (0.0, 0.0)
-    """Change of log headroom between the last three samples, the greatest of all resources."""
+    changes: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """Change of log headroom between the last four samples, the greatest of all resources."""
     back_s: float = -math.inf
     """When it was heard of again after silence."""
 
@@ -296,7 +296,7 @@ class Balancer:
         was, is_ = cap.headroom_now(before.report.snapshot), cap.headroom_now(report.snapshot)
         change = max(abs(b - a) for a, b in zip(was, is_, strict=True))
         back_s = now_s if made_s - before.made_s > self.config.balance.lost_after_s else before.back_s
-        self._nodes[report.node_id] = _Node(report, made_s, (change, before.changes[0]), back_s)
+        self._nodes[report.node_id] = _Node(report, made_s, (change, *before.changes[:2]), back_s)
 
     def _take_router(self, report: RouterReport, now_s: float) -> bool:
         """Membership and counts of one report; False if it cannot be true."""

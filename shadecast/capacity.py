@@ -21,7 +21,7 @@ from shadecast.config import BalanceConfig
 from shadecast.types import HORIZONS_S, RESOURCES, Forecast, NodeSnapshot
 
 _MIN_HEADROOM = 0.02
-_NO_SIGNAL = 0.1
+_NO_SIGNAL = 0.2
 """Change of log headroom that telemetry's own noise makes, too."""
 _MIN_LOG_SPEED = math.log(0.01)
 _MAX_LOG_SPEED = math.log(4.0)

@@ -1,6 +1,7 @@
 """Requests that a starved replica has not even accepted: they count as on their way, and Serve may choose again."""
 
 import asyncio
+import time
 from dataclasses import replace
 
 import pytest
@@ -194,6 +195,28 @@ def test_a_request_that_a_silent_replica_does_not_accept_goes_elsewhere_without_
         assert router._picks.score(router._picks.index["a"]) > 1e8, "it seems full to the next requests"
         views = {view.replica_id: view for view in router._make_report().replicas}
         assert [o.duration_s >= 1.0 for o in views["a"].outcomes] == [True], "and the coordinator is told"
+
+    run(scenario())
+
+
+def test_a_replica_that_stays_silent_is_left_out_for_longer_each_time_until_it_answers():
+    async def scenario():
+        router, a, _ = scene(copy_methods=["*"])
+        router.take_table(table(version=2, a=1.0, b=1.0))
+        i = router._picks.index["a"]
+        start_s = now_s = time.monotonic()
+        lengths_s = []
+        for _ in range(6):
+            router._shun(i, now_s)
+            router._shun(i, now_s + 0.1)  # another request of the same silence
+            until_s = router._shunned["a"][1]
+            lengths_s.append(until_s - now_s)
+            now_s = until_s
+        assert lengths_s == pytest.approx([1.5, 3.0, 6.0, 12.0, 12.0, 12.0])
+        assert router._told["a"][2] > start_s + 12.0, "new tables do not forget it"
+        pending = request("answered")
+        router.on_request_routed(pending, a.replica_id, FakeResult())
+        assert router._shunned == {}
 
     run(scenario())
 
