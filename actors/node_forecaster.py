@@ -169,7 +169,7 @@ class NodeForecaster:
                     model.step(np.full_like(values, np.nan))
                 prediction = model.step(values, announced)
                 if name == "champion":
-                    forecast = forecast_of(prediction, model.model.version)
+                    forecast = forecast_of(prediction, model.model.version, announced)
             except Exception as error:
                 self._failed(name, error)
                 model.forget()

@@ -177,8 +177,12 @@ class OnlineForecaster:
         return np.clip(quantiles, 0.0, top)
 
 
-def forecast_of(prediction: Prediction, version: str) -> Forecast | None:
-    """The message of series 0; None while CPU is unknown or too few samples have come."""
+def forecast_of(prediction: Prediction, version: str, announced: Array | None = None) -> Forecast | None:
+    """The message of series 0; None while CPU is unknown or too few samples have come.
+
+    What was `announced` [series, horizon] is known, not forecast: it counts in full whatever the model's skill, and
+    around it the best forecast, gated, stands in for the model's.
+    """
     ready = prediction.ready[0]
     if not ready[_CPU]:
         return None
@@ -187,11 +191,17 @@ def forecast_of(prediction: Prediction, version: str) -> Forecast | None:
     def pooled(values: Array) -> dict[str, float]:
         return {TARGETS[t]: float(values[0, t].mean()) for t in known}
 
+    rows = {TARGETS[t]: prediction.quantiles[0, t] for t in known}
+    gate, veto_allowed = pooled(prediction.gate), bool(prediction.veto_allowed[0])
+    if announced is not None and announced[0].any() and _CPU in known:
+        rows[TARGETS[_CPU]] = np.maximum(prediction.gated[0, _CPU], announced[0][:, None])
+        gate[TARGETS[_CPU]] = 1.0
+        veto_allowed = True
     return Forecast(
-        quantiles={TARGETS[t]: tuple(tuple(map(float, row)) for row in prediction.quantiles[0, t]) for t in known},
+        quantiles={name: tuple(tuple(map(float, row)) for row in each) for name, each in rows.items()},
         slow_probability=float(prediction.slow_probability[0]),
         skill=pooled(prediction.skill),
-        gate=pooled(prediction.gate),
+        gate=gate,
         model_version=version,
-        veto_allowed=bool(prediction.veto_allowed[0]),
+        veto_allowed=veto_allowed,
     )

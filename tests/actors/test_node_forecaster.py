@@ -187,6 +187,20 @@ def test_an_announced_event_reaches_the_model_at_the_horizons_it_covers(
     assert seen[7] is None
 
 
+def test_what_is_announced_counts_in_full_whatever_the_models_skill(rig: Rig) -> None:
+    calm = rig.ticks(15).forecast
+    assert calm is not None
+    rig.forecaster.announce(starts_in_s=5.5, lasts_s=1.5, strength=0.97)
+    told = rig.ticks(2).forecast
+    assert told is not None
+    assert [row[0] >= 0.97 for row in told.quantiles["cpu"]] == [False, False, False, True, False, False]
+    assert told.gate["cpu"] == 1.0
+    assert told.veto_allowed
+    after = rig.ticks(10).forecast
+    assert after is not None
+    assert max(row[0] for row in after.quantiles["cpu"]) < 0.97
+
+
 @pytest.mark.parametrize("event", [(-1.0, 1.0, 1.0), (0.0, 0.0, 1.0), (0.0, math.inf, 1.0), (0.0, 1.0, 1.5)])
 def test_an_impossible_event_is_refused(rig: Rig, event: tuple[float, float, float]) -> None:
     with pytest.raises(ValueError, match="announce"):

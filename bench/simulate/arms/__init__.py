@@ -34,6 +34,7 @@ PRODUCT: dict[str, Callable[[], Arm]] = {
     "shadecast": lambda: Product("realistic"),
     "shadecast_perfect": lambda: Product("perfect"),
     "shadecast_wrong": lambda: Product("wrong"),
+    "shadecast_shipped": lambda: Product("shipped"),
 }
 
 ARMS: dict[str, Callable[[], Arm]] = {

@@ -8,8 +8,8 @@ table reaches each router up to the scenario's delay late. Copies to replicas on
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from bench.simulate.arms.base import Arm
 from bench.simulate.forecasts import Kind, NodeForecaster
@@ -21,6 +21,7 @@ from shadecast.pick import PickTable, cost_table, table_scores
 from shadecast.rescue import RescueBudget, Stuck, collapsed, worth_rescuing
 from shadecast.sessions import SessionMap
 from shadecast.types import (
+    Forecast,
     NodeReport,
     NodeSnapshot,
     PairedSample,
@@ -42,6 +43,10 @@ _TELEMETRY_NOISE = 0.02
 _SHADOW_ITEMS = 32
 """Streams are compared over their first items, then the copy is cancelled (design section 7)."""
 _MAX_ONGOING = 1_000
+
+
+class _Forecaster(Protocol):
+    def make(self, now_s: float, load_now: float, memory_now: float) -> Forecast | None: ...
 
 
 class _Router:
@@ -117,7 +122,7 @@ class Product(Arm):
 
     sticky = False
 
-    def __init__(self, forecast: Kind | None, settings: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, forecast: Kind | Literal["shipped"] | None, settings: Mapping[str, Any] | None = None) -> None:
         self._kind = forecast
         self._settings = dict(settings or {})
         self.transitions: list[Transition] = []
@@ -155,10 +160,14 @@ class Product(Arm):
             sim.at(rng.random() * _TELEMETRY_S, self._telemetry, node)
         sim.at(rng.random() * scenario.tick_s, self._tick)
 
-    def _make_forecasters(self, world: World) -> list[NodeForecaster] | None:
+    def _make_forecasters(self, world: World) -> Sequence[_Forecaster] | None:
         if self._kind is None:
             return None
         scenario, nodes = world.scenario, world.nodes
+        if self._kind == "shipped":
+            from bench.simulate.shipped import ShippedForecaster  # noqa: PLC0415 - torch only where it is needed
+
+            return [ShippedForecaster(node, scenario.announced) for node in nodes]
         shown = [nodes[(k + 1) % len(nodes)] if self._kind == "wrong" else node for k, node in enumerate(nodes)]
         known = scenario.announced and self._kind != "wrong"
         return [
