@@ -19,7 +19,7 @@ from actors.serving_load import ServingLoad
 from shadecast.balancer import Balancer, Command, TickInput, TickOutput
 from shadecast.config import Config
 from shadecast.errors import ConfigError
-from shadecast.types import HORIZONS_S, NodeReport, RouterReport, RoutingTable, Transition
+from shadecast.types import HORIZONS_S, NodeReport, Observed, RouterReport, RoutingTable, Transition
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ class _Deployment:
     mirrored: int = 0
     mirror_dropped: int = 0
     rescued: int = 0
+    observed: Observed = field(default_factory=Observed)
     finished: int = 0
     failed: int = 0
 
@@ -91,6 +92,10 @@ class Coordinator:
         known.mirrored += report.mirrored
         known.mirror_dropped += report.mirror_dropped
         known.rescued += report.rescued
+        was, new = known.observed, report.observed
+        known.observed = Observed(
+            was.requests + new.requests, was.time_taken + new.time_taken, was.time_ours + new.time_ours
+        )
         known.finished += sum(max(r.finished, 0) for r in report.replicas)
         known.failed += sum(max(r.failed, 0) for r in report.replicas)
         if report.held_table is not None and not known.restored:
@@ -271,6 +276,7 @@ class Coordinator:
             "mirrored": known.mirrored,
             "mirror_dropped": known.mirror_dropped,
             "rescued": known.rescued,
+            "observed": asdict(known.observed),
             "routers": [
                 {"router_id": router_id, "level": level, "heard_s": now_s - at_s}
                 for router_id, (at_s, level) in known.seen.items()

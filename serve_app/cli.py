@@ -343,6 +343,10 @@ def _replica_table(deployment: dict[str, Any]) -> Table:
     levels = ", ".join(sorted({r["level"] for r in deployment["routers"]})) or "no router"
     panic = ", PANIC" if deployment["panic"] else ""
     title = f"{deployment['deployment']}: table {deployment['table_version']} ({age} old), routers: {levels}{panic}"
+    if (observed := deployment["observed"])["requests"]:
+        saved = 1.0 - observed["time_ours"] / max(observed["time_taken"], 1e-9)
+        title += f"\nonly observing: of {observed['requests']} requests, Shadecast's choice would have saved "
+        title += f"{saved:.0%} of the time, by its own estimates"
     table = Table(title=title, title_justify="left")
     for heading in (
         "replica",

@@ -27,6 +27,7 @@ from typing import Any, cast
 import ray
 from ray.exceptions import RayActorError
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
+from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
 from ray.serve.request_router import (
     LocalityMixin,
     MultiplexMixin,
@@ -48,7 +49,7 @@ from shadecast.ledger import Ledger, Started
 from shadecast.pick import PickTable, cost_table, table_scores
 from shadecast.rescue import Patience, RescueBudget, Stuck, collapsed, worth_rescuing
 from shadecast.sessions import SessionMap
-from shadecast.types import RoutingTable, State
+from shadecast.types import RouterReport, RoutingTable, State
 
 logger = logging.getLogger("ray.serve")
 
@@ -59,6 +60,8 @@ _LOOK_S = 0.1
 """How often requests that wait for acceptance are looked at."""
 _TOLD_S = 1.5
 """How long a queue length that a replica told is better than a table's."""
+_MOST_OBSERVED = 100.0
+"""Longest predicted time, in units of an idle nominal replica's, that counts in a comparison."""
 _LONGEST_SHUN = 3
 """A replica that does not accept is left out for 1.5 s, 3 s, 6 s, and no longer than 12 s at a time."""
 _SECRET_KEY = b"session-secret"
@@ -713,6 +716,42 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
             self._session_secret = secret
             self._sessions = None
         self._secret_known.set()
+
+
+class ObservingRouter(PredictiveRouter):
+    """Routes exactly as Serve's default does, and only reports: what requests do, and what Shadecast would have chosen.
+
+    For a look before anything is switched on. Nothing is copied, withdrawn or sent again, no replica is left out. The
+    comparison is by Shadecast's own estimates: of the time on the replica that was chosen, and on the one it would have
+    chosen at that moment.
+    """
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """Serve's own rule, its locality and multiplexing included."""
+        serves_rule = PowerOfTwoChoicesRequestRouter.choose_replicas
+        chosen = await serves_rule(cast("Any", self), candidate_replicas, pending_request)
+        return cast("list[list[RunningReplica]]", chosen)
+
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult) -> None:
+        """As the parent, after a look at what would have been chosen."""
+        picks = self._picks
+        taken, ours = picks.index.get(replica_id.unique_id), picks.pick(self._random, self._choices)
+        if taken is not None and ours >= 0 and self._table is not None:
+            times = min(picks.score(taken), _MOST_OBSERVED), min(picks.score(ours), _MOST_OBSERVED)
+            self._ledger.observe(*times)
+        super().on_request_routed(pending_request, replica_id, result)
+
+    def _drawn_to_copy_to(self, session_id: str) -> str | None:
+        return None
+
+    def _rescue_stuck(self, table: RoutingTable) -> None:
+        """Nothing is sent again."""
+
+    def _make_report(self) -> RouterReport:
+        report: RouterReport = super()._make_report()
+        return replace(report, level="observing")
 
 
 class _Ranks(Sequence[list[RunningReplica]]):

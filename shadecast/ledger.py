@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 
-from shadecast.types import Outcome, PairedSample, ReplicaReport, RouterReport, RoutingTable, Unfinished
+from shadecast.types import Observed, Outcome, PairedSample, ReplicaReport, RouterReport, RoutingTable, Unfinished
 
 _MAX_OUTCOMES = 64
 _MAX_UNFINISHED = 16
@@ -51,6 +51,7 @@ class Ledger:
         self._reported_s: float | None = None
         self.mirrored = self.mirror_dropped = self.uncopyable = self.rescued = 0
         self.finished_total = self.failed_total = 0
+        self._observed = Observed()
 
     def start(
         self, request_id: str, replica_id: str, now_s: float, in_flight_at_start: float, cost: float = 1.0
@@ -95,6 +96,11 @@ class Ledger:
         if len(outcomes) >= _MAX_OUTCOMES:
             del outcomes[0]
         outcomes.append(Outcome(duration_s, entry.in_flight_at_start, ok, entry.cost, entry.first_item_s, entry.items))
+
+    def observe(self, time_taken: float, time_ours: float) -> None:
+        """A request was routed by another rule: predicted relative times of what it chose, and of what ours would."""
+        was = self._observed
+        self._observed = Observed(was.requests + 1, was.time_taken + time_taken, was.time_ours + time_ours)
 
     def give_up(self, replica_id: str, waited_s: float, in_flight_at_start: float, cost: float = 1.0) -> None:
         """A request was taken off a replica after so long: it would have taken longer, which is evidence that must not
@@ -199,8 +205,10 @@ class Ledger:
             self.rescued,
             table_epoch,
             level,
+            self._observed,
             held_table,
         )
         self._pairs = []
+        self._observed = Observed()
         self.mirrored = self.mirror_dropped = self.uncopyable = self.rescued = 0
         return report

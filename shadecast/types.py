@@ -151,6 +151,17 @@ class PairedSample:
 
 
 @dataclass(frozen=True, slots=True)
+class Observed:
+    """Requests that another rule routed while ours watched, and their predicted times, 1 = an idle nominal replica."""
+
+    requests: int = 0
+    time_taken: float = 0.0
+    """Sum over the replicas that were chosen."""
+    time_ours: float = 0.0
+    """Sum over those that Shadecast would have chosen."""
+
+
+@dataclass(frozen=True, slots=True)
 class RouterReport:
     """What a router sends each second; `replicas` is also its view of the membership."""
 
@@ -170,6 +181,8 @@ class RouterReport:
     """Epoch of the table that the router holds; 0 without one."""
     level: str = ""
     """Which rung of the fail-open ladder the router stands on."""
+    observed: Observed = field(default_factory=Observed)
+    """Since the last report, of a router that only observes."""
     held_table: RoutingTable | None = None
     """Sent when the coordinator asks (it has restarted): the table that the router routes by."""
 

@@ -65,6 +65,7 @@ _ALL = (
     Arm("prequal", "bench.live.prequal:PrequalRouter"),
     Arm("live_capacity", _OURS, {"balance": _LIVE_ONLY}),
     Arm("shadecast", _OURS, {}),
+    Arm("shadecast_observe", "serve_app.router:ObservingRouter", {}),
     Arm("oracle", "bench.live.oracle:OracleRouter", {"balance": _LIVE_ONLY}),
 )
 ARMS: Mapping[str, Arm] = {arm.name: arm for arm in _ALL}

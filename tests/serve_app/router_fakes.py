@@ -123,9 +123,11 @@ def request(name: str = "r", method: str = "infer", **metadata: Any) -> PendingR
     return PendingRequest(args=[1], kwargs={}, metadata=labels)
 
 
-def make_router(*replicas: FakeReplica, **config: Any) -> PredictiveRouter:
+def make_router(
+    *replicas: FakeReplica, kind: type[PredictiveRouter] = PredictiveRouter, **config: Any
+) -> PredictiveRouter:
     """A router over `replicas`; `config` are its sections."""
-    router = PredictiveRouter(
+    router = kind(
         deployment_id=DEPLOYMENT,
         handle_source=DeploymentHandleSource.REPLICA,
         self_node_id="node",

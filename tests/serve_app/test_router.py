@@ -11,6 +11,7 @@ import pytest
 from ray.exceptions import TaskCancelledError
 from ray.serve._private.common import RequestProtocol
 
+from serve_app.router import ObservingRouter
 from shadecast.types import RoutingTable, State, TableRow
 from tests.serve_app.router_fakes import FakeReplica, FakeResult, make_router, request, table
 
@@ -721,5 +722,31 @@ def test_a_call_given_up_just_when_it_was_chosen_for_leaves_no_count():
         await asyncio.gather(choosing, return_exceptions=True)
         assert choosing.cancelled()
         assert (router._sending, router._unsent, sum(router._picks.in_flight)) == ({}, {}, 0)
+
+    run(scenario())
+
+
+def test_an_observing_router_routes_as_serve_does_and_tells_what_would_have_been_gained():
+    async def scenario():
+        replicas = {name: FakeReplica(name) for name in "abc"}
+        router = make_router(*replicas.values(), kind=ObservingRouter, trial={"copy_methods": ["infer"]})
+        router.take_table(table(1, a=(1.0, 0.1, 0.0), b=1.0, c=(0.0, 1.0, 0.5)))  # a is slow, c on trial
+        offered = set()
+        for i in range(60):
+            (ranks,) = await choose(router, request(f"r{i}"))
+            assert len(ranks) == 2, "two random ones, whatever the table says"
+            offered |= {replica.name for replica in ranks}
+        assert offered == {"a", "b", "c"}
+        pending, result = request("slow"), FakeResult()
+        router.on_request_routed(pending, replicas["a"].replica_id, result)
+        result.end()
+        await settle()
+        assert all(replica.sent == [] for replica in replicas.values()), "nothing is copied"
+        report = router._make_report()
+        assert report.level == "observing"
+        assert report.observed.requests == 1
+        assert report.observed.time_ours == pytest.approx(0.1 * report.observed.time_taken)
+        assert router._make_report().observed.requests == 0
+        assert [view.finished for view in report.replicas] == [1, 0, 0]
 
     run(scenario())
