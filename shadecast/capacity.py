@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from shadecast.config import BalanceConfig
 from shadecast.types import HORIZONS_S, RESOURCES, Forecast, NodeSnapshot
 
-_MIN_HEADROOM = 0.02
+_MIN_HEADROOM = 0.05
 _NO_SIGNAL = 0.2
 """Change of log headroom that telemetry's own noise makes, too."""
 _MIN_LOG_SPEED = math.log(0.01)
