@@ -18,6 +18,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from serve_app.control_plane import start_control_plane
 from serve_app.local import LocalCluster
+from tests.ray_start import started
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
@@ -25,7 +26,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 @pytest.fixture(scope="module")
 def cluster():
     """A head and two workers with the control plane, and Serve without a proxy."""
-    with LocalCluster(workers=2) as local:
+    with started(LocalCluster(workers=2)) as local:
         local.connect()
         start_control_plane(page_port=0)
         start_serve(local.address)

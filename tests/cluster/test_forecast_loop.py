@@ -18,6 +18,7 @@ from models.registry import Registry
 from serve_app.control_plane import ControlPlaneError, announce, forecaster_states, start_control_plane
 from serve_app.local import LocalCluster
 from tests.cluster.conftest import status, wait_for
+from tests.ray_start import started
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
@@ -40,7 +41,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Any:
         "period_s": FASTER,
         "log_flush_s": 1.0,
     }
-    with LocalCluster(workers=NODES - 1) as local:
+    with started(LocalCluster(workers=NODES - 1)) as local:
         local.connect()
         start_control_plane(settings, page_port=0)
         wait_for(lambda: len(status()["nodes"]) == NODES, 90.0, "both nodes report")

@@ -396,12 +396,13 @@ def test_without_forecasters_requests_go_on(model):
 # ---------------------------------------------------------------- changes under load, soak
 
 
+@pytest.mark.timeout(400)
 def test_scaling_and_a_rolling_update_under_load_fail_no_request(model, folder):
     def scaled(least, most, expected):
         scaling = {"min_replicas": least, "max_replicas": most, "downscale_delay_s": 0.5, "upscale_delay_s": 0.5}
         scaling |= {"metrics_interval_s": 0.5, "look_back_period_s": 1.0}
         deploy(folder, 0, autoscaling_config=scaling)
-        wait_for(lambda: running() == expected, 40, f"autoscaling to {expected}")
+        wait_for(lambda: running() == expected, 100, f"autoscaling to {expected}")
 
     async def change():
         done = asyncio.Event()
@@ -434,6 +435,7 @@ def test_scaling_and_a_rolling_update_under_load_fail_no_request(model, folder):
     assert_idle(model)
 
 
+@pytest.mark.timeout(400)
 def test_replicas_come_and_go_with_the_load_and_no_request_fails(model, folder):
     async def scene():
         seen, busy, done = Counter(), asyncio.Event(), asyncio.Event()
@@ -450,11 +452,11 @@ def test_replicas_come_and_go_with_the_load_and_no_request_fails(model, folder):
         scaling |= {"metrics_interval_s": 0.5, "look_back_period_s": 1.0, "target_ongoing_requests": 2}
         try:
             await in_thread(None, lambda: deploy(folder, 0, autoscaling_config=scaling))
-            await in_thread(None, wait_for, lambda: running() == 1, 40, "one replica while there is little to do")
+            await in_thread(None, wait_for, lambda: running() == 1, 100, "one replica while there is little to do")
             busy.set()  # eight requests at a time
-            await in_thread(None, wait_for, lambda: running() >= 3, 40, "replicas for the load")
+            await in_thread(None, wait_for, lambda: running() >= 3, 100, "replicas for the load")
             busy.clear()
-            await in_thread(None, wait_for, lambda: running() == 1, 40, "one replica again")
+            await in_thread(None, wait_for, lambda: running() == 1, 100, "one replica again")
             await in_thread(None, deploy, folder, 3)
         finally:
             done.set()

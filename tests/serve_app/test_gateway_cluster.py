@@ -30,6 +30,7 @@ from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
 from serve_app import digits
+from tests.ray_start import start
 
 ROOT = Path(__file__).parents[2]
 
@@ -116,7 +117,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "serve_app.http_guard:proxy_middlewares")
-        started = ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+        started = start(lambda: ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False))
         address = started.address_info["gcs_address"]
         try:
             serve.start(http_options={"host": "127.0.0.1", "port": port})

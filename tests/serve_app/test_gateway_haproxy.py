@@ -18,6 +18,7 @@ from ray import serve
 from ray.serve.config import RequestRouterConfig
 
 from serve_app import app, digits
+from tests.ray_start import start
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 
@@ -40,7 +41,7 @@ def behind_haproxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[s
         patch.setenv("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "serve_app.http_guard:proxy_middlewares")
         patch.setenv("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "1")  # 30 s otherwise
         patch.setattr(app, "_router", lambda _: router)
-        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+        start(lambda: ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False))
         try:
             serve.start(http_options={"host": "127.0.0.1", "port": port})
             args = app.AppArgs.model_validate({"replicas": 1, "num_cpus": 0.2})
