@@ -76,8 +76,13 @@ def checks(scenario: str, found: Mapping[str, Mapping[str, Sequence[float]]]) ->
             continue
         ours = np.asarray(found[target.arm][target.metric])
         theirs = np.asarray(found[target.reference][target.metric])
-        ratio = float(ours.mean() / max(theirs.mean(), 1e-12))
-        each = ours / np.maximum(theirs, 1e-12)
         text = f"{target.arm} {target.metric} <= {target.limit:g} x {target.reference}"
-        done.append(Check(text, f"{ratio:.2f} ({each.min():.2f} to {each.max():.2f} by seed)", ratio <= target.limit))
+        if theirs.mean() <= 0.0:
+            measured = f"{ours.mean():.2g} where {target.reference} has none"
+            done.append(Check(text, measured, bool(ours.mean() <= 0.0)))
+            continue
+        ratio = float(ours.mean() / theirs.mean())
+        each = ours / np.maximum(theirs, 1e-12)
+        spread = f" ({each.min():.2f} to {each.max():.2f} by seed)" if theirs.min() > 0.0 else ""
+        done.append(Check(text, f"{ratio:.2f}{spread}", ratio <= target.limit))
     return done
