@@ -19,7 +19,7 @@ from shadecast.pick import load_cost
 from shadecast.types import RoutingTable
 
 _BURST = 8.0
-"""Rescues that may be saved up: about the requests that one replica holds."""
+"""Rescues that may be saved up, and that there are at the start: about the requests that one replica holds."""
 _LEAST_PATIENCE_S = 0.25
 """Two and a half periods of a CPU quota: a throttled, but otherwise idle replica answers within one."""
 _PATIENCE = 10.0
@@ -66,7 +66,7 @@ class RescueBudget:
 
     def __init__(self, fraction: float) -> None:
         self._fraction = fraction
-        self.tokens = 1.0 if fraction > 0.0 else 0.0
+        self.tokens = _BURST if fraction > 0.0 else 0.0  # the first hog may come early
 
     def earn(self, requests: float = 1.0) -> None:
         """Requests have started."""

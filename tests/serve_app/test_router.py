@@ -604,9 +604,9 @@ def test_rescues_stay_within_their_budget():
         replicas = [FakeReplica(n, make=lambda: AwaitedResult("second")) for n in "abc"]
         router = make_router(*replicas, trial={"copy_methods": ["*"]}, balance={"rescue_fraction": 0.01})
         a = next(r for r in router._replicas_list if r.name == "a")
-        callers = []
+        results, callers = [], []
         for i in range(200):
-            result = AwaitedResult("first")
+            results.append(result := AwaitedResult("first"))  # as a caller's response holds it
             router.on_request_routed(request(f"r{i}"), a.replica_id, result)
             callers.append(asyncio.create_task(result.get_async()))
         await settle()
@@ -615,7 +615,7 @@ def test_rescues_stay_within_their_budget():
         for version in range(2, 12):
             router.take_table(collapse(version, a=(1.0, 0.02, 0.0), b=1.0, c=1.0))
             await settle()
-        assert 1 <= router._make_report().rescued <= 3
+        assert router._make_report().rescued == 8, "what may be saved up, with 200 requests stuck"
         for caller in callers:
             caller.cancel()
         await asyncio.gather(*callers, return_exceptions=True)
