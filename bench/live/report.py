@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.live.arms import ARMS
-from bench.live.run import Row
 from bench.live.scenario import SCENARIOS, Scenario
-from bench.live.targets import Check, checks
-from bench.simulate.report import interval
+from bench.live.targets import checks
+from bench.results import Check, Row, by_arm, interval
 
 _COLUMNS = (
     ("p50_s", "p50 ms", 1000.0, 0),
@@ -48,15 +47,6 @@ Found = Mapping[str, Mapping[str, Sequence[float]]]
 """arm -> metric -> values over seeds."""
 
 
-def by_arm(rows: Iterable[Row], scenario: str) -> dict[str, dict[str, list[float]]]:
-    """Values over seeds, arms in their usual order; error kinds that a run did not have are 0 there."""
-    found: dict[str, dict[str, list[float]]] = {}
-    for row in rows:
-        if row.scenario == scenario:
-            found.setdefault(row.arm, {}).setdefault(row.metric, []).append(row.value)
-    return {arm: found[arm] for arm in ARMS if arm in found}
-
-
 def _shown(found: Found) -> list[tuple[str, str, float, int]]:
     return [
         column
@@ -83,7 +73,7 @@ def _title(scenario: Scenario, found: Found) -> str:
 
 def print_table(console: Console, scenario: Scenario, rows: Sequence[Row]) -> None:
     """One scenario's table with intervals over seeds, and how it stands to the targets."""
-    found = by_arm(rows, scenario.name)
+    found = by_arm(rows, scenario.name, ARMS)
     if not found:
         return
     table = Table(title=f"{scenario.name}: {_title(scenario, found)}", title_justify="left")
@@ -94,7 +84,7 @@ def print_table(console: Console, scenario: Scenario, rows: Sequence[Row]) -> No
     for arm, metrics in found.items():
         table.add_row(arm, *(_cell(metrics.get(name, ()), scale, digits) for name, _, scale, digits in columns))
     console.print(table)
-    for check in checks(scenario.name, found, by_arm(rows, "newcomer-none")):
+    for check in checks(scenario.name, found, by_arm(rows, "newcomer-none", ARMS)):
         console.print("  " + check.line(), style="green" if check.met else "yellow", markup=False)
 
 
@@ -114,12 +104,12 @@ def write_markdown(path: Path, rows: Sequence[Row], series: Path | None) -> None
 
     pictures = path.with_suffix("")
     pictures.mkdir(parents=True, exist_ok=True)
-    yardstick = by_arm(rows, "newcomer-none")
+    yardstick = by_arm(rows, "newcomer-none", ARMS)
     verdicts: list[tuple[str, Check]] = []
     sections: list[str] = []
     names = [*SCENARIOS, *dict.fromkeys(row.scenario for row in rows if row.scenario not in SCENARIOS)]
     for name in names:
-        found = by_arm(rows, name)
+        found = by_arm(rows, name, ARMS)
         if not found:
             continue
         verdicts += [(name, check) for check in checks(name, found, yardstick)]

@@ -23,21 +23,11 @@ from bench.live.metrics import Span, measure
 from bench.live.scenario import Fault, Scenario, requests
 from bench.live.soak import Watch
 from bench.live.workload import exchange_folder
+from bench.results import Row
 
 WORKERS = 4
 _ATTEMPTS = 2
 _CONTROL_PLANE = {"coordinator": "_CoordinatorActor", "forecasters": "ForecasterActor"}
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One number of one run."""
-
-    scenario: str
-    arm: str
-    seed: int
-    metric: str
-    value: float
 
 
 class Rows:
@@ -59,7 +49,7 @@ class Rows:
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             new = self._path.with_suffix(".new")
-            lines = ",\n".join(json.dumps(asdict(row)) for row in self.rows)
+            lines = ",\n".join(json.dumps(row.as_dict()) for row in self.rows)
             new.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
             new.replace(self._path)
 

@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
+from bench.results import Check
+
 Found = Mapping[str, Mapping[str, Sequence[float]]]
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One target and what was measured."""
-
-    text: str
-    measured: str
-    met: bool
-
-    def line(self) -> str:
-        """For the terminal."""
-        return f"{'met   ' if self.met else 'missed'} {self.text}: {self.measured}"
 
 
 def _mean(found: Found, arm: str, metric: str) -> float:

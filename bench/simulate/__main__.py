@@ -17,8 +17,9 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from bench.results import Row
 from bench.simulate.arms import ARMS
-from bench.simulate.report import Row, machine, print_table, write_markdown
+from bench.simulate.report import machine, print_table, write_markdown
 from bench.simulate.run import simulate
 from bench.simulate.scenario import FAMILIES, Scenario, find
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 
-from bench.simulate.report import Row, by_arm, interval
+from bench.results import Row, by_arm, interval
+from bench.simulate.arms import ARMS
 from bench.simulate.scenario import Scenario
 
 mpl.use("Agg")
@@ -50,7 +51,7 @@ def plot_loads(path: Path, scenarios: Sequence[Scenario], rows: Sequence[Row]) -
     """SLO misses over the load."""
     ordered = sorted(scenarios, key=lambda s: s.load)
     figure, axis = plt.subplots(figsize=(7, 4))
-    tables = [by_arm(rows, scenario.name) for scenario in ordered]
+    tables = [by_arm(rows, scenario.name, ARMS) for scenario in ordered]
     for arm in (
         "p2c_ray",
         "p2c_true",

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import t as student_t
 
+from bench.results import Check, Row, by_arm, interval
 from bench.simulate.arms import ARMS
 from bench.simulate.scenario import Scenario
-from bench.simulate.targets import Check, checks
+from bench.simulate.targets import checks
 
 _COLUMNS = (
     ("slo_miss_fraction", "SLO misses %", 100.0, 2),
@@ -31,39 +29,6 @@ _COLUMNS = (
     ("decision_us", "decision us", 1.0, 1),
 )
 _ALWAYS = {"slo_miss_fraction", "p50_s", "p99_s", "p999_s", "decision_us"}
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One number of one run."""
-
-    scenario: str
-    arm: str
-    seed: int
-    metric: str
-    value: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half width of its 95 % interval (Student); half width 0 for one value."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return mean, 0.0
-    half = float(student_t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
-    return mean, half
-
-
-def by_arm(rows: Iterable[Row], scenario: str) -> dict[str, dict[str, list[float]]]:
-    """arm -> metric -> values over seeds."""
-    found: dict[str, dict[str, list[float]]] = {}
-    for row in rows:
-        if row.scenario == scenario:
-            found.setdefault(row.arm, {}).setdefault(row.metric, []).append(row.value)
-    return {arm: found[arm] for arm in ARMS if arm in found}
 
 
 def _shown(found: dict[str, dict[str, list[float]]]) -> list[tuple[str, str, float, int]]:
@@ -83,7 +48,7 @@ def _cell(values: Sequence[float], scale: float, digits: int) -> str:
 
 def print_table(console: Console, scenario: Scenario, rows: Sequence[Row], quick: bool) -> None:
     """One scenario's table, and how it stands to the targets."""
-    found = by_arm(rows, scenario.name)
+    found = by_arm(rows, scenario.name, ARMS)
     seeds = max((len(metrics["p50_s"]) for metrics in found.values()), default=0)
     title = f"{scenario.name}: {scenario.note}; load {scenario.load:g}, {seeds} seeds" + (", QUICK" if quick else "")
     table = Table(title=title, title_justify="left")
@@ -119,7 +84,7 @@ def write_markdown(
     verdicts: list[tuple[Scenario, Check]] = []
     sections: list[str] = []
     for scenario in scenarios:
-        found = by_arm(rows, scenario.name)
+        found = by_arm(rows, scenario.name, ARMS)
         if not found:
             continue
         columns = _shown(found)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bench.results import Check
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -16,19 +18,6 @@ class Target:
     metric: str
     reference: str
     limit: float
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """A target and what was measured."""
-
-    text: str
-    measured: str
-    met: bool
-
-    def line(self) -> str:
-        """For the terminal."""
-        return f"{'met   ' if self.met else 'MISSED'} {self.text}: {self.measured}"
 
 
 _TOKENS = (

@@ -13,10 +13,11 @@ from bench.live.arms import ARMS, find_arms
 from bench.live.cgroups import LabError
 from bench.live.faults import FAULTS, NEEDS_ISOLATION
 from bench.live.metrics import Span, measure
-from bench.live.report import by_arm, write_markdown
-from bench.live.run import Row, Rows
+from bench.live.report import write_markdown
+from bench.live.run import Rows
 from bench.live.scenario import SCENARIOS, find_scenarios, requests
 from bench.live.targets import checks
+from bench.results import Row, by_arm
 from shadecast.config import Config
 
 NODES = ("one", "two", "three", "four")
@@ -144,7 +145,7 @@ def test_rows_are_saved_after_every_run_and_resumed(tmp_path):
     assert again.done("hog", "default", 0)
     assert not again.done("hog", "default", 1)
     again.add([Row("hog", "default", 1, "p99_s", 2.5)])
-    assert by_arm(Rows(path, resume=True).rows, "hog")["default"]["p99_s"] == [1.5, 2.5]
+    assert by_arm(Rows(path, resume=True).rows, "hog", ARMS)["default"]["p99_s"] == [1.5, 2.5]
 
 
 def fill(arm, **metrics):
@@ -153,9 +154,9 @@ def fill(arm, **metrics):
 
 def test_targets_are_ratios_to_the_arms_measured_beside_it():
     rows = fill("default", p99_s=[1.0, 1.0], p999_s=[20.0, 20.0]) + fill("oracle", p99_s=[0.1, 0.2], p999_s=[0.2, 0.2])
-    good = by_arm(rows + fill("shadecast", p99_s=[0.12, 0.2], p999_s=[0.25, 0.25]), "hog")
+    good = by_arm(rows + fill("shadecast", p99_s=[0.12, 0.2], p999_s=[0.25, 0.25]), "hog", ARMS)
     assert [check.met for check in checks("hog", good, {})] == [True, True, True]
-    slow = by_arm(rows + fill("shadecast", p99_s=[0.2, 0.4], p999_s=[5.0, 5.0]), "hog")
+    slow = by_arm(rows + fill("shadecast", p99_s=[0.2, 0.4], p999_s=[5.0, 5.0]), "hog", ARMS)
     assert [check.met for check in checks("hog", slow, {})] == [False, False, False]
 
 
