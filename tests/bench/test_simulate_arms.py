@@ -34,6 +34,7 @@ from bench.simulate.targets import checks
 NAMES = [
     *("random", "round_robin", "consistent_hash", "least_requests", "p2c_local", "p2c_ray", "p2c_true", "peak_ewma"),
     *("prequal", "prequal_tuned", "live_capacity", "shadecast", "shadecast_perfect", "shadecast_wrong", "clairvoyant"),
+    "shadecast_shipped",
 ]
 METRICS = [
     *("p50_s", "p99_s", "p999_s", "slo_miss_fraction", "p50_slowdown", "p99_slowdown"),
