@@ -53,6 +53,9 @@ _UNSEEN_S = 3.0
 """A slow replica that nobody has asked for so long gets copies, which show whether it is well again."""
 _SLOWER = 0.5
 """Part of the median capacity below which a replica is left out by scores alone."""
+_NEVER = (-math.inf, 0.0)
+_WORTH_LOG_SPEED = math.log(0.1)
+"""A machine that is merely slow, but faster than this, takes its part where there is no time for a trial."""
 _OVERDUE = 2.0
 """Standard deviations beyond its expected log duration from which an unfinished request is evidence."""
 
@@ -169,6 +172,10 @@ class _Replica:
     canary: Canary | None = None
     neighbours_before: float = math.nan
     """Log speed of the node's other replicas over that of other nodes', when the trial began."""
+    expected: float = 0.0
+    """Log speed, at most 0, that trials take for this machine's own: slower than the others, and known to be."""
+    shown: float = -math.inf
+    """Log speed that the last trial showed, if slowness alone ended it."""
     setbacks: int = 0
     unexplained: float = 0.0
     """Log speed that its node's telemetry does not explain."""
@@ -215,10 +222,12 @@ class Balancer:
         self._transitions: list[Transition] = []
         self._all_rates = self._all_recent = _Rates()
         self._veto = cap.Veto()
-        self._left_s: dict[str, float] = {}
-        """When a node lost a replica that served well."""
+        self._left: dict[str, tuple[float, float]] = {}
+        """When a node lost a replica that served well, and its log speed: the machine's own, whatever runs there."""
         self._dropped = 0
         self._load = math.nan
+        self._usual = 0.0
+        """Median log speed of the replicas that serve, at this moment."""
         self._copyable = True
 
     # ------------------------------------------------------------------ life
@@ -338,7 +347,13 @@ class Balancer:
             if candidate is None:
                 continue
             if candidate.trial is not None:
-                candidate.trial.observe(pair, now_s - max(pair.age_s, 0.0))
+                primary = self._replicas.get(pair.primary_id)
+                candidate.trial.observe(
+                    pair,
+                    now_s - max(pair.age_s, 0.0),
+                    primary_log_speed=self._advantage(primary),
+                    candidate_log_speed=candidate.expected,
+                )
             self._observe_pair(candidate, pair)
         if report.mirrored + report.uncopyable > 0:
             self._copyable = report.mirrored > 0
@@ -354,11 +369,18 @@ class Balancer:
         log_ratio = math.log(pair.primary_s / pair.shadow_s) + math.log(
             curve.correction(pair.shadow_in_flight) / curve.correction(pair.primary_in_flight)
         )
-        log_primary = primary.speed.residual(self._noise(primary)) + cap.explained(
-            gamma, self._headroom(primary.connection.node_id)
-        )
+        log_primary = self._log_speed(primary)
         explained = cap.explained(gamma, self._headroom(candidate.connection.node_id))
         candidate.speed.observe(min(log_primary + log_ratio, _MAX_COPY_LOG_SPEED) - explained)
+
+    def _advantage(self, known: _Replica | None) -> float:
+        """Log speed against the usual one of this moment: what slows all is in both sides of a pair."""
+        return self._log_speed(known) - self._usual if known is not None else 0.0
+
+    def _log_speed(self, known: _Replica) -> float:
+        """Of this moment, against a usual moment: what its requests and its node's telemetry say together."""
+        explained = cap.explained(self._sensitivity.gamma, self._headroom(known.connection.node_id))
+        return known.speed.residual(self._noise(known)) + explained
 
     def _take_outcomes(self, known: _Replica, view: ReplicaReport, now_s: float) -> None:
         per_outcome = max(view.finished, 0) / max(len(view.outcomes), 1)  # a long list was cut to the newest
@@ -374,11 +396,12 @@ class Balancer:
 
     def _observe_canaries(self, known: _Replica, outcome: Outcome, now_s: float) -> None:
         if known.canary is not None:
-            known.canary.observe(candidate=True, outcome=outcome, now_s=now_s)
+            known.canary.observe(candidate=True, outcome=outcome, now_s=now_s, log_speed=known.expected)
         elif known.connection.state is State.ACTIVE:
-            for other in self._replicas.values():
-                if other.canary is not None:
-                    other.canary.observe(candidate=False, outcome=outcome, now_s=now_s)
+            canaries = [r.canary for r in self._replicas.values() if r.canary is not None]
+            log_speed = self._advantage(known) if canaries else 0.0
+            for canary in canaries:
+                canary.observe(candidate=False, outcome=outcome, now_s=now_s, log_speed=log_speed)
 
     def _observe_error(self, known: _Replica, ok: bool) -> None:
         """CUSUM of errors against the other replicas' own rate (Page 1954): errors that all share never trip it."""
@@ -490,6 +513,7 @@ class Balancer:
             known.capacity = max(known.steady * config.veto_factor, 0.01) if known.vetoed else known.steady
             keep = 0.5 ** (max(elapsed_s, 0.0) / _SLOW_HALF_LIFE_S)
             known.slow_capacity = keep * known.slow_capacity + (1.0 - keep) * known.steady
+        self._usual = median([self._log_speed(r) for r in serving] or [0.0])
         self._load = self._predicted_load()
 
     def _unfinished(self, now_s: float) -> dict[str, list[tuple[float, float, float]]]:
@@ -572,29 +596,38 @@ class Balancer:
     def _enter(self, known: _Replica, event: Event, now_s: float) -> None:
         """Prepare what the new state needs."""
         known.trial = known.canary = known.ruling = None
-        curve = self._curve.curve
-        slots = curve.slots if curve.learned else math.inf
         match known.connection.state:
             case State.SHADOWING:
                 known.setbacks = 0
+                known.shown = -math.inf
                 known.neighbours_before = self._neighbours(known)[0]
-                known.trial = Trial(
-                    self.config.trial,
-                    now_s,
-                    batch_half=curve.batch_half,
-                    slots=slots,
-                    short=known.connection.proven or self._has_returned(known, now_s),
-                )
+                self._begin_trial(known, now_s)
             case State.SHIFTING:
                 if event is Event.STEP_FAILED:
                     known.setbacks += 1
-                alpha = self.config.trial.alpha / 5.0
-                known.canary = Canary(self.config.trial, now_s, alpha=alpha, batch_half=curve.batch_half, slots=slots)
-                known.trial = Trial(self.config.trial, now_s, alpha=alpha, batch_half=curve.batch_half, slots=slots)
+                self._begin_step(known, now_s)
             case State.ACTIVE:
                 known.cusum = 0.0
             case State.INACTIVE | State.DRAINING:
                 pass
+
+    def _begin_trial(self, known: _Replica, now_s: float) -> None:
+        curve = self._curve.curve
+        left_s, log_speed = self._left.get(known.connection.node_id, _NEVER)
+        known.expected = log_speed if left_s > now_s - _REMEMBERED_S else 0.0
+        known.trial = Trial(
+            self.config.trial,
+            now_s,
+            batch_half=curve.batch_half,
+            slots=curve.slots if curve.learned else math.inf,
+            short=known.connection.proven or self._has_returned(known, now_s),
+        )
+
+    def _begin_step(self, known: _Replica, now_s: float) -> None:
+        curve, alpha = self._curve.curve, self.config.trial.alpha / 5.0
+        slots = curve.slots if curve.learned else math.inf
+        known.canary = Canary(self.config.trial, now_s, alpha=alpha, batch_half=curve.batch_half, slots=slots)
+        known.trial = Trial(self.config.trial, now_s, alpha=alpha, batch_half=curve.batch_half, slots=slots)
 
     def _command(self, command: Command, now_s: float) -> None:
         for known in self._replicas.values():
@@ -615,8 +648,8 @@ class Balancer:
         for replica_id, known in list(self._replicas.items()):
             if replica_id not in listed:
                 if known.connection.state is State.ACTIVE and not known.connection.rejections:
-                    recent = {n: at_s for n, at_s in self._left_s.items() if at_s > now_s - _REMEMBERED_S}
-                    self._left_s = {**recent, known.connection.node_id: now_s}
+                    recent = {n: left for n, left in self._left.items() if left[0] > now_s - _REMEMBERED_S}
+                    self._left = {**recent, known.connection.node_id: (now_s, _own_pace(known.slow_capacity))}
                 self._apply(known, Event.LOST, now_s, "no router lists the replica any more")
                 del self._replicas[replica_id]
             elif _takes_traffic(known) and self._unreachable(known, now_s, limit_s):
@@ -654,7 +687,7 @@ class Balancer:
     def _has_returned(self, known: _Replica, now_s: float) -> bool:
         """Whether its node served well, went silent and is back: the same machine, not a new version of the code."""
         node_id = known.connection.node_id
-        node, left_s = self._nodes.get(node_id), self._left_s.get(node_id, -math.inf)
+        node, (left_s, _) = self._nodes.get(node_id), self._left.get(node_id, _NEVER)
         return node is not None and node.back_s > left_s > now_s - _REMEMBERED_S
 
     def _neighbours(self, known: _Replica) -> tuple[float, float]:
@@ -695,6 +728,11 @@ class Balancer:
                 reason = "requests cannot be copied: goes on as a small live canary"
                 self._apply(known, Event.TRIAL_INCONCLUSIVE, now_s, reason, ruling)
             return
+        if ruling.merely_slow:
+            self._worth_it(known, ruling)
+        if known.trial.short and waited_s < self.config.trial.timeout_s and self._is_past(ruling):
+            self._begin_trial(known, now_s)
+            return
         events = {
             Verdict.FAVOURABLE: Event.TRIAL_PASSED,
             Verdict.UNFAVOURABLE: Event.TRIAL_FAILED,
@@ -702,6 +740,12 @@ class Balancer:
         }
         if ruling.verdict in events:
             self._apply(known, events[ruling.verdict], now_s, ruling.reason, ruling)
+
+    def _is_past(self, ruling: Ruling) -> bool:
+        """Whether to look afresh at a machine that is back: it was slow, or slow at first, while it was cold."""
+        sound = ruling.evidence["errors_shadow_only"] == 0.0
+        enough = ruling.evidence["judged"] >= 2.0 * self.config.trial.min_pairs
+        return sound and (ruling.merely_slow or (enough and ruling.verdict is Verdict.CONTINUE))
 
     def _judge_step(self, known: _Replica, now_s: float) -> None:
         """On the ramp: live requests decide by the unpaired test, mirrored pairs, where there are any, too."""
@@ -713,6 +757,9 @@ class Balancer:
         ]
         known.ruling = rulings[0]
         for ruling in rulings:
+            if ruling.merely_slow and self._urgent() and self._worth_it(known, ruling):
+                self._begin_step(known, now_s)
+                return
             if ruling.verdict is Verdict.UNFAVOURABLE:
                 errors = ruling.evidence.get("errors_shadow_only", 0.0) + ruling.evidence.get("errors", 0.0)
                 last_chance = known.connection.step == 0 or known.setbacks >= _MAX_SETBACKS or errors > 0
@@ -728,6 +775,14 @@ class Balancer:
                 self._apply(known, Event.RAMP_DONE, now_s, "last step of the ramp passed", rulings[0])
             else:
                 self._apply(known, Event.STEP_PASSED, now_s, f"no harm at a share of {share:g}", rulings[0])
+
+    def _worth_it(self, known: _Replica, ruling: Ruling) -> bool:
+        """Note how slow a replica has shown itself to be; say whether it is of use when there is no time for trials."""
+        known.shown = known.expected - ruling.evidence["mean_log_ratio"]
+        if not known.shown > _WORTH_LOG_SPEED:
+            return False
+        known.expected = min(known.shown, 0.0)
+        return True
 
     def _seems_harmless(self, known: _Replica, ruling: Ruling) -> bool:
         """Whether a step of the ramp may end before its proof: enough was seen, or there is no time to see more."""
@@ -781,7 +836,7 @@ class Balancer:
         if self._urgent():
             shadowed = [r for r in self._replicas.values() if r.connection.state is State.SHADOWING]
             for known in [*fit, *shadowed]:
-                if not known.connection.rejections:
+                if not known.connection.rejections or known.shown > _WORTH_LOG_SPEED:
                     reason = f"predicted load {self._load:.2f} of the active set: no time for a trial"
                     self._apply(known, Event.ADMIT_URGENT, now_s, reason)
             fit = [r for r in fit if r.connection.state is State.INACTIVE]
@@ -907,6 +962,11 @@ def _is_unseen(known: _Replica, slow: float, now_s: float) -> bool:
     quiet = known.queue < 0.5 and now_s - known.asked_s >= _UNSEEN_S
     by_requests = known.unexplained < math.log(_SLOWER)  # what telemetry says, it also takes back
     return known.connection.state is State.ACTIVE and known.capacity < slow and quiet and by_requests
+
+
+def _own_pace(capacity: float) -> float:
+    """Log speed at which a machine may come back: as it was; what is too slow to be of use, or fast, is no excuse."""
+    return min(max(math.log(capacity), _WORTH_LOG_SPEED), 0.0)
 
 
 def _takes_traffic(known: _Replica) -> bool:

@@ -58,6 +58,8 @@ class Ruling:
     verdict: Verdict
     reason: str
     evidence: Mapping[str, float]
+    merely_slow: bool = False
+    """Unfavourable for speed alone: no error, no hard guard."""
 
 
 def load_factor(in_flight: float, slots: float, batch_half: float) -> float:
@@ -163,10 +165,12 @@ class _Evidence:
     def _decide(self, elapsed_s: float, harm: str) -> Ruling:
         config, errors = self.config, self._errors
         speed = self._speed.interval(self.alpha, config.mixture)
+        guarded = bool(harm)
         harm = harm or self._harm(speed, self._single.interval(self.alpha, config.mixture))
         evidence = self._numbers(speed, elapsed_s)
         if harm:
-            return Ruling(Verdict.UNFAVOURABLE, harm, evidence)
+            merely_slow = not guarded and errors.candidate_only == 0
+            return Ruling(Verdict.UNFAVOURABLE, harm, evidence, merely_slow)
         if self._passes(speed):
             reason = f"{self._in_words(speed)}; {errors.candidate_only} of {errors.pairs} failed on it alone"
             return Ruling(Verdict.FAVOURABLE, reason, evidence)
@@ -240,11 +244,14 @@ class Trial(_Evidence):
         super().__init__(config, started_s, alpha, short, "pairs")
         self._slots, self._batch_half = slots, batch_half
 
-    def observe(self, pair: PairedSample, now_s: float) -> None:
+    def observe(
+        self, pair: PairedSample, now_s: float, *, primary_log_speed: float = 0.0, candidate_log_speed: float = 0.0
+    ) -> None:
         """Add one pair, received at `now_s`. Impossible durations are dropped and counted; nothing raises.
 
         Errors count from the first pair on, speed and tail after the warm-up. A copy that failed may only speak against
-        the candidate: failing fast is no speed, a time-out is as slow as its deadline.
+        the candidate: failing fast is no speed, a time-out is as slow as its deadline. The log speeds are what either
+        machine is known to do against a usual one: both sides are judged by the time that a usual one would take.
         """
         elapsed_s = self._advance(now_s)
         primary_ok, shadow_ok = pair.primary_ok, pair.shadow_ok
@@ -257,19 +264,20 @@ class Trial(_Evidence):
             return
         wrong = primary_ok and shadow_ok and pair.answers_equal is False
         self._note_errors(wrong or not shadow_ok, not primary_ok)
+        primary_s = pair.primary_s * math.exp(primary_log_speed)
+        shadow_s = pair.shadow_s * math.exp(candidate_log_speed) if _possible(pair.shadow_s) else math.nan
         if primary_ok:
-            self._median.add(pair.primary_s)
+            self._median.add(primary_s)
         if self._errors.pairs <= self.config.warmup_pairs:
             return
-        shadow_late = pair.shadow_s if _possible(pair.shadow_s) else math.nan
-        if primary_ok and (shadow_ok or not math.isnan(shadow_late)):
-            self._note_tail(shadow_late, pair.primary_s)
-            ratio = self._log_ratio(pair)
+        if primary_ok and (shadow_ok or not math.isnan(shadow_s)):
+            self._note_tail(shadow_s, primary_s)
+            ratio = self._log_ratio(pair) + candidate_log_speed - primary_log_speed
             if shadow_ok or ratio > 0.0:
                 self._speed.add(int(elapsed_s / BUCKET_S), ratio)
                 self._single.add(self._errors.pairs, ratio)
         elif shadow_ok and _possible(pair.primary_s):
-            self._note_tail(pair.shadow_s, pair.primary_s)
+            self._note_tail(shadow_s, primary_s)
 
     def _log_ratio(self, pair: PairedSample) -> float:
         load_shadow = load_factor(pair.shadow_in_flight, self._slots, self._batch_half)
@@ -324,11 +332,14 @@ class Canary(_Evidence):
         self._waiting: deque[tuple[bool, float, bool]] = deque()  # all of one side: candidate?, duration, ok
         self._candidate_outcomes = 0
 
-    def observe(self, *, candidate: bool, outcome: Outcome, now_s: float) -> None:
-        """Add one finished live request. Impossible durations are dropped and counted; nothing raises."""
+    def observe(self, *, candidate: bool, outcome: Outcome, now_s: float, log_speed: float = 0.0) -> None:
+        """Add one finished live request. Impossible durations are dropped and counted; nothing raises.
+
+        `log_speed` is what the replica is known to do against a usual one: the time of a usual one is judged.
+        """
         elapsed_s = self._advance(now_s)
         work = outcome.cost if outcome.cost != 1.0 else float(max(outcome.items, 1))
-        duration = outcome.duration_s / work if _possible(work) else math.nan
+        duration = outcome.duration_s / work * math.exp(log_speed) if _possible(work) else math.nan
         if outcome.ok and not _possible(duration):
             self.dropped += 1
             return

@@ -110,6 +110,56 @@ def test_a_node_that_was_away_and_is_back_needs_a_short_trial_only():
     assert took_s["returned"] < took_s["new version"]
 
 
+@pytest.mark.parametrize("node_stays", [False, True])
+def test_a_machine_that_is_slower_than_the_others_comes_back_after_a_restart(node_stays):
+    """It is judged by what it did before, not by what faster machines do; a slower version there is still found."""
+    for speed, allowed in ((0.5, True), (0.2, False)):
+        world = grown(6)
+        world.machines["old0"].speed = 0.5
+        world.run(300)
+        assert world.row("old0").capacity == pytest.approx(0.5, abs=0.1)
+        world.machines["old0"].alive = False
+        if node_stays:
+            world.add("watch", node_id="node-old0")
+        world.run(20)
+        world.add("again", node_id="node-old0", speed=speed)
+        world.run(250)
+        assert (world.state("again") is State.ACTIVE) is allowed
+        assert ("trial_failed" in world.events("again")) is not allowed
+
+
+def test_a_returned_machine_may_be_cold_for_a_while():
+    world = grown(6)
+    world.machines["old0"].alive = False
+    world.run(20)
+    again = world.add("again", node_id="node-old0", speed=0.3)
+    world.run(15)
+    assert world.state("again") is State.SHADOWING
+    assert world.live.get("again", 0) == 0
+    again.speed = 1.0
+    world.run(25)
+    assert world.state("again") is State.SHIFTING
+    world.run(150)
+    assert world.state("again") is State.ACTIVE
+    assert "trial_failed" not in world.events("again")
+
+
+@pytest.mark.parametrize(
+    ("fault", "welcome"), [({"speed": 0.4}, True), ({"speed": 0.05}, False), ({"failing": 0.3}, False)]
+)
+def test_a_newcomer_that_is_merely_slow_takes_its_part_when_there_is_no_time_for_trials(fault, welcome):
+    world = grown(4, settings={"balance": {"slots": 1.0}})
+    world.add("new", **fault)
+    world.run(60)
+    assert "trial_failed" in world.events("new")
+    assert world.live.get("new", 0) == 0
+    world.rate_per_tick = 40
+    world.run(120)
+    assert (world.live.get("new", 0) > 0) is welcome
+    if welcome:
+        assert world.row("new").capacity < 0.6
+
+
 def test_memory_that_was_full_before_a_node_died_ends_no_trial_when_it_is_back():
     world = grown(4)
     world.machines["old0"].memory = 0.99
