@@ -434,7 +434,9 @@ class Balancer:
             return
         known.paced_s = now_s
         log_time = math.log(view.stream_s) - math.log(max(float(view.items), 0.5))
-        log_alone = log_time - math.log(self._curve.curve.correction(max(known.queue - 1.0, 0.0)))
+        curve = self._curve.curve
+        beside = max(min(known.queue, curve.slots) - 1.0, 0.0)  # those that wait for a slot slow no item
+        log_alone = log_time - math.log(curve.correction(beside))
         headroom = self._headroom(known.connection.node_id)
         before = known.speed.residual(self._noise(known))
         settled = self._settled(known.connection.node_id)
