@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.fs as pafs
 import safetensors
 import safetensors.torch
 import torch
 
 from models.baselines import LAGS, NAMES, Ridge
 from models.features import N_ANCHORS, N_FEATURES
-from models.files import Files, open_files
 from models.forecaster import Model
 from models.grid import CHANNELS, N_HORIZONS, N_TARGETS, TARGETS
 from models.lstm import ForecastNet, LstmConfig
@@ -49,18 +49,24 @@ class Registry:
     """`uri` is a folder or a pyarrow filesystem URI (file://, s3://, gs://, hdfs://)."""
 
     uri: str = str(SHIPPED)
-    _files: Files = field(init=False)
+    _fs: Any = None
+    _root: str = field(init=False)
 
     def __post_init__(self) -> None:
         try:
-            self._files = open_files(self.uri)
+            if "://" in self.uri:
+                self._fs, root = pafs.FileSystem.from_uri(self.uri)
+            else:
+                self._fs, root = pafs.LocalFileSystem(), str(Path(self.uri).expanduser().absolute())
         except (OSError, ValueError) as error:
             raise ConfigError(f"registry = {self.uri!r}: cannot be opened ({error}); give a folder or a URI") from None
+        self._root = root.rstrip("/")
 
     def versions(self) -> list[str]:
         """Complete versions, oldest first by creation time in their cards."""
-        names = [name for name in self._files.folders() if self._files.exists(f"{name}/card.json")]
-        cards = {name: self._json(f"{name}/card.json") for name in names}
+        folder = pafs.FileSelector(self._root, allow_not_found=True)
+        names = [i.base_name for i in self._fs.get_file_info(folder) if i.type == pafs.FileType.Directory]
+        cards = {n: self._json(f"{n}/card.json") for n in names if self._exists(f"{n}/card.json")}
         return sorted(cards, key=lambda n: (float(cards[n].get("created_wall_s", 0.0)), n))
 
     def champion(self) -> str:
@@ -82,7 +88,7 @@ class Registry:
         """The version's card; raises RegistryError where it is missing, not JSON, or of another schema."""
         if not _VERSION.fullmatch(version):
             raise RegistryError(f"version = {version!r}: must be letters, digits, - and _, at most 64")
-        if not self._files.exists(f"{version}/card.json"):
+        if not self._exists(f"{version}/card.json"):
             known = ", ".join(self.versions()) or "none"
             raise RegistryError(f"{self.uri}: no version {version!r} (there are: {known}); {MAKE_ONE}")
         card = self._json(f"{version}/card.json")
@@ -124,7 +130,7 @@ class Registry:
         """Add a version; raises RegistryError where it is there already."""
         if not _VERSION.fullmatch(model.version):
             raise RegistryError(f"version = {model.version!r}: must be letters, digits, - and _, at most 64")
-        if self._files.exists(f"{model.version}/card.json"):
+        if self._exists(f"{model.version}/card.json"):
             raise RegistryError(f"{self.uri}: version {model.version!r} is there already; versions never change")
         blob = safetensors.torch.save(_tensors(model))
         full = {
@@ -140,10 +146,11 @@ class Registry:
             },
             "weights_sha256": hashlib.sha256(blob).hexdigest(),
         }
-        self._files.write(f"{model.version}/weights.safetensors", blob)
+        self._fs.create_dir(f"{self._root}/{model.version}", recursive=True)
+        self._write(f"{model.version}/weights.safetensors", blob)
         if plot_png is not None:
-            self._files.write(f"{model.version}/backtest.png", plot_png)
-        self._files.write(f"{model.version}/card.json", (json.dumps(full, indent=1) + "\n").encode())
+            self._write(f"{model.version}/backtest.png", plot_png)
+        self._write(f"{model.version}/card.json", (json.dumps(full, indent=1) + "\n").encode())
 
     def promote(self, version: str) -> None:
         """Make a version the champion, after checking that it loads; forecasters follow within 10 s."""
@@ -176,14 +183,18 @@ class Registry:
 
     def _point(self, version: str, history: list[str], challenger: str) -> None:
         pointer = {"version": version, "history": history} | ({"challenger": challenger} if challenger else {})
-        self._files.write("champion.json", (json.dumps(pointer, indent=1) + "\n").encode())
+        self._write("champion.json", (json.dumps(pointer, indent=1) + "\n").encode())
 
     def _pointer(self) -> dict[str, Any]:
-        return self._json("champion.json") if self._files.exists("champion.json") else {}
+        return self._json("champion.json") if self._exists("champion.json") else {}
+
+    def _exists(self, name: str) -> bool:
+        return bool(self._fs.get_file_info(f"{self._root}/{name}").is_file)
 
     def _bytes(self, name: str) -> bytes:
         try:
-            return self._files.read(name)
+            with self._fs.open_input_stream(f"{self._root}/{name}") as source:
+                return bytes(source.read())
         except OSError as error:
             raise RegistryError(f"{self.uri}/{name}: cannot be read ({error}); {MAKE_ONE}") from None
 
@@ -195,6 +206,14 @@ class Registry:
         if not isinstance(value, dict):
             raise RegistryError(f"{self.uri}/{name}: must be a JSON object; {MAKE_ONE}")
         return value
+
+    def _write(self, name: str, content: bytes) -> None:
+        """Whole or not at all: a temporary file beside it, then a move."""
+        folder, _, base = f"{self._root}/{name}".rpartition("/")
+        self._fs.create_dir(folder, recursive=True)
+        with self._fs.open_output_stream(f"{folder}/.{base}.tmp") as sink:
+            sink.write(content)
+        self._fs.move(f"{folder}/.{base}.tmp", f"{folder}/{base}")
 
 
 def _fitting(shape: Mapping[str, Any]) -> LstmConfig:
