@@ -21,7 +21,6 @@ FULL_SKILL = 0.15
 CLOSE_AFTER = 10
 OPEN_AFTER = 60
 OPEN_SKILL = 0.05
-CLEARLY = np.float32(0.97)
 
 
 def pinball(quantiles: Array, truth: Array) -> Array:
@@ -138,13 +137,8 @@ class SkillGate:
         return np.where(self.is_open, np.clip(self._skill / FULL_SKILL, 0.0, 1.0), 0.0).astype(np.float32)
 
     def best_baseline(self) -> Array:
-        """Index (from 1) of the baseline with the least recent loss, per [series, target, horizon].
-
-        The first, the last value, unless another is clearly better: what won by little lately loses as often next.
-        """
-        losses = self.loss[:, :, 1:].copy()
-        losses[:, :, 0] *= CLEARLY
-        return 1 + np.asarray(np.argmin(losses, axis=2))
+        """Index (from 1) of the baseline with the least recent loss, per [series, target, horizon]."""
+        return 1 + np.asarray(np.argmin(self.loss[:, :, 1:], axis=2))
 
 
 @dataclass(slots=True)

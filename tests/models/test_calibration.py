@@ -128,13 +128,3 @@ def test_pinball_weighs_misses_by_the_quantile() -> None:
     q = np.zeros((1, 3), np.float32)
     assert pinball(q, np.array([1.0], np.float32))[0] == pytest.approx((0.1 + 0.5 + 0.9) / 3)
     assert pinball(q, np.array([-1.0], np.float32))[0] == pytest.approx((0.9 + 0.5 + 0.1) / 3)
-
-
-def test_the_last_value_stands_in_unless_another_baseline_is_clearly_better() -> None:
-    for better, chosen in ((0.98, 1), (0.95, 2)):
-        gate = SkillGate(SHAPE)
-        loss = losses(1.0)
-        loss[:, :, 2] = better
-        for _ in range(300):
-            gate.learn(loss)
-        assert (gate.best_baseline() == chosen).all()
