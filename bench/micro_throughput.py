@@ -1,15 +1,25 @@
-"""Throughput of a no-op deployment through a handle on a local cluster: Serve's default router and ours in turn."""
+"""Throughput of a no-op deployment through a handle on a local cluster: Serve's default router and ours in turn.
+
+Both routers drive the same replicas, from a process each: where replicas land makes differences of several percent
+between two deployments of the same, which no number of rounds averages out. The deployment asks for our router; the
+driver process of the other arm takes Serve's default instead.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import math
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import ray
 from ray import serve
+from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
 from ray.serve.config import RequestRouterConfig
 from scipy.stats import t as student_t
 
@@ -18,38 +28,63 @@ from serve_app.local import LocalCluster
 
 _REPLICAS = 4
 _CONCURRENCY = 16
+_APP = "throughput"
+_ARMS = ("ray_default", "shadecast")
 
 
 class _Noop:
-    """Answers at once."""
+    """Answers at once, with the id of its process."""
 
     async def __call__(self, x: int) -> int:
-        return x
+        return os.getpid()
 
 
-def _application(**router: Any) -> Any:
-    options = {"num_replicas": _REPLICAS, "max_ongoing_requests": 16, "ray_actor_options": {"num_cpus": 0.1}}
-    return serve.deployment(**options, **router)(_Noop).bind()
+class _Driver:
+    """A process with a handle of its own, and so with a router of its own."""
+
+    def __init__(self, arm: str, address: str) -> None:
+        command = [sys.executable, "-m", __name__, address, arm]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def drive(self, seconds: float) -> tuple[float, set[str]]:
+        """Requests per second of a closed loop, and the replicas that answered."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(seconds, file=self._process.stdin, flush=True)
+        for line in self._process.stdout:
+            if line.startswith("rate "):
+                _, rate, *replicas = line.split()
+                return float(rate), set(replicas)
+        raise RuntimeError(f"the driver process ended with exit code {self._process.wait()}")
+
+    def end(self) -> None:
+        """Let it go; it ends with its input."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(30.0)
 
 
 def compare(rounds: int, seconds: float) -> Iterator[tuple[str, str, int, str, float]]:
     """Rows (name, arm, replicas, metric, value). Each round drives both arms for `seconds`, the first one by turns."""
-    ours = RequestRouterConfig(request_router_class="serve_app.router:PredictiveRouter")
+    rates: dict[str, list[float]] = {arm: [] for arm in _ARMS}
     with LocalCluster(workers=1) as cluster:
         cluster.connect()
         start_control_plane(page_port=0)
         serve.start(proxy_location="Disabled")
-        handles = {
-            "ray_default": serve.run(_application(), name="default", route_prefix=None),
-            "shadecast": serve.run(_application(request_router_config=ours), name="shadecast", route_prefix=None),
-        }
-        rates: dict[str, list[float]] = {arm: [] for arm in handles}
-        for handle in handles.values():
-            asyncio.run(_drive(handle, 2.0))
+        router = RequestRouterConfig(request_router_class="serve_app.router:PredictiveRouter")
+        options = {"num_replicas": _REPLICAS, "max_ongoing_requests": 16, "ray_actor_options": {"num_cpus": 0.1}}
+        deployment = serve.deployment(_Noop, request_router_config=router, **options)
+        serve.run(deployment.bind(), name=_APP, route_prefix=None)
+        drivers = {arm: _Driver(arm, ray.get_runtime_context().gcs_address) for arm in _ARMS}
+        seen = {arm: driver.drive(2.0)[1] for arm, driver in drivers.items()}
         for i in range(rounds):
-            for arm in sorted(handles, reverse=bool(i % 2)):
-                rates[arm].append(asyncio.run(_drive(handles[arm], seconds)))
+            for arm in sorted(drivers, reverse=bool(i % 2)):
+                rates[arm].append(drivers[arm].drive(seconds)[0])
+        for driver in drivers.values():
+            driver.end()
         serve.shutdown()
+    if seen["ray_default"] != seen["shadecast"]:
+        raise RuntimeError(f"the routers drove different replicas: {seen}; the ratio would say nothing")
     for arm, values in rates.items():
         yield "throughput", arm, _REPLICAS, "median_per_s", statistics.median(values)
     logs = [math.log(a / b) for a, b in zip(rates["shadecast"], rates["ray_default"], strict=True)]
@@ -61,17 +96,35 @@ def compare(rounds: int, seconds: float) -> Iterator[tuple[str, str, int, str, f
     yield "throughput", "shadecast", _REPLICAS, "ratio_high", math.exp(mean + half)
 
 
-async def _drive(handle: Any, seconds: float) -> float:
-    """Requests per second of a closed loop."""
+async def _drive(handle: Any, seconds: float) -> tuple[float, set[int]]:
     until_s = time.monotonic() + seconds
-    done = 0
+    done, replicas = 0, set()
 
     async def worker() -> None:
         nonlocal done
         while time.monotonic() < until_s:
-            await handle.remote(1)
+            replicas.add(await handle.remote(1))
             done += 1
 
     started_s = time.monotonic()
     await asyncio.gather(*(worker() for _ in range(_CONCURRENCY)))
-    return done / (time.monotonic() - started_s)
+    return done / (time.monotonic() - started_s), replicas
+
+
+def _drive_on_demand(address: str, arm: str) -> None:
+    """The driver process: one line of seconds in, one line of result out."""
+    if arm == "ray_default":
+        RequestRouterConfig.get_request_router_class = lambda _: PowerOfTwoChoicesRequestRouter  # type: ignore[method-assign]
+    ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    handle = serve.get_app_handle(_APP)
+    asyncio.run(_drive(handle, 0.5))
+    router = type(handle._router._asyncio_router.request_router).__name__
+    if (router == "PredictiveRouter") != (arm == "shadecast"):
+        sys.exit(f"the handle routes by {router}, not as arm {arm} should")
+    for line in sys.stdin:
+        rate, replicas = asyncio.run(_drive(handle, float(line)))
+        print("rate", rate, *sorted(replicas), flush=True)
+
+
+if __name__ == "__main__":
+    _drive_on_demand(*sys.argv[1:])

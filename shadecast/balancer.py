@@ -601,7 +601,6 @@ class Balancer:
         match known.connection.state:
             case State.SHADOWING:
                 known.setbacks = 0
-                known.shown = -math.inf
                 known.neighbours_before = self._neighbours(known)[0]
                 self._begin_trial(known, now_s)
             case State.SHIFTING:
@@ -730,9 +729,10 @@ class Balancer:
                 reason = "requests cannot be copied: goes on as a small live canary"
                 self._apply(known, Event.TRIAL_INCONCLUSIVE, now_s, reason, ruling)
             return
-        if ruling.merely_slow:
+        if ruling.verdict is Verdict.UNFAVOURABLE:
             self._worth_it(known, ruling)
-        if known.trial.short and waited_s < self.config.trial.timeout_s and self._is_past(ruling):
+        familiar = known.trial.short or self._left.get(known.connection.node_id, _NEVER)[0] > now_s - _REMEMBERED_S
+        if familiar and waited_s < self.config.trial.timeout_s and self._is_past(ruling):
             self._begin_trial(known, now_s)
             return
         events = {
@@ -744,7 +744,7 @@ class Balancer:
             self._apply(known, events[ruling.verdict], now_s, ruling.reason, ruling)
 
     def _is_past(self, ruling: Ruling) -> bool:
-        """Whether to look afresh at a machine that is back: it was slow, or slow at first, while it was cold."""
+        """Whether to look afresh at a replica on a known machine: it was slow, or slow at first, while it was cold."""
         sound = ruling.evidence["errors_shadow_only"] == 0.0
         enough = ruling.evidence["judged"] >= 2.0 * self.config.trial.min_pairs
         return sound and (ruling.merely_slow or (enough and ruling.verdict is Verdict.CONTINUE))
@@ -759,10 +759,10 @@ class Balancer:
         ]
         known.ruling = rulings[0]
         for ruling in rulings:
-            if ruling.merely_slow and self._urgent() and self._worth_it(known, ruling):
-                self._begin_step(known, now_s)
-                return
             if ruling.verdict is Verdict.UNFAVOURABLE:
+                if self._worth_it(known, ruling) and self._urgent():
+                    self._begin_step(known, now_s)
+                    break
                 errors = ruling.evidence.get("errors_shadow_only", 0.0) + ruling.evidence.get("errors", 0.0)
                 last_chance = known.connection.step == 0 or known.setbacks >= _MAX_SETBACKS or errors > 0
                 event = Event.GUARD_TRIPPED if last_chance else Event.STEP_FAILED
@@ -780,7 +780,7 @@ class Balancer:
 
     def _worth_it(self, known: _Replica, ruling: Ruling) -> bool:
         """Note how slow a replica has shown itself to be; say whether it is of use when there is no time for trials."""
-        known.shown = known.expected - ruling.evidence["mean_log_ratio"]
+        known.shown = known.expected - ruling.evidence["mean_log_ratio"] if ruling.merely_slow else -math.inf
         if not known.shown > _WORTH_LOG_SPEED:
             return False
         known.expected = min(known.shown, 0.0)
@@ -790,8 +790,8 @@ class Balancer:
         """Whether a step of the ramp may end before its proof: enough was seen, or there is no time to see more."""
         margin = math.log(self.config.trial.margin)
         level = ruling.evidence.get("mean_log_ratio", math.nan)
-        if self._urgent():
-            return not level > margin
+        if self._urgent():  # its capacity says how slow it is, and keeps from it what it cannot do
+            return ruling.evidence.get("errors_shadow_only", 0.0) == 0.0 and not level > -_WORTH_LOG_SPEED
         if self._is_paced(known) and known.speed.weight >= self.config.trial.warmup_pairs:
             return known.speed.recent >= -margin  # streams tell their pace long before they end
         return ruling.evidence.get("candidate_outcomes", 0.0) >= self.config.trial.min_pairs and level <= margin
