@@ -49,6 +49,7 @@ _REMEMBERED_S = 300.0
 """How long a node is remembered for a replica that served well there."""
 _SILENT_S = 30.0
 """A node that falls silent is taken to be as it last said for so long: a hog starves the node's forecaster, too."""
+_UNHEARD_S = 3.0
 _UNSEEN_S = 3.0
 """A slow replica that nobody has asked for so long gets copies, which show whether it is well again."""
 _SLOWER = 0.5
@@ -621,7 +622,7 @@ class Balancer:
             now_s,
             batch_half=curve.batch_half,
             slots=curve.slots if curve.learned else math.inf,
-            short=known.connection.proven or self._has_returned(known, now_s),
+            short=known.connection.proven,
         )
 
     def _begin_step(self, known: _Replica, now_s: float) -> None:
@@ -731,8 +732,7 @@ class Balancer:
             return
         if ruling.verdict is Verdict.UNFAVOURABLE:
             self._worth_it(known, ruling)
-        familiar = known.trial.short or self._left.get(known.connection.node_id, _NEVER)[0] > now_s - _REMEMBERED_S
-        if familiar and waited_s < self.config.trial.timeout_s and self._is_past(ruling):
+        if waited_s < self.config.trial.timeout_s and self._is_past(known, ruling, now_s):
             self._begin_trial(known, now_s)
             return
         events = {
@@ -743,11 +743,15 @@ class Balancer:
         if ruling.verdict in events:
             self._apply(known, events[ruling.verdict], now_s, ruling.reason, ruling)
 
-    def _is_past(self, ruling: Ruling) -> bool:
+    def _is_past(self, known: _Replica, ruling: Ruling, now_s: float) -> bool:
         """Whether to look afresh at a replica on a known machine: it was slow, or slow at first, while it was cold."""
-        sound = ruling.evidence["errors_shadow_only"] == 0.0
-        enough = ruling.evidence["judged"] >= 2.0 * self.config.trial.min_pairs
-        return sound and (ruling.merely_slow or (enough and ruling.verdict is Verdict.CONTINUE))
+        if ruling.evidence["errors_shadow_only"] > 0.0:
+            return False
+        if known.connection.proven:  # a short trial takes few pairs, all of them good
+            undecided = ruling.verdict is Verdict.CONTINUE
+            return ruling.merely_slow or (undecided and ruling.evidence["judged"] >= 2.0 * self.config.trial.min_pairs)
+        left_s, _ = self._left.get(known.connection.node_id, _NEVER)
+        return ruling.merely_slow and left_s > now_s - _REMEMBERED_S
 
     def _judge_step(self, known: _Replica, now_s: float) -> None:
         """On the ramp: live requests decide by the unpaired test, mirrored pairs, where there are any, too."""
@@ -760,7 +764,7 @@ class Balancer:
         known.ruling = rulings[0]
         for ruling in rulings:
             if ruling.verdict is Verdict.UNFAVOURABLE:
-                if self._worth_it(known, ruling) and self._urgent():
+                if self._worth_it(known, ruling) and (self._urgent() or self._has_returned(known, now_s)):
                     self._begin_step(known, now_s)
                     break
                 errors = ruling.evidence.get("errors_shadow_only", 0.0) + ruling.evidence.get("errors", 0.0)
@@ -835,7 +839,13 @@ class Balancer:
                 self._apply(known, event, now_s, why)
             return
         fit = [r for r in waiting if now_s >= r.connection.not_before_s and not r.vetoed and self._heard(r, now_s)]
-        if self._urgent():
+        urgent = self._urgent()
+        for known in fit:
+            if self._has_returned(known, now_s) and not known.connection.rejections:
+                event = Event.ADMIT_UNTRIED if urgent else Event.ADMIT_URGENT
+                self._apply(known, event, now_s, "its machine served well, was away and is back")
+        fit = [r for r in fit if r.connection.state is State.INACTIVE]
+        if urgent:
             shadowed = [r for r in self._replicas.values() if r.connection.state is State.SHADOWING]
             for known in [*fit, *shadowed]:
                 if not known.connection.rejections or known.shown > _WORTH_LOG_SPEED:
@@ -852,9 +862,13 @@ class Balancer:
             self._apply(known, Event.ADMIT, now_s, f"alive and waiting{again}")
 
     def _heard(self, known: _Replica, now_s: float) -> bool:
-        """Whether a replica's node is well enough for a trial: its telemetry, if there ever was any, arrives."""
+        """Whether a replica's node is well enough for a trial: its telemetry, if there ever was any, arrives.
+
+        After a restart it may take a moment longer than the replica; a forecaster that stays away keeps nobody out.
+        """
         node = self._nodes.get(known.connection.node_id)
-        return node is None or now_s - node.made_s <= self.config.balance.lost_after_s or known.queue == 0
+        silent = node is not None and now_s - node.made_s > self.config.balance.lost_after_s
+        return not silent or (known.queue == 0 and now_s - known.connection.since_s > _UNHEARD_S)
 
     def _urgent(self) -> bool:
         """Whether there is no time for trials: the active set is about to be overloaded, or its queues say that it is.

@@ -8,7 +8,8 @@ Invariants, checked after every tick:
 4. Every recorded transition is in the table, and each begins in the state in which the last one ended.
 5. Copies go only to replicas on trial, and to ACTIVE ones that are slower than others; at most the configured
    number enter a trial at once.
-6. No replica takes live traffic before its trial unless at the first start, in panic, or for urgent load.
+6. No replica takes live traffic before its trial unless at the first start, in panic, for urgent load, or on a machine
+   that served well, was away and is back.
 7. A rejected replica is not tried again before its back-off is over.
 8. Versions rise; no report, however broken, raises.
 9. Whatever happened: when all are well again, all become ACTIVE (no starvation).
@@ -140,7 +141,14 @@ class History(RuleBasedStateMachine):
             self.rejected.pop(t.replica_id, None)
         if t.before is State.INACTIVE and t.after in (State.SHIFTING, State.ACTIVE):
             assert any(
-                word in t.reason for word in ("first start", "panic", "nothing else serves", "no time for a trial")
+                word in t.reason
+                for word in (
+                    "first start",
+                    "panic",
+                    "nothing else serves",
+                    "no time for a trial",
+                    "was away and is back",
+                )
             )
 
     def _check_rates(self, rows) -> None:
