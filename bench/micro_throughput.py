@@ -114,7 +114,7 @@ async def _drive(handle: Any, seconds: float) -> tuple[float, set[int]]:
 def _drive_on_demand(address: str, arm: str) -> None:
     """The driver process: one line of seconds in, one line of result out."""
     if arm == "ray_default":
-        RequestRouterConfig.get_request_router_class = lambda _: PowerOfTwoChoicesRequestRouter  # type: ignore[method-assign]
+        RequestRouterConfig.get_request_router_class = lambda _: PowerOfTwoChoicesRequestRouter
     ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     handle = serve.get_app_handle(_APP)
     asyncio.run(_drive(handle, 0.5))
