@@ -69,7 +69,7 @@ def checks(scenario: str, found: Found, without: Found) -> list[Check]:
 
 
 def _gain(found: Found) -> Iterator[Check]:
-    """The forecast's own part: paired by seed, as a difference with its interval; missed if it does harm for certain."""
+    """The forecast's own part: paired by seed, a difference with its interval; missed if it surely does harm."""
     if "live_capacity" in found:
         ours, live = (np.asarray(found[a]["slo_miss_fraction"]) for a in ("shadecast", "live_capacity"))
         if len(ours) == len(live) > 1:
