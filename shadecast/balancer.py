@@ -50,6 +50,7 @@ _REMEMBERED_S = 300.0
 _SILENT_S = 30.0
 """A node that falls silent is taken to be as it last said for so long: a hog starves the node's forecaster, too."""
 _UNHEARD_S = 3.0
+"""How long a new replica waits for the first word of its node, if the node has been silent."""
 _UNSEEN_S = 3.0
 """A slow replica that nobody has asked for so long gets copies, which show whether it is well again."""
 _SLOWER = 0.5
