@@ -27,6 +27,8 @@ _MIN_LOG_SPEED = math.log(0.01)
 _MAX_LOG_SPEED = math.log(4.0)
 _PRIOR_SIGMA = 0.5
 _SLOW_HALF_LIFE_S = 60.0
+_SLOW = math.log(0.6)
+"""Log speed under which a node counts as slow already."""
 _SURPRISE = 9.0
 """Three standard errors: a difference that is not chance."""
 _NORMAL_10_TO_90 = 2.563
@@ -259,6 +261,7 @@ def outlook(
 
     The change of speed is that of the mean load over what requests live through. The worst moment is looked for until
     the next table can be in use; memory that runs out loses all requests, so it counts as far as the forecast goes.
+    Of a node that is slow already the worst is by medians: that it may stay slow, live capacity knows.
     A broken or missing part counts as no change.
     """
     if forecast is None or snapshot is None:
@@ -267,20 +270,21 @@ def outlook(
     weights = horizon_weights(age_s, min(_RESIDENCES * ahead_s, HORIZONS_S[-1]))
     soonest = min(bisect_right(HORIZONS_S, age_s), len(HORIZONS_S) - 1)
     latest = max(bisect_right(HORIZONS_S, age_s + ahead_s + _TABLE_LIFE_S) - 1, soonest)
+    is_slow = sum(g * h for g, h in zip(gamma, now, strict=True)) < _SLOW
     change, variance, worst, memory_high = 0.0, 0.0, 0.0, 0.0
     for k, resource in enumerate(RESOURCES):
         rows = forecast.quantiles.get(resource)
         if not rows or len(rows) != len(HORIZONS_S):
             continue
         low, median, high = (sum(w * row[q] for w, row in zip(weights, rows, strict=True)) for q in range(3))
-        worst_high = max(row[-1] for row in rows[soonest : latest + 1])
-        if not (math.isfinite(low) and math.isfinite(median) and math.isfinite(high) and math.isfinite(worst_high)):
+        worst_load = max(row[1 if is_slow else -1] for row in rows[soonest : latest + 1])
+        if not (math.isfinite(low) and math.isfinite(median) and math.isfinite(high) and math.isfinite(worst_load)):
             continue
         gate = min(max(forecast.gate.get(resource, 0.0), 0.0), 1.0)
         change += gate * gamma[k] * (log_headroom(median) - now[k])
         spread = gamma[k] * (log_headroom(low) - log_headroom(high)) / _NORMAL_10_TO_90
         variance += (gate * spread) ** 2
-        worst += gamma[k] * log_headroom(worst_high)
+        worst += gamma[k] * log_headroom(worst_load)
         if resource == "memory":
             memory_high = rows[-1][-1]
     return Outlook(change, math.sqrt(variance), worst, memory_high, forecast.veto_allowed)

@@ -209,3 +209,12 @@ def test_a_curve_that_was_given_is_not_relearned():
     for n, duration_s in durations(16, 0):
         learner.observe(n, math.log(duration_s))
     assert (learner.fit().slots, learner.fit().batch_half) == (2.0, 0.0)
+
+
+def test_an_upper_quantile_warns_of_a_node_that_is_well_but_says_nothing_new_of_a_slow_one():
+    rows = tuple((0.2, 0.5, 0.97) for _ in range(6))
+    calm = tuple((0.0, 0.0, 0.0) for _ in range(6))
+    wide = Forecast({"cpu": rows, "memory": calm, "network": calm}, gate={"cpu": 1.0}, veto_allowed=True)
+    worst = {load: cap.outlook(wide, snapshot(cpu=load), (1.0, 0.0, 0.0), 0.0, 0.5) for load in (0.1, 0.7)}
+    assert math.exp(worst[0.1].worst_log_speed) < 0.15
+    assert math.exp(worst[0.7].worst_log_speed) == pytest.approx(0.5, abs=0.05)
