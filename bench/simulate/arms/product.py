@@ -128,6 +128,7 @@ class Product(Arm):
         self.transitions: list[Transition] = []
         self._mirrored = 0
         self._rescued = 0
+        self._starting = False
 
     def start(self, sim: Simulation, world: World, rng: random.Random) -> None:
         """Make the balancer, the routers and the forecasters; schedule their clocks."""
@@ -234,6 +235,13 @@ class Product(Arm):
                 replica_id = f"replica-{member}"
                 self.ids[member] = replica_id
                 self.member_of[replica_id] = member
+        if self.sim.now_s > 0.0:
+            self._lay_out()
+        elif not self._starting:  # a thousand replicas that join at the start are laid out once
+            self._starting = True
+            self.sim.at(0.0, self._lay_out)
+
+    def _lay_out(self, _: object = None) -> None:
         for router in self._routers:
             router.lay_out()
 
