@@ -291,8 +291,8 @@ def test_sessions_stay_on_one_replica_through_several_routers(model):
     asyncio.run(run())
     assert len(routers) == 3
     kept = sum(max(c.values()) for c in homes.values())
-    # at least 99 % on a quiet machine; on a starved one the probe of a queue times out now and then
-    assert kept >= 0.97 * sum(c.total() for c in homes.values()), homes
+    print(f"kept: {kept / sum(c.total() for c in homes.values()):.4f}")
+    assert kept >= 0.99 * sum(c.total() for c in homes.values()), homes
     assert len({home for c in homes.values() for home in c}) == 3
 
 
