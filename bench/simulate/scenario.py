@@ -215,7 +215,7 @@ def _families() -> dict[str, list[Scenario]]:
                  newcomers=(Newcomer(0.25, 1.0, 0.2), Newcomer(0.4, 1.0, 0.2)))],
         [_STALE] + [replace(_STALE, name=f"stale-table@{tick:g}", tick_s=tick) for tick in (0.25, 1.0, 5.0)],
         [replace(tokens, name="trace", note="recorded arrivals and token counts")],
-        [replace(tokens, name="scale", replicas=1000, routers=100, horizon_s=60.0, warmup_s=15.0,
+        [replace(tokens, name="scale", replicas=1000, routers=100, horizon_s=20.0, warmup_s=8.0,
                  note="1,000 replicas, 100 routers")],
     ]  # fmt: skip
     return {family[0].name: family for family in listed}
