@@ -21,8 +21,8 @@ import ray
 from ray import serve
 from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
 from ray.serve.config import RequestRouterConfig
-from scipy.stats import t as student_t
 
+from bench.results import interval
 from serve_app.control_plane import start_control_plane
 from serve_app.local import LocalCluster
 
@@ -77,20 +77,18 @@ def compare(rounds: int, seconds: float) -> Iterator[tuple[str, str, int, str, f
         serve.run(deployment.bind(), name=_APP, route_prefix=None)
         drivers = {arm: _Driver(arm, ray.get_runtime_context().gcs_address) for arm in _ARMS}
         seen = {arm: driver.drive(2.0)[1] for arm, driver in drivers.items()}
+        if seen["ray_default"] != seen["shadecast"]:
+            raise RuntimeError(f"the routers drove different replicas: {seen}; the ratio would say nothing")
         for i in range(rounds):
             for arm in sorted(drivers, reverse=bool(i % 2)):
                 rates[arm].append(drivers[arm].drive(seconds)[0])
         for driver in drivers.values():
             driver.end()
         serve.shutdown()
-    if seen["ray_default"] != seen["shadecast"]:
-        raise RuntimeError(f"the routers drove different replicas: {seen}; the ratio would say nothing")
     for arm, values in rates.items():
         yield "throughput", arm, _REPLICAS, "median_per_s", statistics.median(values)
     logs = [math.log(a / b) for a, b in zip(rates["shadecast"], rates["ray_default"], strict=True)]
-    mean, half = statistics.mean(logs), math.inf
-    if rounds > 1:
-        half = float(student_t.ppf(0.975, rounds - 1)) * statistics.stdev(logs) / math.sqrt(rounds)
+    mean, half = interval(logs)
     yield "throughput", "shadecast", _REPLICAS, "ratio_to_default", math.exp(mean)
     yield "throughput", "shadecast", _REPLICAS, "ratio_low", math.exp(mean - half)
     yield "throughput", "shadecast", _REPLICAS, "ratio_high", math.exp(mean + half)

@@ -55,7 +55,6 @@ _UNSEEN_S = 3.0
 """A slow replica that nobody has asked for so long gets copies, which show whether it is well again."""
 _SLOWER = 0.5
 """Part of the median capacity below which a replica is left out by scores alone."""
-_NEVER = (-math.inf, 0.0)
 _WORTH_LOG_SPEED = math.log(0.1)
 """A machine that is merely slow, but faster than this, takes its part where there is no time for a trial."""
 _OVERDUE = 2.0
@@ -189,6 +188,17 @@ class _Replica:
     live_capacity: float = 1.0
     outlook: cap.Outlook = cap.NO_OUTLOOK
     vetoed: bool = False
+
+    @property
+    def is_of_use(self) -> bool:
+        """Whether the last verdict was slowness alone, and not too much of it."""
+        return self.shown > _WORTH_LOG_SPEED
+
+    def note_speed(self, ruling: Ruling) -> None:
+        """Remember what a harmful verdict says of its speed; what is of use is judged by that from now on."""
+        self.shown = self.expected - ruling.evidence["mean_log_ratio"] if ruling.merely_slow else -math.inf
+        if self.is_of_use:
+            self.expected = min(self.shown, 0.0)
 
 
 @dataclass(slots=True)
@@ -616,8 +626,8 @@ class Balancer:
 
     def _begin_trial(self, known: _Replica, now_s: float) -> None:
         curve = self._curve.curve
-        left_s, log_speed = self._left.get(known.connection.node_id, _NEVER)
-        known.expected = log_speed if left_s > now_s - _REMEMBERED_S else 0.0
+        left = self._lost_lately(known, now_s)
+        known.expected = left[1] if left is not None else 0.0
         known.trial = Trial(
             self.config.trial,
             now_s,
@@ -687,11 +697,16 @@ class Balancer:
         fresh = node is not None and self._age(node) <= self.config.forecast.ttl_s
         return node.report.snapshot.memory_fraction if node is not None and fresh else math.nan
 
+    def _lost_lately(self, known: _Replica, now_s: float) -> tuple[float, float] | None:
+        """When its node lost a replica that served well, and how fast that was; None if it did not lately."""
+        left = self._left.get(known.connection.node_id)
+        return left if left is not None and left[0] > now_s - _REMEMBERED_S else None
+
     def _has_returned(self, known: _Replica, now_s: float) -> bool:
         """Whether its node served well, went silent and is back: the same machine, not a new version of the code."""
         node_id = known.connection.node_id
-        node, (left_s, _) = self._nodes.get(node_id), self._left.get(node_id, _NEVER)
-        return node is not None and node.back_s > left_s > now_s - _REMEMBERED_S
+        node, left = self._nodes.get(node_id), self._lost_lately(known, now_s)
+        return node is not None and left is not None and node.back_s > left[0]
 
     def _neighbours(self, known: _Replica) -> tuple[float, float]:
         """Mean log speed of ACTIVE replicas on the same node less that of those elsewhere, and its standard error."""
@@ -732,7 +747,7 @@ class Balancer:
                 self._apply(known, Event.TRIAL_INCONCLUSIVE, now_s, reason, ruling)
             return
         if ruling.verdict is Verdict.UNFAVOURABLE:
-            self._worth_it(known, ruling)
+            known.note_speed(ruling)
         if waited_s < self.config.trial.timeout_s and self._is_past(known, ruling, now_s):
             self._begin_trial(known, now_s)
             return
@@ -751,8 +766,7 @@ class Balancer:
         if known.connection.proven:  # a short trial takes few pairs, all of them good
             undecided = ruling.verdict is Verdict.CONTINUE
             return ruling.merely_slow or (undecided and ruling.evidence["judged"] >= 2.0 * self.config.trial.min_pairs)
-        left_s, _ = self._left.get(known.connection.node_id, _NEVER)
-        return ruling.merely_slow and left_s > now_s - _REMEMBERED_S
+        return ruling.merely_slow and self._lost_lately(known, now_s) is not None
 
     def _judge_step(self, known: _Replica, now_s: float) -> None:
         """On the ramp: live requests decide by the unpaired test, mirrored pairs, where there are any, too."""
@@ -765,7 +779,8 @@ class Balancer:
         known.ruling = rulings[0]
         for ruling in rulings:
             if ruling.verdict is Verdict.UNFAVOURABLE:
-                if self._worth_it(known, ruling) and (self._urgent() or self._has_returned(known, now_s)):
+                known.note_speed(ruling)
+                if known.is_of_use and (self._urgent() or self._has_returned(known, now_s)):
                     self._begin_step(known, now_s)
                     break
                 errors = ruling.evidence.get("errors_shadow_only", 0.0) + ruling.evidence.get("errors", 0.0)
@@ -782,14 +797,6 @@ class Balancer:
                 self._apply(known, Event.RAMP_DONE, now_s, "last step of the ramp passed", rulings[0])
             else:
                 self._apply(known, Event.STEP_PASSED, now_s, f"no harm at a share of {share:g}", rulings[0])
-
-    def _worth_it(self, known: _Replica, ruling: Ruling) -> bool:
-        """Note how slow a replica has shown itself to be; say whether it is of use when there is no time for trials."""
-        known.shown = known.expected - ruling.evidence["mean_log_ratio"] if ruling.merely_slow else -math.inf
-        if not known.shown > _WORTH_LOG_SPEED:
-            return False
-        known.expected = min(known.shown, 0.0)
-        return True
 
     def _seems_harmless(self, known: _Replica, ruling: Ruling) -> bool:
         """Whether a step of the ramp may end before its proof: enough was seen, or there is no time to see more."""
@@ -849,7 +856,7 @@ class Balancer:
         if urgent:
             shadowed = [r for r in self._replicas.values() if r.connection.state is State.SHADOWING]
             for known in [*fit, *shadowed]:
-                if not known.connection.rejections or known.shown > _WORTH_LOG_SPEED:
+                if not known.connection.rejections or known.is_of_use:
                     reason = f"predicted load {self._load:.2f} of the active set: no time for a trial"
                     self._apply(known, Event.ADMIT_URGENT, now_s, reason)
             fit = [r for r in fit if r.connection.state is State.INACTIVE]
