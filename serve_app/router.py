@@ -64,6 +64,7 @@ _MOST_OBSERVED = 100.0
 """Longest predicted time, in units of an idle nominal replica's, that counts in a comparison."""
 _LONGEST_SHUN = 3
 """A replica that does not accept is left out for 1.5 s, 3 s, 6 s, and no longer than 12 s at a time."""
+_LONGEST_WAIT_FOR_HOME_S = 1.0
 _SECRET_KEY = b"session-secret"
 _SECRET_WAIT_S = 0.5
 _FORGET_TABLE_S = 60.0
@@ -133,6 +134,8 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         self._random = random.random
         self._sessions: SessionMap | None = None
         """Made with the first request that has a session."""
+        self._waiting_for_home = 0
+        """Serve routes two requests per replica at a time: at most half of them may wait for their session's own."""
         self._session_secret = self._deployment.encode()
         self._secret_known = asyncio.Event()
         self._born_s = time.monotonic()
@@ -198,16 +201,16 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         """
         if self._laid_out_for != "table" or time.monotonic() - self._table_s > self._table_ttl_s:
             self._check_level()
-        picks, choices = self._picks, self._choices
+        choices = self._choices
         if pending_request is None:
-            first = picks.pick(self._random, choices)
+            first = self._picks.pick(self._random, choices)
             return [[self._by_index[first]]] if first >= 0 else []
         context, metadata = pending_request.routing_context, pending_request.metadata
         again, context.should_backoff = context.should_backoff, True
         if metadata.session_id:
             if not self._secret_known.is_set():
                 await self._wait_for_secret()
-            kept = self._session_ranks(pending_request)
+            kept = await self._session_ranks(pending_request)
             if kept is not None:
                 return kept
         pool: Sequence[int] | None = None
@@ -218,7 +221,7 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
                 return self._several(2)
             if again:
                 return self._several(max(choices, 2))
-        first = picks.pick(self._random, choices, -1, pool)
+        first = self._picks.pick(self._random, choices, -1, pool)
         if first < 0:
             return []
         self._expect(pending_request, first)
@@ -280,26 +283,53 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
                 await asyncio.wait_for(self._secret_known.wait(), left_s)
         self._secret_known.set()
 
-    def _session_ranks(self, pending_request: PendingRequest) -> list[list[RunningReplica]] | None:
-        """A session's own replica; once that was found full, the usual choice, so that a request never waits for it."""
+    async def _session_ranks(self, pending_request: PendingRequest) -> list[list[RunningReplica]] | None:
+        """A session's own replica; None, which means the usual choice, once that is not worth waiting for.
+
+        While it is full, a request waits for it as long as a move would cost, so that a burst scatters no session. One
+        that does not tell its queue is asked twice: on a cold connection, Serve's first deadline is often too short.
+        """
         context = pending_request.routing_context  # Serve's marks of what was tried: no mixin reads them here
-        if context.tried_same_az:
+        home = self._session_home(pending_request)
+        if home < 0:
             return None
+        replica = self._by_index[home]
+        queue = self._replica_queue_len_cache.get(replica.replica_id)
+        if queue is None:
+            if context.tried_same_az:
+                return None
+            context.tried_same_az = context.tried_same_node
+        elif context.tried_same_node and queue >= replica.max_ongoing_requests:
+            worth_s = self._migration_s()
+            left_s = min(pending_request.created_at + worth_s - time.time(), worth_s)
+            if left_s <= 0.0 or self._waiting_for_home >= self.max_num_routing_tasks // 2:
+                return None
+            self._waiting_for_home += 1
+            try:
+                await asyncio.sleep(min(left_s, worth_s / 4.0))
+            finally:
+                self._waiting_for_home -= 1
+            home = self._session_home(pending_request)
+            if home < 0:
+                return None
+            replica = self._by_index[home]
+            context.should_backoff = False  # it has just paused
+        context.tried_same_node = True
+        self._expect(pending_request, home)
+        return [[replica]]
+
+    def _session_home(self, pending_request: PendingRequest) -> int:
+        """Index of the replica that has the request's session; -1 if none takes traffic."""
         if self._sessions is None:
             self._sessions = SessionMap(self._config.session, self._session_secret, self._config.trial.drain_s)
             self._update_sessions(self._sessions)
         replica_id = self._sessions.lookup(pending_request.metadata.session_id, time.monotonic())
-        i = self._picks.index.get(replica_id) if replica_id is not None else None
-        if replica_id is None or i is None:
-            return None
-        replica = self._by_index[i]
-        if context.tried_same_node:
-            context.tried_same_az = True
-            if self._replica_queue_len_cache.get(replica.replica_id) is not None:
-                return None  # it is full; otherwise it was only too busy to tell within Serve's first deadline
-        context.tried_same_node = True
-        self._expect(pending_request, i)
-        return [[replica]]
+        return self._picks.index.get(replica_id, -1) if replica_id is not None else -1
+
+    def _migration_s(self) -> float:
+        """What a session's move costs, in seconds; 0 while the time of a request is not known."""
+        reference_s = self._table.reference_s if self._table is not None else 0.0
+        return min(self._config.session.migration_cost * reference_s, _LONGEST_WAIT_FOR_HOME_S)
 
     def _update_sessions(self, sessions: SessionMap) -> None:
         """Tell the sessions of a new table or membership."""

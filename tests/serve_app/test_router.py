@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import math
+import time
 import weakref
 from collections import Counter
 from dataclasses import replace
@@ -412,7 +413,7 @@ def test_sessions_stay_on_their_replica_and_all_routers_agree():
     run(scenario())
 
 
-def test_a_session_never_waits_for_a_full_replica():
+def test_a_session_never_waits_for_a_full_replica_whose_pace_is_not_known():
     async def scenario():
         router = make_router(*(FakeReplica(n) for n in "ab"))
         router.take_table(table(a=1.0, b=1.0))
@@ -421,6 +422,46 @@ def test_a_session_never_waits_for_a_full_replica():
         router.on_new_queue_len_info(home.replica_id, 8)
         second_try = await choose(router, pending)
         assert {r.name for rank in second_try for r in rank} == {"a", "b"}
+
+    run(scenario())
+
+
+def test_a_session_waits_for_its_full_replica_as_long_as_a_move_would_cost():
+    async def scenario():
+        router = make_router(*(FakeReplica(n) for n in "ab"), session={"migration_cost": 0.5})
+        router.take_table(replace(table(a=1.0, b=1.0), reference_s=0.4))
+        pending = request("r", session_id="s")
+        home = (await choose(router, pending))[0][0]
+        await settle()
+        router.on_new_queue_len_info(home.replica_id, 8)
+        started_s = time.monotonic()
+        assert await choose(router, pending) == [[home]], "asked again, after a pause"
+        assert time.monotonic() - started_s >= 0.05
+        router.on_new_queue_len_info(home.replica_id, 7)
+        assert await choose(router, pending) == [[home]], "it has room"
+        router.on_new_queue_len_info(home.replica_id, 8)
+        tries = 0
+        while await choose(router, pending) == [[home]]:
+            tries += 1
+        assert 1 <= tries <= 4
+        assert 0.2 <= time.time() - pending.created_at < 0.4
+        assert (await choose(router, request("q", session_id="s")))[0] == [home], "the session has not moved"
+
+    run(scenario())
+
+
+def test_requests_that_wait_for_their_sessions_replica_leave_room_for_others_to_be_routed():
+    async def scenario():
+        router = make_router(*(FakeReplica(n) for n in "ab"))
+        router.take_table(replace(table(a=1.0, b=1.0), reference_s=20.0))
+        waiting = [request(f"r{i}", session_id="s") for i in range(4)]
+        homes = [(await choose(router, pending))[0][0] for pending in waiting]
+        await settle()
+        router.on_new_queue_len_info(homes[0].replica_id, 8)
+        tries = [asyncio.ensure_future(choose(router, pending)) for pending in waiting]
+        done, late = await asyncio.wait(tries, timeout=0.05)
+        assert (len(done), len(late)) == (2, 2), "Serve routes four at a time with two replicas"
+        await asyncio.gather(*late)
 
     run(scenario())
 
@@ -685,11 +726,15 @@ def test_a_session_waits_once_for_a_replica_that_is_slow_to_tell_its_queue():
     async def scenario():
         router = make_router(*(FakeReplica(n) for n in "ab"))
         router.take_table(table(a=1.0, b=1.0))
-        pending = request("r", session_id="s")
+        pending, luckier = request("r", session_id="s"), request("l", session_id="s")
         home = (await choose(router, pending))[0][0]
         assert (await choose(router, pending))[0][0] is home
+        assert (await choose(router, luckier))[0][0] is home
         (third_try,) = await choose(router, pending)
         assert {r.name for r in third_try} == {"a", "b"}
+        router.on_new_queue_len_info(home.replica_id, 0)
+        assert (await choose(router, luckier))[0][0] is home
+        router.on_request_completed(home.replica_id, "l")
         router.on_request_completed(home.replica_id, "r")
         assert sum(router._picks.in_flight) == 0
 
