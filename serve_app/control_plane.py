@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.coordinator import Coordinator
@@ -21,6 +22,10 @@ from serve_app.control import COORDINATOR, NAMESPACE, PAGE
 from serve_app.packages import check_packages
 from serve_app.page import Page
 from shadecast.errors import ShadecastError
+
+_ON_THE_HEAD = {HEAD_NODE_RESOURCE_NAME: 0.001}
+"""Where Serve's controller is, too. Ray puts an actor that asks for nothing anywhere, whatever its soft affinity: on a
+node that is starved, the coordinator could not tell routers to leave it."""
 
 
 class ControlPlaneError(ShadecastError):
@@ -54,13 +59,12 @@ def start_control_plane(
     """
     check_packages()
     ForecasterSettings.from_mapping(settings or {})
-    node = ray.get_runtime_context().get_node_id()
-    here = NodeAffinitySchedulingStrategy(node, soft=True)
-    only_here = NodeAffinitySchedulingStrategy(node, soft=False)  # the page's address is this node's loopback
+    here = ray.get_runtime_context().get_node_id()
+    only_here = NodeAffinitySchedulingStrategy(here, soft=False)  # the page's address is this node's loopback
     common = {"namespace": NAMESPACE, "lifetime": "detached", "num_cpus": 0, "get_if_exists": True}
     coordinator = (
         ray.remote(_CoordinatorActor)
-        .options(name=COORDINATOR, max_restarts=-1, scheduling_strategy=here, **common)
+        .options(name=COORDINATOR, max_restarts=-1, resources=_ON_THE_HEAD, **common)
         .remote(dict(settings or {}))
     )
     ray.get(coordinator.status.remote(), timeout=60)

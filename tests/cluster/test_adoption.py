@@ -151,6 +151,13 @@ def test_every_node_has_a_forecaster_that_reports(cluster):
         assert low <= middle <= high
 
 
+def test_the_coordinator_is_on_the_head_where_no_replica_starves_it(cluster):
+    coordinator = ray.get_actor("shadecast-coordinator", namespace="shadecast")
+    place = ray._private.state.actors(coordinator._actor_id.hex())["Address"]["NodeID"]
+    (head,) = [n["NodeID"] for n in ray.nodes() if "node:__internal_head__" in n["Resources"] and n["Alive"]]
+    assert place == head
+
+
 def test_a_killed_coordinator_comes_back_and_goes_on_from_the_routers_table(cluster, kinds, tmp_path):
     handle = ray.get_actor("shadecast-coordinator", namespace="shadecast")
     app = serve.get_app_handle("shop")
