@@ -130,7 +130,9 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         self._patience = Patience()
         self._shunned: dict[str, tuple[int, float]] = {}
         """Of replicas that did not accept: how often in a row, and until when they are left out."""
-        self._looking = False
+        self._collapsed: frozenset[str] = frozenset()
+        """Replicas that are far slower than the others, by the table."""
+        self._looking = self._want_table_back = self._has_near = False
         self._random = random.random
         self._sessions: SessionMap | None = None
         """Made with the first request that has a session."""
@@ -139,13 +141,11 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         self._session_secret = self._deployment.encode()
         self._secret_known = asyncio.Event()
         self._born_s = time.monotonic()
-        self._want_table_back = False
         self._cost_of: Callable[[list[Any], dict[Any, Any]], float] | None = None
         self._laid_out_for = ""
         """The level that the picks were laid out for."""
         self._near: tuple[list[int], list[int]] = ([], [])
         """Indices of eligible replicas on the own node, and in the own zone."""
-        self._has_near = False
         self._with_model: dict[str, list[int]] = {}
         self._take_settings()
 
@@ -319,11 +319,15 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         return [[replica]]
 
     def _session_home(self, pending_request: PendingRequest) -> int:
-        """Index of the replica that has the request's session; -1 if none takes traffic."""
+        """Index of the replica that has the request's session, or stands in for it; -1 if none takes traffic."""
         if self._sessions is None:
             self._sessions = SessionMap(self._config.session, self._session_secret, self._config.trial.drain_s)
             self._update_sessions(self._sessions)
-        replica_id = self._sessions.lookup(pending_request.metadata.session_id, time.monotonic())
+        now_s = time.monotonic()
+        away = self._collapsed if self._laid_out_for == "table" else frozenset()
+        if self._shunned:
+            away = away.union(replica_id for replica_id, (_, until_s) in self._shunned.items() if now_s < until_s)
+        replica_id = self._sessions.lookup(pending_request.metadata.session_id, now_s, away)
         return self._picks.index.get(replica_id, -1) if replica_id is not None else -1
 
     def _migration_s(self) -> float:
@@ -548,10 +552,7 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
 
     def _rescue_stuck(self, table: RoutingTable) -> None:
         """Send requests again that a collapsed replica holds, as far as the budget goes."""
-        slow = collapsed(table, self._config.balance)
-        if not slow or not (self._rescuable or self._sending):
-            return
-        now_s = time.monotonic()
+        slow, now_s = self._collapsed, time.monotonic()
         stuck = [
             Stuck(request_id, replica_id, now_s - entry.started_s, entry.in_flight_at_start, entry.cost)
             for replica_id in slow
@@ -669,7 +670,9 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         self._table = table
         self._table_s = time.monotonic() - max(table.age_s, 0.0)
         self._lay_out()
-        self._rescue_stuck(table)
+        self._collapsed = frozenset(collapsed(table, self._config.balance))
+        if self._collapsed:
+            self._rescue_stuck(table)
 
     def _lay_out(self) -> None:
         """Precompute the picks for the present replicas and table."""

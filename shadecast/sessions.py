@@ -6,6 +6,9 @@ routers agree. A known one stays while its replica takes traffic, whatever the w
 - at once, if the replica is gone, or drains and the session has been idle;
 - at a bounded rate, if the replica drains, or is hot: its score exceeds `repin_ratio` x the best + `migration_cost`.
 
+While a replica hardly answers at all, requests of its sessions make a detour, each session's to the same place: they
+would be caught with it, and a session that goes back finds its caches.
+
 The bounded rate has two halves. Each session has a fixed rank in [0, 1) per replica, and those below a fraction that
 grows by `moves_per_s` may go: so all routers move the same ones, to the same place. And a budget of the same rate, over
 the sessions known here, keeps sessions that were silent for long from leaving all at once.
@@ -58,7 +61,7 @@ class SessionMap:
     """One router's sessions. `update` with each routing table, `lookup` with each request; both never raise."""
 
     __slots__ = (
-        *("_config", "_cool", "_drain_s", "_latest_s", "_leaving", "_open", "_ring", "_secret", "_sessions"),
+        *("_config", "_cool", "_detour", "_drain_s", "_latest_s", "_leaving", "_open", "_ring", "_secret", "_sessions"),
         *("counts", "moved"),
     )
 
@@ -74,6 +77,8 @@ class SessionMap:
         self._leaving: dict[str, _Leaving] = {}
         self._ring = self._cool = Rendezvous({}, secret)
         """Where unknown sessions and those that move are placed."""
+        self._detour: tuple[Collection[str], Rendezvous, Rendezvous] = ((), self._cool, self._cool)
+        """Replicas to avoid, the ring at that time, and that ring without them."""
         self._latest_s = 0.0
         self.counts: dict[str, int] = {}
         """Sessions known here per replica."""
@@ -125,8 +130,11 @@ class SessionMap:
     def _placed(self, ring: Rendezvous, weights: Mapping[str, float]) -> Rendezvous:
         return ring if ring.weights == weights else Rendezvous(weights, self._secret)
 
-    def lookup(self, session_id: str | bytes, now_s: float) -> str | None:
-        """The replica for the session's next request; None if no replica takes traffic. Remembers the answer."""
+    def lookup(self, session_id: str | bytes, now_s: float, away: Collection[str] = ()) -> str | None:
+        """The replica for the session's next request; None if no replica takes traffic. Remembers where it lives.
+
+        A session that lives on one of `away`, which hardly answer, stays there; its request goes elsewhere.
+        """
         now_s = self._now(now_s)
         key = session_key(session_id, self._secret)
         held = self._sessions.pop(key, None)
@@ -143,7 +151,15 @@ class SessionMap:
                 if replica_id is None:
                     return None
         self._sessions[key] = (replica_id, now_s)
-        return replica_id
+        return replica_id if replica_id not in away else self._around(away).place(key)
+
+    def _around(self, away: Collection[str]) -> Rendezvous:
+        """The ring of those that move, without `away`."""
+        avoided, before, ring = self._detour
+        if before is not self._cool or avoided != away:
+            ring = Rendezvous({k: w for k, w in self._cool.weights.items() if k not in away}, self._secret)
+            self._detour = (away, self._cool, ring)
+        return ring
 
     def destination(self, session_id: str | bytes) -> str | None:
         """Where the session would go if it left now: the node to warm with copies. None if it may stay."""

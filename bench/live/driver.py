@@ -283,7 +283,9 @@ class Driver:
     # ------------------------------------------------------------------ the deployment
 
     async def _apply(self) -> None:
-        app = serve.deployment(Work).options(**self._options, num_replicas=self._replicas).bind()
+        # without a version, `serve.run` takes each call for new code and replaces all replicas
+        fixed = {"version": "1", "_internal": True}
+        app = serve.deployment(Work).options(**self._options, **fixed, num_replicas=self._replicas).bind()
         self._handle = await asyncio.to_thread(serve.run, app, name=self._app, route_prefix=None)
         await self._running()
 

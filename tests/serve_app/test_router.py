@@ -450,6 +450,35 @@ def test_a_session_waits_for_its_full_replica_as_long_as_a_move_would_cost():
     run(scenario())
 
 
+def test_a_session_makes_a_detour_around_a_replica_that_has_collapsed():
+    async def scenario():
+        router = make_router(*(FakeReplica(n) for n in "abcd"))
+        router.take_table(table(1, **dict.fromkeys("abcd", 1.0)))
+        home = (await choose(router, request("r", session_id="s")))[0][0].name
+        rows = {name: (1.0, 0.02 if name == home else 1.0, 0.0) for name in "abcd"}
+        router.take_table(table(2, **rows))
+        around = {(await choose(router, request(f"q{i}", session_id="s")))[0][0].name for i in range(5)}
+        assert len(around) == 1
+        assert around != {home}
+        router.take_table(table(3, **dict.fromkeys("abcd", 1.0)))
+        assert (await choose(router, request("t", session_id="s")))[0][0].name == home
+
+    run(scenario())
+
+
+def test_a_session_makes_a_detour_around_a_replica_that_does_not_accept():
+    async def scenario():
+        router = make_router(*(FakeReplica(n) for n in "abcd"))
+        router.take_table(table(1, **dict.fromkeys("abcd", 1.0)))
+        home = (await choose(router, request("r", session_id="s")))[0][0].name
+        router._shun(router._picks.index[home], time.monotonic())
+        around = {(await choose(router, request(f"q{i}", session_id="s")))[0][0].name for i in range(5)}
+        assert len(around) == 1
+        assert around != {home}
+
+    run(scenario())
+
+
 def test_requests_that_wait_for_their_sessions_replica_leave_room_for_others_to_be_routed():
     async def scenario():
         router = make_router(*(FakeReplica(n) for n in "ab"))

@@ -199,6 +199,23 @@ def test_the_destination_of_a_session_that_may_have_to_move_is_where_it_then_goe
     assert {s: sessions.lookup(s, 2.0) for s in before} == expected
 
 
+def test_sessions_of_a_replica_that_hardly_answers_make_a_detour_each_to_one_place_and_come_back():
+    sessions = _map()
+    before = _look(sessions, 200, 0.0)
+    stuck = frozenset({"r0"})
+    around = {s: sessions.lookup(s, 1.0, stuck) for s in before}
+    assert {s: place for s, place in around.items() if before[s] != "r0"} == {
+        s: place for s, place in before.items() if place != "r0"
+    }
+    detours = Counter(around[s] for s in _on(before, "r0"))
+    assert set(detours) == {"r1", "r2", "r3"}
+    assert max(detours.values()) < 2.5 * min(detours.values())
+    assert {s: sessions.lookup(s, 2.0, stuck) for s in before} == around
+    assert _look(sessions, 200, 3.0) == before
+    assert sessions.moved == 0
+    assert {sessions.lookup(s, 4.0, frozenset(EQUAL)) for s in before} == {None}, "anything will do"
+
+
 def test_memory_is_bounded_and_the_oldest_sessions_are_forgotten_first():
     sessions = _map(config=replace(CONFIG, max_sessions=100))
     _look(sessions, 100, 0.0)

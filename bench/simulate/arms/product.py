@@ -67,6 +67,7 @@ class _Router:
         self.copies: dict[str, int] = {}
         self.sessions = SessionMap(arm.config.session, secret, arm.config.trial.drain_s)
         self.rescue_budget = RescueBudget(arm.config.balance.rescue_fraction)
+        self.collapsed: frozenset[str] = frozenset()
         self.open: dict[str, Request] = {}
         """Live requests that may still be rescued, by id."""
         self.streams: dict[int, tuple[Request, int, float]] = {}
@@ -80,7 +81,9 @@ class _Router:
         self.table = table
         self.table_s = self.arm.made_s[table.version]
         self.lay_out()
-        self.arm.rescue(self, table)
+        self.collapsed = frozenset(collapsed(table, self.arm.config.balance))
+        if self.collapsed:
+            self.arm.rescue(self, table)
 
     def lay_out(self) -> None:
         """Precompute the picks for the present members and table."""
@@ -249,7 +252,8 @@ class Product(Arm):
         """The router's own decision."""
         router = self._routers[request.router]
         if request.session is not None:
-            held = router.sessions.lookup(str(request.session.id), self.sim.now_s)
+            away = router.collapsed if router.level() == "table" else ()
+            held = router.sessions.lookup(str(request.session.id), self.sim.now_s, away)
             if held is not None and held in router.picks.index:
                 return self.member_of[held]
         picks, rng = router.picks, self.rng.random
@@ -304,13 +308,10 @@ class Product(Arm):
 
     def rescue(self, router: _Router, table: RoutingTable) -> None:
         """As `PredictiveRouter._rescue_stuck`: send stuck requests again, once, within the budget."""
-        slow = collapsed(table, self.config.balance)
-        if not slow:
-            return
         now_s, picks = self.sim.now_s, router.picks
         stuck = [
             Stuck(request_id, replica_id, now_s - entry.started_s, entry.in_flight_at_start, entry.cost)
-            for replica_id in slow
+            for replica_id in router.collapsed
             for request_id, entry in router.ledger.open_on(replica_id)
             if request_id in router.open
         ]
