@@ -55,6 +55,10 @@ _UNSEEN_S = 3.0
 """A slow replica that nobody has asked for so long gets copies, which show whether it is well again."""
 _SLOWER = 0.5
 """Part of the median capacity below which a replica is left out by scores alone."""
+_REPLACING_S = 30.0
+"""So long after a replica has left a machine that is well, the next one is reckoned to leave, too."""
+_URGENT_STEP_S = 1.0
+"""Least time on a step of the ramp where there is no time: two ticks, in which errors show."""
 _WORTH_LOG_SPEED = math.log(0.1)
 """A machine that is merely slow, but faster than this, takes its part where there is no time for a trial."""
 _OVERDUE = 2.0
@@ -588,8 +592,7 @@ class Balancer:
         spread = min(self._duration.noise, 1.5)
         mean_s = reference_s * math.exp(0.5 * spread * spread)  # the reference is a median, work is skewed
         offered = self._all_rates.started_per_s * mean_s
-        able = sum(r.capacity * r.connection.share(self.config.trial.ramp) for r in serving)
-        return offered / max(able * self._curve.curve.throughput(), 1e-9)
+        return offered / max(self._able(serving) * self._curve.curve.throughput(), 1e-9)
 
     # ------------------------------------------------------------------ decisions
 
@@ -780,7 +783,7 @@ class Balancer:
         for ruling in rulings:
             if ruling.verdict is Verdict.UNFAVOURABLE:
                 known.note_speed(ruling)
-                if known.is_of_use and (self._urgent() or self._has_returned(known, now_s)):
+                if known.is_of_use and (self._urgent(now_s) or self._has_returned(known, now_s)):
                     self._begin_step(known, now_s)
                     break
                 errors = ruling.evidence.get("errors_shadow_only", 0.0) + ruling.evidence.get("errors", 0.0)
@@ -790,19 +793,20 @@ class Balancer:
                 return
         waited_s = now_s - known.connection.since_s
         trial = self.config.trial
-        good = any(r.verdict is Verdict.FAVOURABLE for r in rulings) or self._seems_harmless(known, rulings[0])
-        if waited_s >= trial.step_timeout_s or (waited_s >= trial.step_s and good):
+        good = any(r.verdict is Verdict.FAVOURABLE for r in rulings) or self._seems_harmless(known, rulings[0], now_s)
+        least_s = min(trial.step_s, _URGENT_STEP_S) if self._urgent(now_s) else trial.step_s
+        if waited_s >= trial.step_timeout_s or (waited_s >= least_s and good):
             share = known.connection.share(trial.ramp)
             if share >= 1.0:
                 self._apply(known, Event.RAMP_DONE, now_s, "last step of the ramp passed", rulings[0])
             else:
                 self._apply(known, Event.STEP_PASSED, now_s, f"no harm at a share of {share:g}", rulings[0])
 
-    def _seems_harmless(self, known: _Replica, ruling: Ruling) -> bool:
+    def _seems_harmless(self, known: _Replica, ruling: Ruling, now_s: float) -> bool:
         """Whether a step of the ramp may end before its proof: enough was seen, or there is no time to see more."""
         margin = math.log(self.config.trial.margin)
         level = ruling.evidence.get("mean_log_ratio", math.nan)
-        if self._urgent():  # its capacity says how slow it is, and keeps from it what it cannot do
+        if self._urgent(now_s):  # its capacity says how slow it is, and keeps from it what it cannot do
             return ruling.evidence.get("errors_shadow_only", 0.0) == 0.0 and not level > -_WORTH_LOG_SPEED
         if self._is_paced(known) and known.speed.weight >= self.config.trial.warmup_pairs:
             return known.speed.recent >= -margin  # streams tell their pace long before they end
@@ -847,7 +851,7 @@ class Balancer:
                 self._apply(known, event, now_s, why)
             return
         fit = [r for r in waiting if now_s >= r.connection.not_before_s and not r.vetoed and self._heard(r, now_s)]
-        urgent = self._urgent()
+        urgent = self._urgent(now_s)
         for known in fit:
             if self._has_returned(known, now_s) and not known.connection.rejections:
                 event = Event.ADMIT_UNTRIED if urgent else Event.ADMIT_URGENT
@@ -857,7 +861,7 @@ class Balancer:
             shadowed = [r for r in self._replicas.values() if r.connection.state is State.SHADOWING]
             for known in [*fit, *shadowed]:
                 if not known.connection.rejections or known.is_of_use:
-                    reason = f"predicted load {self._load:.2f} of the active set: no time for a trial"
+                    reason = f"predicted load {self._foreseen_load(now_s):.2f} of what serves: no time for a trial"
                     self._apply(known, Event.ADMIT_URGENT, now_s, reason)
             fit = [r for r in fit if r.connection.state is State.INACTIVE]
         on_trial = sum(1 for r in self._replicas.values() if r.connection.state is State.SHADOWING)
@@ -878,14 +882,39 @@ class Balancer:
         silent = node is not None and now_s - node.made_s > self.config.balance.lost_after_s
         return not silent or (known.queue == 0 and now_s - known.connection.since_s > _UNHEARD_S)
 
-    def _urgent(self) -> bool:
+    def _urgent(self, now_s: float) -> bool:
         """Whether there is no time for trials: the active set is about to be overloaded, or its queues say that it is.
 
         Unknown until the service curve is: what looks like a queue may be parallel work.
         """
+        if not self._curve.curve.learned:
+            return False
         serving = [r for r in self._replicas.values() if _takes_traffic(r)]
         crowded = sum(r.queue for r in serving) > self._curve.curve.slots * len(serving)
-        return self._curve.curve.learned and (self._load > self.config.balance.urgent_load or crowded)
+        return self._foreseen_load(now_s) > self.config.balance.urgent_load or crowded
+
+    def _foreseen_load(self, now_s: float) -> float:
+        """Predicted load of the replicas that serve; while Serve replaces them, of those that the next one leaves."""
+        serving = [r for r in self._replicas.values() if _takes_traffic(r)]
+        if len(serving) < 2 or not self._is_replacing(now_s):
+            return self._load
+        next_one = max(serving, key=lambda r: r.capacity * r.connection.share(self.config.trial.ramp))
+        return self._load * self._able(serving) / max(self._able([r for r in serving if r is not next_one]), 1e-9)
+
+    def _able(self, serving: list[_Replica]) -> float:
+        """Nominal replicas that these are worth; where none is ACTIVE, they take all there is, whatever their share."""
+        ramped = any(r.connection.state is State.ACTIVE for r in serving)
+        return sum(r.capacity * (r.connection.share(self.config.trial.ramp) if ramped else 1.0) for r in serving)
+
+    def _is_replacing(self, now_s: float) -> bool:
+        """Whether Serve seems to be replacing replicas: one left a machine that is well, and it will stop the next one
+        as soon as a new one runs, whether our trials are over or not.
+        """
+        well = {n: node for n, node in self._nodes.items() if self._age(node) <= self.config.forecast.ttl_s}
+        return any(
+            left_s > now_s - _REPLACING_S and node_id in well and well[node_id].back_s <= left_s
+            for node_id, (left_s, _) in self._left.items()
+        )
 
     def _plan_mirrors(self, now_s: float) -> None:
         """Split the mirrored budget; with little traffic it grows, up to a candidate's fair share."""

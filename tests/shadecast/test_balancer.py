@@ -175,6 +175,24 @@ def test_a_newcomer_that_is_merely_slow_takes_its_part_when_there_is_no_time_for
         assert world.row("new").capacity < 0.6
 
 
+@pytest.mark.parametrize(("rate_per_tick", "urgent"), [(13, True), (3, False)])
+def test_a_rolling_update_that_does_not_wait_for_trials_leaves_enough_to_serve(rate_per_tick, urgent):
+    """Serve stops the next old replica as soon as a new one runs. Where there is room, trials go on all the same."""
+    world = grown(4, settings={"balance": {"slots": 1.0}}, rate_per_tick=rate_per_tick)
+    needed = 0.05 * rate_per_tick / 0.5
+    for i in range(4):
+        world.machines[f"old{i}"].alive = False
+        world.add(f"new{i}", node_id=f"node-old{i}")
+        world.run(1.5)
+        for _ in range(13):
+            world.tick()
+            shares = [row.share for row in world.output.table.rows if row.share > 0.0]
+            assert (sum(shares) if 1.0 in shares else len(shares)) > needed, "without an ACTIVE one they take all"
+    assert all(("admit_urgent" in world.events(f"new{i}")) is urgent for i in range(2))
+    world.run(300)
+    assert {world.state(f"new{i}") for i in range(4)} == {State.ACTIVE}
+
+
 def test_memory_that_was_full_before_a_node_died_ends_no_trial_when_it_is_back():
     world = grown(4)
     world.machines["old0"].memory = 0.99
