@@ -20,7 +20,7 @@ import random
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -48,7 +48,7 @@ from shadecast.errors import ConfigError
 from shadecast.ledger import Ledger, Started
 from shadecast.pick import PickTable, cost_table, table_scores
 from shadecast.rescue import Patience, RescueBudget, Stuck, collapsed, worth_rescuing
-from shadecast.sessions import SessionMap
+from shadecast.sessions import HARDLY, SessionMap
 from shadecast.types import RouterReport, RoutingTable, State
 
 logger = logging.getLogger("ray.serve")
@@ -130,8 +130,8 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         self._patience = Patience()
         self._shunned: dict[str, tuple[int, float]] = {}
         """Of replicas that did not accept: how often in a row, and until when they are left out."""
-        self._collapsed: frozenset[str] = frozenset()
-        """Replicas that are far slower than the others, by the table."""
+        self._stuck: frozenset[str] = frozenset()
+        """Replicas that hardly answer, by the table: sessions make a detour around them."""
         self._looking = self._want_table_back = self._has_near = False
         self._random = random.random
         self._sessions: SessionMap | None = None
@@ -324,7 +324,7 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
             self._sessions = SessionMap(self._config.session, self._session_secret, self._config.trial.drain_s)
             self._update_sessions(self._sessions)
         now_s = time.monotonic()
-        away = self._collapsed if self._laid_out_for == "table" else frozenset()
+        away = self._stuck if self._laid_out_for == "table" else frozenset()
         if self._shunned:
             away = away.union(replica_id for replica_id, (_, until_s) in self._shunned.items() if now_s < until_s)
         replica_id = self._sessions.lookup(pending_request.metadata.session_id, now_s, away)
@@ -550,9 +550,9 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
 
     # ------------------------------------------------------------------ rescue
 
-    def _rescue_stuck(self, table: RoutingTable) -> None:
+    def _rescue_stuck(self, table: RoutingTable, slow: Collection[str]) -> None:
         """Send requests again that a collapsed replica holds, as far as the budget goes."""
-        slow, now_s = self._collapsed, time.monotonic()
+        now_s = time.monotonic()
         stuck = [
             Stuck(request_id, replica_id, now_s - entry.started_s, entry.in_flight_at_start, entry.cost)
             for replica_id in slow
@@ -670,9 +670,10 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         self._table = table
         self._table_s = time.monotonic() - max(table.age_s, 0.0)
         self._lay_out()
-        self._collapsed = frozenset(collapsed(table, self._config.balance))
-        if self._collapsed:
-            self._rescue_stuck(table)
+        slow = collapsed(table, self._config.balance)
+        self._stuck = frozenset(collapsed(table, self._config.balance, HARDLY)) if slow else frozenset()
+        if slow:
+            self._rescue_stuck(table, slow)
 
     def _lay_out(self) -> None:
         """Precompute the picks for the present replicas and table."""
@@ -779,7 +780,7 @@ class ObservingRouter(PredictiveRouter):
     def _drawn_to_copy_to(self, session_id: str) -> str | None:
         return None
 
-    def _rescue_stuck(self, table: RoutingTable) -> None:
+    def _rescue_stuck(self, table: RoutingTable, slow: Collection[str]) -> None:
         """Nothing is sent again."""
 
     def _make_report(self) -> RouterReport:

@@ -235,6 +235,8 @@ class Balancer:
         self._first_seen_s: float | None = None
         self._finished_total = 0
         self._last_tick_s: float | None = None
+        self._able_before = 0.0
+        """What served, in nominal replicas, before Serve began to replace some."""
         self._transitions: list[Transition] = []
         self._all_rates = self._all_recent = _Rates()
         self._veto = cap.Veto()
@@ -852,6 +854,8 @@ class Balancer:
             return
         fit = [r for r in waiting if now_s >= r.connection.not_before_s and not r.vetoed and self._heard(r, now_s)]
         urgent = self._urgent(now_s)
+        if not self._is_replacing(now_s):
+            self._able_before = self._able([r for r in self._replicas.values() if _takes_traffic(r)])
         for known in fit:
             if self._has_returned(known, now_s) and not known.connection.rejections:
                 event = Event.ADMIT_UNTRIED if urgent else Event.ADMIT_URGENT
@@ -861,8 +865,7 @@ class Balancer:
             shadowed = [r for r in self._replicas.values() if r.connection.state is State.SHADOWING]
             for known in [*fit, *shadowed]:
                 if not known.connection.rejections or known.is_of_use:
-                    reason = f"predicted load {self._foreseen_load(now_s):.2f} of what serves: no time for a trial"
-                    self._apply(known, Event.ADMIT_URGENT, now_s, reason)
+                    self._apply(known, Event.ADMIT_URGENT, now_s, f"{urgent}: no time for a trial")
             fit = [r for r in fit if r.connection.state is State.INACTIVE]
         on_trial = sum(1 for r in self._replicas.values() if r.connection.state is State.SHADOWING)
         trial = self.config.trial
@@ -882,24 +885,31 @@ class Balancer:
         silent = node is not None and now_s - node.made_s > self.config.balance.lost_after_s
         return not silent or (known.queue == 0 and now_s - known.connection.since_s > _UNHEARD_S)
 
-    def _urgent(self, now_s: float) -> bool:
-        """Whether there is no time for trials: the active set is about to be overloaded, or its queues say that it is.
+    def _urgent(self, now_s: float) -> str:
+        """Why there is no time for trials, "" if there is: what serves is about to be overloaded, or crowded already.
 
-        Unknown until the service curve is: what looks like a queue may be parallel work.
+        Load and queues say so only once the service curve is known: what looks like a queue may be parallel work.
         """
+        serving = [r for r in self._replicas.values() if _takes_traffic(r)]
         if not self._curve.curve.learned:
-            return False
-        serving = [r for r in self._replicas.values() if _takes_traffic(r)]
+            left = self._able_without_next(serving)
+            halved = left < self.config.balance.panic_fraction * self._able_before
+            return "less than half of what served will be left" if halved and self._is_replacing(now_s) else ""
+        load = self._foreseen_load(serving, now_s)
+        if load > self.config.balance.urgent_load:
+            return f"predicted load {load:.2f} of what serves"
         crowded = sum(r.queue for r in serving) > self._curve.curve.slots * len(serving)
-        return self._foreseen_load(now_s) > self.config.balance.urgent_load or crowded
+        return "more wait than are served" if crowded else ""
 
-    def _foreseen_load(self, now_s: float) -> float:
+    def _foreseen_load(self, serving: list[_Replica], now_s: float) -> float:
         """Predicted load of the replicas that serve; while Serve replaces them, of those that the next one leaves."""
-        serving = [r for r in self._replicas.values() if _takes_traffic(r)]
         if len(serving) < 2 or not self._is_replacing(now_s):
             return self._load
-        next_one = max(serving, key=lambda r: r.capacity * r.connection.share(self.config.trial.ramp))
-        return self._load * self._able(serving) / max(self._able([r for r in serving if r is not next_one]), 1e-9)
+        return self._load * self._able(serving) / max(self._able_without_next(serving), 1e-9)
+
+    def _able_without_next(self, serving: list[_Replica]) -> float:
+        next_one = max(serving, key=lambda r: r.capacity * r.connection.share(self.config.trial.ramp), default=None)
+        return self._able([r for r in serving if r is not next_one])
 
     def _able(self, serving: list[_Replica]) -> float:
         """Nominal replicas that these are worth; where none is ACTIVE, they take all there is, whatever their share."""

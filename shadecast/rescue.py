@@ -80,12 +80,12 @@ class RescueBudget:
         return True
 
 
-def collapsed(table: RoutingTable, config: BalanceConfig) -> dict[str, float]:
-    """Capacity of the replicas that have fallen below `rescue_speed` of the median of those that take traffic."""
+def collapsed(table: RoutingTable, config: BalanceConfig, part: float = 1.0) -> dict[str, float]:
+    """Capacity of the replicas below `part * rescue_speed` of the median capacity of those that take traffic."""
     serving = [row.capacity for row in table.rows if row.share > 0.0]
     if len(serving) < 2 or config.rescue_fraction <= 0.0:
         return {}
-    limit = config.rescue_speed * median(serving)
+    limit = part * config.rescue_speed * median(serving)
     return {row.replica_id: row.capacity for row in table.rows if row.capacity < limit}
 
 

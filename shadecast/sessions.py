@@ -25,6 +25,9 @@ from shadecast.rendezvous import Rendezvous, session_key, unit
 
 IDLE_GAP_S = 10.0
 """A session silent for so long has little left in caches: it leaves a draining replica on its next request."""
+HARDLY = 0.4
+"""Of the speed below which a replica has collapsed: slower ones hardly answer. Sessions leave later than requests are
+rescued, because a detour for a moment's slowness costs caches in two places."""
 _RANK_SALT = 0x5DEECE66D5DEECE6
 _FULL_MEMBER = 0.5
 """Only replicas with this much of the greatest weight say what the best score is: one on its first steps is idle."""
@@ -62,7 +65,7 @@ class SessionMap:
 
     __slots__ = (
         *("_config", "_cool", "_detour", "_drain_s", "_latest_s", "_leaving", "_open", "_ring", "_secret", "_sessions"),
-        *("counts", "moved"),
+        *("_takes", "counts", "moved"),
     )
 
     def __init__(self, config: SessionConfig, secret: bytes, drain_s: float = 30.0) -> None:
@@ -77,8 +80,10 @@ class SessionMap:
         self._leaving: dict[str, _Leaving] = {}
         self._ring = self._cool = Rendezvous({}, secret)
         """Where unknown sessions and those that move are placed."""
-        self._detour: tuple[Collection[str], Rendezvous, Rendezvous] = ((), self._cool, self._cool)
-        """Replicas to avoid, the ring at that time, and that ring without them."""
+        self._takes: dict[str, float] = {}
+        """Weights of all that take sessions, hot or not."""
+        self._detour: tuple[Collection[str], dict[str, float], Rendezvous] = ((), self._takes, self._cool)
+        """Replicas to avoid, the weights at that time, and a ring without those."""
         self._latest_s = 0.0
         self.counts: dict[str, int] = {}
         """Sessions known here per replica."""
@@ -101,6 +106,8 @@ class SessionMap:
         """
         now_s = self._now(now_s)
         takes = {k: w for k, w in weights.items() if 0.0 < w < math.inf and k not in draining}
+        if takes != self._takes:
+            self._takes = takes
         hot = self._hot(takes, scores)
         rates = dict.fromkeys(hot, self._config.moves_per_s)
         # twice as fast as the deadline asks: nearly all are gone when it comes
@@ -154,11 +161,11 @@ class SessionMap:
         return replica_id if replica_id not in away else self._around(away).place(key)
 
     def _around(self, away: Collection[str]) -> Rendezvous:
-        """The ring of those that move, without `away`."""
+        """Where detours go: all but `away`, hot or not, so that they change no more often than `away` does."""
         avoided, before, ring = self._detour
-        if before is not self._cool or avoided != away:
-            ring = Rendezvous({k: w for k, w in self._cool.weights.items() if k not in away}, self._secret)
-            self._detour = (away, self._cool, ring)
+        if before is not self._takes or avoided != away:
+            ring = Rendezvous({k: w for k, w in self._takes.items() if k not in away}, self._secret)
+            self._detour = (away, self._takes, ring)
         return ring
 
     def destination(self, session_id: str | bytes) -> str | None:

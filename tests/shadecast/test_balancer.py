@@ -175,10 +175,10 @@ def test_a_newcomer_that_is_merely_slow_takes_its_part_when_there_is_no_time_for
         assert world.row("new").capacity < 0.6
 
 
-@pytest.mark.parametrize(("rate_per_tick", "urgent"), [(13, True), (3, False)])
-def test_a_rolling_update_that_does_not_wait_for_trials_leaves_enough_to_serve(rate_per_tick, urgent):
+@pytest.mark.parametrize(("rate_per_tick", "slots", "urgent"), [(13, 1.0, True), (3, 1.0, False), (13, 0.0, True)])
+def test_a_rolling_update_that_does_not_wait_for_trials_leaves_enough_to_serve(rate_per_tick, slots, urgent):
     """Serve stops the next old replica as soon as a new one runs. Where there is room, trials go on all the same."""
-    world = grown(4, settings={"balance": {"slots": 1.0}}, rate_per_tick=rate_per_tick)
+    world = grown(4, settings={"balance": {"slots": slots}}, rate_per_tick=rate_per_tick)
     needed = 0.05 * rate_per_tick / 0.5
     for i in range(4):
         world.machines[f"old{i}"].alive = False

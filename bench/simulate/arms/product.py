@@ -8,7 +8,7 @@ table reaches each router up to the scenario's delay late. Copies to replicas on
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from bench.simulate.arms.base import Arm
@@ -19,7 +19,7 @@ from shadecast.config import Config
 from shadecast.ledger import Ledger
 from shadecast.pick import PickTable, cost_table, table_scores
 from shadecast.rescue import RescueBudget, Stuck, collapsed, worth_rescuing
-from shadecast.sessions import SessionMap
+from shadecast.sessions import HARDLY, SessionMap
 from shadecast.types import (
     Forecast,
     NodeReport,
@@ -67,7 +67,7 @@ class _Router:
         self.copies: dict[str, int] = {}
         self.sessions = SessionMap(arm.config.session, secret, arm.config.trial.drain_s)
         self.rescue_budget = RescueBudget(arm.config.balance.rescue_fraction)
-        self.collapsed: frozenset[str] = frozenset()
+        self.stuck: frozenset[str] = frozenset()
         self.open: dict[str, Request] = {}
         """Live requests that may still be rescued, by id."""
         self.streams: dict[int, tuple[Request, int, float]] = {}
@@ -81,9 +81,10 @@ class _Router:
         self.table = table
         self.table_s = self.arm.made_s[table.version]
         self.lay_out()
-        self.collapsed = frozenset(collapsed(table, self.arm.config.balance))
-        if self.collapsed:
-            self.arm.rescue(self, table)
+        slow = collapsed(table, self.arm.config.balance)
+        self.stuck = frozenset(collapsed(table, self.arm.config.balance, HARDLY)) if slow else frozenset()
+        if slow:
+            self.arm.rescue(self, table, slow)
 
     def lay_out(self) -> None:
         """Precompute the picks for the present members and table."""
@@ -252,7 +253,7 @@ class Product(Arm):
         """The router's own decision."""
         router = self._routers[request.router]
         if request.session is not None:
-            away = router.collapsed if router.level() == "table" else ()
+            away = router.stuck if router.level() == "table" else ()
             held = router.sessions.lookup(str(request.session.id), self.sim.now_s, away)
             if held is not None and held in router.picks.index:
                 return self.member_of[held]
@@ -306,12 +307,12 @@ class Product(Arm):
         if pair is not None and "primary_s" not in pair[1]:
             self._half(request.id, primary_s=duration_s, primary_ok=ok)
 
-    def rescue(self, router: _Router, table: RoutingTable) -> None:
+    def rescue(self, router: _Router, table: RoutingTable, slow: Collection[str]) -> None:
         """As `PredictiveRouter._rescue_stuck`: send stuck requests again, once, within the budget."""
         now_s, picks = self.sim.now_s, router.picks
         stuck = [
             Stuck(request_id, replica_id, now_s - entry.started_s, entry.in_flight_at_start, entry.cost)
-            for replica_id in router.collapsed
+            for replica_id in slow
             for request_id, entry in router.ledger.open_on(replica_id)
             if request_id in router.open
         ]
