@@ -13,7 +13,7 @@ from rich.table import Table
 
 from bench.live.arms import ARMS
 from bench.live.scenario import SCENARIOS, Scenario
-from bench.live.targets import checks
+from bench.live.targets import checks, yardstick
 from bench.results import Check, Row, by_arm, interval
 
 _COLUMNS = (
@@ -84,7 +84,7 @@ def print_table(console: Console, scenario: Scenario, rows: Sequence[Row]) -> No
     for arm, metrics in found.items():
         table.add_row(arm, *(_cell(metrics.get(name, ()), scale, digits) for name, _, scale, digits in columns))
     console.print(table)
-    for check in checks(scenario.name, found, by_arm(rows, "newcomer-none", ARMS)):
+    for check in checks(scenario.name, found, by_arm(rows, yardstick(scenario.name), ARMS)):
         console.print("  " + check.line(), style="green" if check.met else "yellow", markup=False)
 
 
@@ -104,7 +104,6 @@ def write_markdown(path: Path, rows: Sequence[Row], series: Path | None) -> None
 
     pictures = path.with_suffix("")
     pictures.mkdir(parents=True, exist_ok=True)
-    yardstick = by_arm(rows, "newcomer-none", ARMS)
     verdicts: list[tuple[str, Check]] = []
     sections: list[str] = []
     names = [*SCENARIOS, *dict.fromkeys(row.scenario for row in rows if row.scenario not in SCENARIOS)]
@@ -112,7 +111,7 @@ def write_markdown(path: Path, rows: Sequence[Row], series: Path | None) -> None
         found = by_arm(rows, name, ARMS)
         if not found:
             continue
-        verdicts += [(name, check) for check in checks(name, found, yardstick)]
+        verdicts += [(name, check) for check in checks(name, found, by_arm(rows, yardstick(name), ARMS))]
         columns = _shown(found)
         about = _title(SCENARIOS[name], found) if name in SCENARIOS else ""
         lines = [

@@ -167,8 +167,11 @@ def find_scenarios(names: str) -> list[Scenario]:
 
 
 def requests(scenario: Scenario, seed: int) -> list[Request]:
-    """The requests of one seed, in order, from `-warm_up_s` on: the same for every arm."""
-    rng = random.Random(f"{scenario.name} {seed}")
+    """The requests of one seed, in order, from `-warm_up_s` on: the same for every arm.
+
+    Scenarios that differ in their faults alone have the same requests, too.
+    """
+    rng = random.Random(f"requests {seed}")
     made = []
     for at_s in _arrivals(scenario, rng):
         cpu_s = scenario.cpu_s * rng.uniform(0.7, 1.3)

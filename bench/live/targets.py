@@ -29,8 +29,13 @@ def _at_most(found: Found, metric: str, limit: float, what: str) -> Iterator[Che
         yield Check(f"{what} <= {limit:g}", f"{value:.4g}", value <= limit)
 
 
+def yardstick(scenario: str) -> str:
+    """The scenario with the same arrivals and no fault."""
+    return "newcomer-none" if scenario.startswith("newcomer") else "calm"
+
+
 def checks(scenario: str, found: Found, without: Found) -> list[Check]:
-    """Checks of one scenario; those whose arms were not run are left out. `without` is newcomer-none."""
+    """Checks of one scenario; those whose arms were not run are left out. `without` is found in its yardstick."""
     if "shadecast" not in found:
         return []
     match scenario:
@@ -44,18 +49,17 @@ def checks(scenario: str, found: Found, without: Found) -> list[Check]:
                 made.append(Check("goodput >= 0.98 x default", f"{value:.3f} x", value >= 0.98))
             return made
         case "newcomer-slow" | "newcomer-failing" | "newcomer-wrong":
-            made = [*_at_most(found, "error_fraction", 0.001, "errors seen, as a fraction")]
-            if "shadecast" in without:
-                joined = {"shadecast": found["shadecast"], "without it": without["shadecast"]}
-                made += _ratio(joined, "p99_s", "without it", 1.05)
-            return made
+            return [
+                *_at_most(found, "error_fraction", 0.001, "errors seen, as a fraction"),
+                *_beside(found, without, 1.05),
+            ]
         case "node-kill":
             made = [*_at_most(found, "errors", 0.0, "failed requests")]
             if "oracle" in found:
                 made += _ratio(found, "p99_3s_after_fault_s", "oracle", 1.25)
             return made
         case "coordinator-kill" | "partition" | "forecaster-kill":
-            return [*_at_most(found, "errors", 0.0, "failed requests"), *_ratio(found, "p99_s", "oracle", 1.1)]
+            return [*_at_most(found, "errors", 0.0, "failed requests"), *_beside(found, without, 1.1)]
         case "sessions-hot":
             stay = _mean(found, "shadecast", "session_stay_fraction_well")
             return [
@@ -66,6 +70,11 @@ def checks(scenario: str, found: Found, without: Found) -> list[Check]:
             return [*_ratio(found, "slo_miss_fraction", "default", 0.25), *_gain(found)]
         case _:
             return []
+
+
+def _beside(found: Found, without: Found, limit: float) -> Iterator[Check]:
+    if "shadecast" in without:
+        yield from _ratio({**found, "the run without it": without["shadecast"]}, "p99_s", "the run without it", limit)
 
 
 def _gain(found: Found) -> Iterator[Check]:

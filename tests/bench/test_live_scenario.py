@@ -16,7 +16,7 @@ from bench.live.metrics import Span, measure
 from bench.live.report import write_markdown
 from bench.live.run import Rows
 from bench.live.scenario import SCENARIOS, find_scenarios, requests
-from bench.live.targets import checks
+from bench.live.targets import checks, yardstick
 from bench.results import Row, by_arm
 from shadecast.config import Config
 
@@ -158,6 +158,18 @@ def test_targets_are_ratios_to_the_arms_measured_beside_it():
     assert [check.met for check in checks("hog", good, {})] == [True, True, True]
     slow = by_arm(rows + fill("shadecast", p99_s=[0.2, 0.4], p999_s=[5.0, 5.0]), "hog", ARMS)
     assert [check.met for check in checks("hog", slow, {})] == [False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("name", "fair", "most"), [("newcomer-slow", "newcomer-none", 1.05), ("coordinator-kill", "calm", 1.1)]
+)
+def test_faults_that_should_cost_nothing_are_judged_beside_the_same_requests_without_them(name, fair, most):
+    assert yardstick(name) == fair
+    assert requests(SCENARIOS[name], 3) == requests(SCENARIOS[fair], 3)
+    without = {"shadecast": {"p99_s": [0.1]}}
+    for factor, met in ((0.99, True), (1.01, False)):
+        found = {"shadecast": {"p99_s": [0.1 * most * factor], "errors": [0.0], "error_fraction": [0.0]}}
+        assert [check.met for check in checks(name, found, without)] == [True, met]
 
 
 def test_the_page_names_targets_errors_and_too_few_requests(tmp_path):
