@@ -67,7 +67,7 @@ class PickTable:
     """
 
     __slots__ = (
-        *("_base", "_cost", "_inverse", "_limit", "_partial", "_routers"),
+        *("_base", "_cost", "_inverse", "_limit", "_partial", "_routers", "_turn"),
         *("ids", "in_flight", "index", "pool", "scores", "share"),
     )
 
@@ -116,6 +116,8 @@ class PickTable:
             self.share = [1.0] * count
         self.pool = [i for i in range(count) if self.share[i] > 0.0]
         self._partial = any(self.share[i] < 1.0 for i in self.pool)
+        self._turn = -1
+        """Where the next look at all replicas of a pool begins."""
         self.scores = [self.score(i) for i in range(count)]
 
     def note(self, i: int, queue: float) -> None:
@@ -141,9 +143,10 @@ class PickTable:
     ) -> int:
         """Index of the replica for the next request, -1 if there is none. `random` gives floats in [0, 1).
 
-        `choices` replicas are drawn with replacement (all, if there are no more), and the least score wins. A replica
-        with a share below 1 is eligible for that fraction of the draws. `without` leaves one out; `pool` is a part of
-        the eligible replicas to pick from. Draws and compares numbers only: nothing is allocated.
+        `choices` replicas are drawn with replacement (all, if there are no more), and the least score wins. Where all
+        are looked at, equals take turns: a CPU quota, say, recovers between requests. A replica with a share below 1
+        is eligible for that fraction of the draws. `without` leaves one out; `pool` is a part of the eligible replicas
+        to pick from. Draws and compares numbers only: nothing is allocated.
         """
         if pool is None:
             pool = self.pool
@@ -167,8 +170,9 @@ class PickTable:
             return -1
         shares, scores = self.share, self.scores
         all_of_them = count <= choices
-        k = int(random() * count)  # ties must not always fall to the first
-        best, best_score = -1, 0.0
+        # ties must not always fall to the first
+        k = self._turn % count if all_of_them and self._turn >= 0 else int(random() * count)
+        best, best_score, after = -1, 0.0, k
         drawn, tries = 0, count if all_of_them else 4 * choices
         while tries and drawn < choices:
             tries -= 1
@@ -180,7 +184,9 @@ class PickTable:
             drawn += 1
             score = scores[i]
             if best < 0 or score < best_score:
-                best, best_score = i, score * _TIE
+                best, best_score, after = i, score * _TIE, k
+        if all_of_them:
+            self._turn = after
         return best if best >= 0 or pool[k] == without else pool[k]  # none was eligible this time
 
     def power_of_two(self, random: Callable[[], float]) -> int:

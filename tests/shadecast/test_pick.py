@@ -61,6 +61,13 @@ def test_equal_replicas_are_picked_equally():
         assert counts[i] / 20_000 == pytest.approx(0.25, abs=0.015)
 
 
+def test_where_all_are_looked_at_equals_take_turns_and_those_that_are_worse_are_left_out():
+    picks = PickTable(ids(4), table((1, 1.0, 0), (1, 0.97, 0), (1, 0.5, 0), (1, 1.03, 0)), {}, {}, COST)
+    rng = random.Random(1)
+    turns = [picks.pick(rng.random) for _ in range(300)]
+    assert all(set(turns[i : i + 3]) == {0, 1, 3} for i in range(298))
+
+
 def test_capacities_within_a_tenth_do_not_herd():
     counts = spread(PickTable(ids(4), table((1, 1.0, 0), (1, 1.04, 0), (1, 0.98, 0), (1, 1.02, 0)), {}, {}, COST))
     assert min(counts.values()) > 4_000
