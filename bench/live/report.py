@@ -71,6 +71,12 @@ def _title(scenario: Scenario, found: Found) -> str:
     return f"{scenario.note}; {load}, {seeds} seeds{quick}"
 
 
+def _checks(name: str, found: Found, rows: Sequence[Row]) -> list[Check]:
+    """Against the targets, and against the yardstick's runs of the same seeds."""
+    seeds = {row.seed for row in rows if row.scenario == name}
+    return checks(name, found, by_arm([row for row in rows if row.seed in seeds], yardstick(name), ARMS))
+
+
 def print_table(console: Console, scenario: Scenario, rows: Sequence[Row]) -> None:
     """One scenario's table with intervals over seeds, and how it stands to the targets."""
     found = by_arm(rows, scenario.name, ARMS)
@@ -84,7 +90,7 @@ def print_table(console: Console, scenario: Scenario, rows: Sequence[Row]) -> No
     for arm, metrics in found.items():
         table.add_row(arm, *(_cell(metrics.get(name, ()), scale, digits) for name, _, scale, digits in columns))
     console.print(table)
-    for check in checks(scenario.name, found, by_arm(rows, yardstick(scenario.name), ARMS)):
+    for check in _checks(scenario.name, found, rows):
         console.print("  " + check.line(), style="green" if check.met else "yellow", markup=False)
 
 
@@ -111,7 +117,7 @@ def write_markdown(path: Path, rows: Sequence[Row], series: Path | None) -> None
         found = by_arm(rows, name, ARMS)
         if not found:
             continue
-        verdicts += [(name, check) for check in checks(name, found, by_arm(rows, yardstick(name), ARMS))]
+        verdicts += [(name, check) for check in _checks(name, found, rows)]
         columns = _shown(found)
         about = _title(SCENARIOS[name], found) if name in SCENARIOS else ""
         lines = [
