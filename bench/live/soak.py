@@ -77,20 +77,34 @@ class Watch:
             self._ended.wait(_SAMPLE_S)
 
     def finish(self) -> dict[str, float]:
-        """The steepest growth, over the second half of each process that was there that long, and its share of all."""
+        """The steepest growth, and the five steepest by process; see `growth_per_s`."""
         self._ended.set()
         self._thread.join(timeout=30.0)
-        slopes: dict[str, float] = {}
-        for key, samples in self._seen.items():
-            half = samples[len(samples) // 2 :]
-            if len(half) >= 6:
-                at_s, rss = np.array(half).T
-                slopes[self._names[key]] = max(
-                    float(np.polyfit(at_s - at_s[0], rss, 1)[0]), slopes.get(self._names[key], 0)
-                )
+        slopes = growth_per_s([(self._names[key], samples) for key, samples in self._seen.items()])
         if not slopes:
             return {}
         return {"rss_slope_bytes_per_h": 3600.0 * max(slopes.values())} | {
             f"rss_slope_{name.removeprefix('ray::')}": 3600.0 * slope
             for name, slope in sorted(slopes.items(), key=lambda item: -item[1])[:5]
         }
+
+
+def growth_per_s(seen: Sequence[tuple[str, Sequence[tuple[float, float]]]]) -> dict[str, float]:
+    """Growth over the second half of all that was watched; name -> that of the process of this name that grew most.
+
+    `seen`: name and (second, value) of each process. Only processes that were there throughout that half count: those
+    that were started meanwhile still fill up.
+    """
+    times_s = [at_s for _, samples in seen for at_s, _ in samples]
+    if not times_s:
+        return {}
+    last_s = max(times_s)
+    half_s = (min(times_s) + last_s) / 2.0
+    slopes: dict[str, float] = {}
+    for name, samples in seen:
+        half = [sample for sample in samples if sample[0] >= half_s]
+        if len(half) >= 6 and samples[0][0] <= half_s and half[-1][0] >= last_s - 2.0 * _SAMPLE_S:
+            at_s, value = np.array(half).T
+            slope = float(np.polyfit(at_s - at_s[0], value, 1)[0])
+            slopes[name] = max(slope, slopes.get(name, slope))
+    return slopes

@@ -16,6 +16,7 @@ from bench.live.metrics import Span, measure
 from bench.live.report import write_markdown
 from bench.live.run import Rows
 from bench.live.scenario import SCENARIOS, find_scenarios, requests
+from bench.live.soak import growth_per_s
 from bench.live.targets import checks, yardstick
 from bench.results import Row, by_arm
 from shadecast.config import Config
@@ -170,6 +171,20 @@ def test_faults_that_should_cost_nothing_are_judged_beside_the_same_requests_wit
     for factor, met in ((0.99, True), (1.01, False)):
         found = {"shadecast": {"p99_s": [0.1 * most * factor], "errors": [0.0], "error_fraction": [0.0]}}
         assert [check.met for check in checks(name, found, without)] == [True, met]
+
+
+def test_growth_is_that_of_processes_that_were_there_throughout_the_second_half():
+    times_s = [10.0 * i for i in range(41)]
+    seen = [
+        ("steady", [(t, 5e8) for t in times_s]),
+        ("leaks", [(t, 1e8 + 1000.0 * t) for t in times_s]),
+        ("leaks", [(t, 1e8) for t in times_s]),
+        ("fills up", [(t, min(t, 100.0) * 1e6) for t in times_s]),
+        ("started late", [(t, 1e6 * t) for t in times_s if t > 250.0]),
+        ("ended", [(t, 1e6 * t) for t in times_s if t < 300.0]),
+    ]
+    assert growth_per_s(seen) == pytest.approx({"steady": 0.0, "leaks": 1000.0, "fills up": 0.0}, abs=1e-3)
+    assert growth_per_s([]) == {}
 
 
 def test_the_page_names_targets_errors_and_too_few_requests(tmp_path):
