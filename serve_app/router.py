@@ -47,8 +47,8 @@ from shadecast.config import Config
 from shadecast.errors import ConfigError
 from shadecast.ledger import Ledger, Started
 from shadecast.pick import PickTable, cost_table, table_scores
-from shadecast.rescue import Patience, RescueBudget, Stuck, collapsed, worth_rescuing
-from shadecast.sessions import HARDLY, SessionMap
+from shadecast.rescue import Patience, RescueBudget, Stuck, collapsed, hardly_answering, worth_rescuing
+from shadecast.sessions import SessionMap
 from shadecast.types import RouterReport, RoutingTable, State
 
 logger = logging.getLogger("ray.serve")
@@ -671,7 +671,7 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         self._table_s = time.monotonic() - max(table.age_s, 0.0)
         self._lay_out()
         slow = collapsed(table, self._config.balance)
-        self._stuck = frozenset(collapsed(table, self._config.balance, HARDLY)) if slow else frozenset()
+        self._stuck = hardly_answering(table, self._config.balance) if slow else frozenset()
         if slow:
             self._rescue_stuck(table, slow)
 

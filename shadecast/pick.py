@@ -172,7 +172,7 @@ class PickTable:
         all_of_them = count <= choices
         # ties must not always fall to the first
         k = self._turn % count if all_of_them and self._turn >= 0 else int(random() * count)
-        best, best_score, after = -1, 0.0, k
+        best, best_score, after = -1, 0.0, k + 1
         drawn, tries = 0, count if all_of_them else 4 * choices
         while tries and drawn < choices:
             tries -= 1

@@ -18,6 +18,8 @@ from shadecast.config import BalanceConfig
 from shadecast.pick import load_cost
 from shadecast.types import RoutingTable
 
+_HARDLY = 0.4
+"""Of the speed below which a replica has collapsed: slower ones hardly answer."""
 _BURST = 8.0
 """Rescues that may be saved up, and that there are at the start: about the requests that one replica holds."""
 _LEAST_PATIENCE_S = 0.25
@@ -80,12 +82,24 @@ class RescueBudget:
         return True
 
 
-def collapsed(table: RoutingTable, config: BalanceConfig, part: float = 1.0) -> dict[str, float]:
-    """Capacity of the replicas below `part * rescue_speed` of the median capacity of those that take traffic."""
+def collapsed(table: RoutingTable, config: BalanceConfig) -> dict[str, float]:
+    """Capacity of the replicas that have fallen below `rescue_speed` of the median of those that take traffic."""
+    return _slower(table, config, config.rescue_speed)
+
+
+def hardly_answering(table: RoutingTable, config: BalanceConfig) -> frozenset[str]:
+    """Collapsed replicas that are so slow that sessions make a detour around them.
+
+    Sessions leave later than requests are rescued: a detour for a moment's slowness costs caches in two places.
+    """
+    return frozenset(_slower(table, config, _HARDLY * config.rescue_speed))
+
+
+def _slower(table: RoutingTable, config: BalanceConfig, part: float) -> dict[str, float]:
     serving = [row.capacity for row in table.rows if row.share > 0.0]
     if len(serving) < 2 or config.rescue_fraction <= 0.0:
         return {}
-    limit = part * config.rescue_speed * median(serving)
+    limit = part * median(serving)
     return {row.replica_id: row.capacity for row in table.rows if row.capacity < limit}
 
 

@@ -25,9 +25,6 @@ from shadecast.rendezvous import Rendezvous, session_key, unit
 
 IDLE_GAP_S = 10.0
 """A session silent for so long has little left in caches: it leaves a draining replica on its next request."""
-HARDLY = 0.4
-"""Of the speed below which a replica has collapsed: slower ones hardly answer. Sessions leave later than requests are
-rescued, because a detour for a moment's slowness costs caches in two places."""
 _RANK_SALT = 0x5DEECE66D5DEECE6
 _FULL_MEMBER = 0.5
 """Only replicas with this much of the greatest weight say what the best score is: one on its first steps is idle."""

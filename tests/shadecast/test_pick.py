@@ -68,6 +68,17 @@ def test_where_all_are_looked_at_equals_take_turns_and_those_that_are_worse_are_
     assert all(set(turns[i : i + 3]) == {0, 1, 3} for i in range(298))
 
 
+def test_where_none_is_eligible_most_of_the_time_replicas_take_turns_too():
+    picks = PickTable(ids(4), table(*[(0.05, 1.0, 0)] * 4), {}, {}, COST)
+    rng = random.Random(1)
+    longest, run, before = 0, 0, -1
+    for _ in range(2_000):
+        i = picks.pick(rng.random)
+        run = run + 1 if i == before else 1
+        longest, before = max(longest, run), i
+    assert longest <= 3
+
+
 def test_capacities_within_a_tenth_do_not_herd():
     counts = spread(PickTable(ids(4), table((1, 1.0, 0), (1, 1.04, 0), (1, 0.98, 0), (1, 1.02, 0)), {}, {}, COST))
     assert min(counts.values()) > 4_000

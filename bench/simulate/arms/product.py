@@ -18,8 +18,8 @@ from shadecast.balancer import Balancer, TickInput
 from shadecast.config import Config
 from shadecast.ledger import Ledger
 from shadecast.pick import PickTable, cost_table, table_scores
-from shadecast.rescue import RescueBudget, Stuck, collapsed, worth_rescuing
-from shadecast.sessions import HARDLY, SessionMap
+from shadecast.rescue import RescueBudget, Stuck, collapsed, hardly_answering, worth_rescuing
+from shadecast.sessions import SessionMap
 from shadecast.types import (
     Forecast,
     NodeReport,
@@ -82,7 +82,7 @@ class _Router:
         self.table_s = self.arm.made_s[table.version]
         self.lay_out()
         slow = collapsed(table, self.arm.config.balance)
-        self.stuck = frozenset(collapsed(table, self.arm.config.balance, HARDLY)) if slow else frozenset()
+        self.stuck = hardly_answering(table, self.arm.config.balance) if slow else frozenset()
         if slow:
             self.arm.rescue(self, table, slow)
 
