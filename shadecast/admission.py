@@ -1,0 +1,106 @@
+"""Who may enter: untried at a first start, at once where there is no time, else through a trial within its budget."""
+
+from __future__ import annotations
+
+import math
+from statistics import median
+
+from shadecast.connection import Event
+from shadecast.fleet import BOOTSTRAP_REQUESTS, Fleet, Replica
+from shadecast.trials import Trials
+from shadecast.types import State
+from shadecast.urgency import Urgency
+
+_PAIRS_PER_S = 5.0
+"""Pairs that a trial wants: with little traffic the mirrored fraction grows towards it."""
+_UNHEARD_S = 3.0
+"""How long a new replica waits for the first word of its node, if the node has been silent."""
+_UNSEEN_S = 3.0
+"""A slow replica that nobody has asked for so long gets copies, which show whether it is well again."""
+_SLOWER = 0.5
+"""Part of the median capacity below which a replica is left out by scores alone."""
+
+
+class Admission:
+    """Begins trials, and shares the mirrored budget among them."""
+
+    def __init__(self, fleet: Fleet, urgency: Urgency, trials: Trials) -> None:
+        self._fleet, self._urgency, self._trials, self._config = fleet, urgency, trials, fleet.config
+
+    def admit(self) -> None:
+        """Let in who may."""
+        replicas = list(self._fleet.replicas.values())
+        waiting = [r for r in replicas if r.connection.state is State.INACTIVE and not r.connection.held]
+        if self._admit_untried(waiting):
+            return
+        now_s = self._fleet.now_s
+        fit = [r for r in waiting if now_s >= r.connection.not_before_s and not r.vetoed and self._heard(r)]
+        urgent = self._urgency.why()
+        self._urgency.note_serving()
+        for known in fit:
+            if self._fleet.has_returned(known) and not known.connection.rejections:
+                event = Event.ADMIT_UNTRIED if urgent else Event.ADMIT_URGENT
+                self._trials.apply(known, event, "its machine served well, was away and is back")
+        fit = [r for r in fit if r.connection.state is State.INACTIVE]
+        if urgent:
+            shadowed = [r for r in replicas if r.connection.state is State.SHADOWING]
+            for known in [*fit, *shadowed]:
+                if not known.connection.rejections or known.is_of_use:
+                    self._trials.apply(known, Event.ADMIT_URGENT, f"{urgent}: no time for a trial")
+            fit = [r for r in fit if r.connection.state is State.INACTIVE]
+        on_trial = sum(1 for r in replicas if r.connection.state is State.SHADOWING)
+        trial = self._config.trial
+        by_mirrors = int(trial.mirror_budget / max(trial.mirror_fraction, 1e-9))
+        by_count = math.ceil(trial.candidate_budget * len(replicas))
+        free = max(by_mirrors, by_count, 1) - on_trial
+        for known in sorted(fit, key=lambda r: (r.connection.rejections, -r.capacity, r.connection.replica_id))[:free]:
+            again = f", after {known.connection.rejections} rejections" if known.connection.rejections else ""
+            self._trials.apply(known, Event.ADMIT, f"alive and waiting{again}")
+
+    def _admit_untried(self, waiting: list[Replica]) -> bool:
+        """At a first start, under panic and where nothing serves there is nobody to be tried beside."""
+        fleet = self._fleet
+        since_first_s = fleet.now_s - (fleet.first_seen_s or fleet.now_s)
+        first_start = since_first_s < self._config.balance.bootstrap_s or fleet.finished_total < BOOTSTRAP_REQUESTS
+        serving, panic = bool(fleet.serving()), fleet.panic()
+        if not first_start and not panic and serving:
+            return False
+        why = "panic: too few replicas serve" if panic else "first start" if serving else "nothing else serves"
+        unproven = [r for r in fleet.replicas.values() if r.connection.state in (State.SHADOWING, State.SHIFTING)]
+        entering = [r for r in [*waiting, *unproven] if not r.connection.rejections and not r.connection.held]
+        if not serving and not entering:
+            entering = waiting
+        for known in entering:
+            self._trials.apply(known, Event.ADMIT_UNTRIED if first_start else Event.ADMIT_URGENT, why)
+        return True
+
+    def _heard(self, known: Replica) -> bool:
+        """Whether a replica's node is well enough for a trial: its telemetry, if there ever was any, arrives.
+
+        After a restart it may take a moment longer than the replica; a forecaster that stays away keeps nobody out.
+        """
+        node, now_s = self._fleet.nodes.get(known.connection.node_id), self._fleet.now_s
+        silent = node is not None and now_s - node.made_s > self._config.balance.lost_after_s
+        return not silent or (known.queue == 0 and now_s - known.connection.since_s > _UNHEARD_S)
+
+    def plan_mirrors(self) -> None:
+        """Split the mirrored budget; with little traffic it grows, up to a candidate's fair share."""
+        trial, replicas, serving = self._config.trial, self._fleet.replicas.values(), self._fleet.serving()
+        slow = _SLOWER * median([r.capacity for r in serving]) if len(serving) > 1 else 0.0
+        candidates = [r for r in replicas if r.trial is not None or self._is_unseen(r, slow)]
+        for known in replicas:
+            known.mirror_fraction = 0.0
+        if not candidates:
+            return
+        rate = self._fleet.all_rates.per_s
+        wanted = _PAIRS_PER_S / rate if rate > 0.0 else 1.0
+        each = min(trial.mirror_fraction, trial.mirror_budget / len(candidates))
+        grown = min(wanted, trial.mirror_fraction_max, 1.0 / (len(serving) + 1))
+        for known in candidates:
+            known.mirror_fraction = max(each, grown) if wanted > trial.mirror_fraction else each
+
+    def _is_unseen(self, known: Replica, slow: float) -> bool:
+        """An ACTIVE replica whose score keeps all requests away: without any, its estimate would stay for minutes."""
+        quiet = known.queue < 0.5 and self._fleet.now_s - known.asked_s >= _UNSEEN_S
+        by_requests = known.unexplained < math.log(_SLOWER)  # what telemetry says, it also takes back
+        return known.connection.state is State.ACTIVE and known.capacity < slow and quiet and by_requests

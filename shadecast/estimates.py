@@ -1,0 +1,235 @@
+"""How fast each replica is, now and in a moment: from outcomes, unfinished requests, streams, copies and telemetry.
+
+The parts are elsewhere: what a speed is and how a forecast changes it in `capacity`, how long n requests take together
+in `service_curve`, what something usually takes in `yardstick`. Here they meet.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from statistics import median
+
+from shadecast import capacity as cap
+from shadecast.fleet import Fleet, Replica
+from shadecast.service_curve import Curve, CurveLearner
+from shadecast.types import Outcome, PairedSample, ReplicaReport, State
+from shadecast.yardstick import Yardstick
+
+_PACED_S = 5.0
+"""So long after items of streams were last seen, they alone say how fast a replica is."""
+_MAX_STREAM_S = 4.0
+"""Stream-seconds that one report counts at most: those of one replica share what slows them."""
+_SLOW_HALF_LIFE_S = 60.0
+_MAX_COPY_LOG_SPEED = math.log(1.5)
+"""A copy on an idle newcomer is not taken for proof that it is much faster than the others."""
+_OVERDUE = 2.0
+"""Standard deviations beyond its expected log duration from which an unfinished request is evidence."""
+
+
+class Estimates:
+    """Speeds of a fleet's replicas. Feed observations, then `update` once a tick."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet, self._config = fleet, fleet.config
+        self._curve = CurveLearner(self._config.balance.slots, self._config.balance.batch_half)
+        self._sensitivity = cap.Sensitivity()
+        self._duration = Yardstick()
+        """Processing time of a request alone on a replica."""
+        self._pace = Yardstick()
+        """Time per item of a stream alone on a replica."""
+        self._veto = cap.Veto()
+        self._usual = 0.0
+        """Median log speed of the replicas that serve, at this moment."""
+        self.load = math.nan
+        """Predicted load of the replicas that serve: offered work over capacity; NaN until it is known."""
+
+    # ------------------------------------------------------------------ observations
+
+    def observe_outcome(self, known: Replica, outcome: Outcome) -> None:
+        """A live request that went well."""
+        if not outcome.duration_s > 0.0:
+            return
+        log_duration = math.log(outcome.duration_s) - math.log(outcome.cost)
+        headroom = self._fleet.headroom(known.connection.node_id)
+        before = known.speed.residual(self._noise(known))
+        explained = cap.explained(self._sensitivity.gamma, headroom)
+        self._curve.observe(outcome.in_flight_at_start, log_duration + explained + before)
+        log_alone = log_duration - math.log(self.curve.correction(outcome.in_flight_at_start))
+        settled = self._fleet.settled(known.connection.node_id)
+        shown = self._duration.observe(known.duration, log_alone, headroom, self._sensitivity, before, settled=settled)
+        if not self.is_paced(known):
+            known.speed.observe(shown)
+
+    def observe_pace(self, known: Replica, view: ReplicaReport) -> None:
+        """Items that streams gave since the last report: the speed of this moment, whatever was asked."""
+        if not (math.isfinite(view.stream_s) and view.stream_s > 0.0 and view.items >= 0):
+            return
+        known.paced_s = self._fleet.now_s
+        log_time = math.log(view.stream_s) - math.log(max(float(view.items), 0.5))
+        beside = max(min(known.queue, self.curve.slots) - 1.0, 0.0)  # those that wait for a slot slow no item
+        log_alone = log_time - math.log(self.curve.correction(beside))
+        headroom = self._fleet.headroom(known.connection.node_id)
+        before = known.speed.residual(self._noise(known))
+        settled = self._fleet.settled(known.connection.node_id)
+        shown = self._pace.observe(known.pace, log_alone, headroom, self._sensitivity, before, settled=settled)
+        known.speed.observe(shown, min(view.stream_s, _MAX_STREAM_S))
+
+    def observe_pair(self, candidate: Replica, primary: Replica | None, pair: PairedSample) -> None:
+        """A candidate's speed from its copy, relative to the primary's: pairs may cover only a stream's first items."""
+        whole = pair.primary_ok and pair.shadow_ok and min(pair.primary_s, pair.shadow_s) > 0.0
+        sides = ((pair.primary_s, pair.primary_in_flight), (pair.shadow_s, pair.shadow_in_flight))
+        if primary is None or not whole or not all(is_plausible(*side, 1.0) and side[0] < 1e6 for side in sides):
+            return
+        log_ratio = math.log(pair.primary_s / pair.shadow_s) + math.log(
+            self.curve.correction(pair.shadow_in_flight) / self.curve.correction(pair.primary_in_flight)
+        )
+        speed = min(self._log_speed(primary) + log_ratio, _MAX_COPY_LOG_SPEED)
+        candidate.speed.observe(speed - self._explained(candidate))
+
+    # ------------------------------------------------------------------ estimates
+
+    def update(self, elapsed_s: float) -> None:
+        """Capacities of all replicas, as published from now on."""
+        config, fleet = self._config.balance, self._fleet
+        gamma = self._sensitivity.solve()
+        self._curve.fit()
+        serving = fleet.serving()
+        self._duration.refer(r.duration for r in serving)
+        self._pace.refer(r.pace for r in serving)
+        outlooks = {r.connection.node_id: cap.NO_OUTLOOK for r in fleet.replicas.values()}
+        for node_id in outlooks:
+            node = fleet.fresh_node(node_id)
+            if node is not None:
+                report, age_s = node.report, fleet.age_s(node)
+                outlooks[node_id] = cap.outlook(report.forecast, report.snapshot, gamma, age_s, self.look_ahead_s())
+        vetoed = self._veto.step(outlooks, config, self._config.trial.memory_limit, fleet.now_s)
+        unfinished = self._unfinished()
+        for replica_id, known in fleet.replicas.items():
+            node_id = known.connection.node_id
+            explained = self._explained(known)
+            known.speed.settle(self._noise(known))
+            residual = self._with_unfinished(known, unfinished.get(replica_id, ()), explained)
+            known.unexplained = residual
+            log_live = max(explained + residual, math.log(0.01))
+            known.live_capacity = math.exp(log_live)
+            known.outlook = outlooks[node_id]
+            known.vetoed = node_id in vetoed
+            view = known.outlook
+            wanted = math.exp(cap.blend(log_live, view.log_change, config, view.error_sigma))
+            known.steady = max(cap.limit_rate(known.steady, wanted, elapsed_s, config), 0.01)
+            known.capacity = max(known.steady * config.veto_factor, 0.01) if known.vetoed else known.steady
+            keep = 0.5 ** (max(elapsed_s, 0.0) / _SLOW_HALF_LIFE_S)
+            known.slow_capacity = keep * known.slow_capacity + (1.0 - keep) * known.steady
+        self._usual = median([self._log_speed(r) for r in serving] or [0.0])
+        self.load = self._predicted_load()
+
+    @property
+    def curve(self) -> Curve:
+        """How long n requests take together, as far as is known."""
+        return self._curve.curve
+
+    @property
+    def gamma(self) -> cap.Headroom:
+        """How much each resource's headroom matters to this deployment."""
+        return self._sensitivity.gamma
+
+    @property
+    def reference_s(self) -> float:
+        """Nominal processing time of a request alone on a replica; 0 until it is known."""
+        reference = self._duration.reference
+        return math.exp(reference) if reference is not None else 0.0
+
+    def look_ahead_s(self) -> float:
+        """H: the median residence of a request, at least a tick, at most 10 s."""
+        if self._config.forecast.residence_s > 0.0:
+            return self._config.forecast.residence_s
+        return min(max(self.reference_s or 1.0, self._config.balance.tick_s), 10.0)
+
+    def is_paced(self, known: Replica) -> bool:
+        """Whether streams' items say how fast it is."""
+        return self._fleet.now_s - known.paced_s <= _PACED_S
+
+    def advantage(self, known: Replica | None) -> float:
+        """Log speed against the usual one of this moment: what slows all is in both sides of a pair."""
+        return self._log_speed(known) - self._usual if known is not None else 0.0
+
+    def neighbours(self, known: Replica) -> tuple[float, float]:
+        """Mean log speed of ACTIVE replicas on the same node less that of those elsewhere, and its standard error."""
+        groups: tuple[list[Replica], list[Replica]] = ([], [])
+        for other in self._fleet.replicas.values():
+            if other is not known and other.connection.state is State.ACTIVE and other.speed.weight > 0.5:
+                groups[other.connection.node_id != known.connection.node_id].append(other)
+        if not groups[0] or not groups[1]:
+            return math.nan, math.nan
+        means = [sum(r.speed.recent for r in group) / len(group) for group in groups]
+        variance = sum(1.0 / sum(r.speed.weight for r in group) for group in groups)
+        return means[0] - means[1], self._noise(known) * math.sqrt(variance)
+
+    def _log_speed(self, known: Replica) -> float:
+        """Of this moment, against a usual moment: what its requests and its node's telemetry say together."""
+        return known.speed.residual(self._noise(known)) + self._explained(known)
+
+    def _explained(self, known: Replica) -> float:
+        """Log speed that its node's telemetry explains."""
+        return cap.explained(self._sensitivity.gamma, self._fleet.headroom(known.connection.node_id))
+
+    def _noise(self, known: Replica) -> float:
+        """Spread of one observation of the kind that says how fast the replica is."""
+        return self._pace.noise if self.is_paced(known) else self._duration.noise
+
+    def _unfinished(self) -> dict[str, list[tuple[float, float, float]]]:
+        """Per replica the (age now, in-flight at start, cost) of live requests, of all routers."""
+        found: dict[str, list[tuple[float, float, float]]] = {}
+        for seen_s, report in self._fleet.routers.values():
+            for view in report.replicas:
+                for entry in view.unfinished:
+                    if is_plausible(entry.age_s, entry.in_flight_at_start, entry.cost):
+                        age_s = entry.age_s + (self._fleet.now_s - seen_s)
+                        found.setdefault(view.replica_id, []).append((age_s, entry.in_flight_at_start, entry.cost))
+        return found
+
+    def _with_unfinished(
+        self, known: Replica, unfinished: Iterable[tuple[float, float, float]], explained: float
+    ) -> float:
+        """The residual log speed after counting requests that have run far longer than expected.
+
+        Only far longer: of those under way at any time the long ones are the most, and slowness of the replica is not
+        what makes them long.
+        """
+        residual = known.speed.residual(self._noise(known))
+        reference = self._duration.reference
+        if reference is None or self.is_paced(known):
+            return residual
+        sigma = max(self._duration.noise, 0.1)
+        extra_sum = extra_weight = 0.0
+        for age_s, others, cost in unfinished:
+            expected = reference + math.log(cost) + math.log(self.curve.correction(others))
+            over = math.log(max(age_s, 1e-6)) - (expected - explained - residual)
+            if over > _OVERDUE * sigma:
+                extra_sum += residual - sigma * cap.censored_excess(over / sigma)
+                extra_weight += 1.0
+        if not extra_weight:
+            return residual
+        return max(known.speed.residual(sigma, extra_sum, extra_weight), math.log(0.01))
+
+    def _predicted_load(self) -> float:
+        serving = self._fleet.serving()
+        if not self.reference_s or not serving:
+            return math.nan
+        spread = min(self._duration.noise, 1.5)
+        mean_s = self.reference_s * math.exp(0.5 * spread * spread)  # the reference is a median, work is skewed
+        offered = self._fleet.all_rates.started_per_s * mean_s
+        return offered / max(self._fleet.able(serving) * self.curve.throughput(), 1e-9)
+
+
+def is_plausible(duration_s: float, in_flight: float, cost: float) -> bool:
+    """Whether an observation can be true."""
+    return (
+        math.isfinite(duration_s)
+        and math.isfinite(in_flight)
+        and math.isfinite(cost)
+        and duration_s >= 0.0
+        and in_flight >= 0.0
+        and cost > 0.0
+    )

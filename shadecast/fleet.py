@@ -1,0 +1,335 @@
+"""What a deployment's balancer knows of its replicas, of their nodes, and of the routers that report.
+
+State and plain questions about it. What follows is decided elsewhere: `estimates` (how fast is each replica),
+`admission` (who may enter, and when there is no time), `trials` (who goes on, who is withdrawn).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from shadecast import capacity as cap
+from shadecast.config import Config
+from shadecast.connection import Connection
+from shadecast.gate import Canary, Ruling, Trial
+from shadecast.types import NodeReport, RouterReport, RoutingTable, State
+from shadecast.yardstick import SlowMean
+
+BOOTSTRAP_REQUESTS = 20
+"""Of a deployment that has finished fewer, nothing is known that a trial could compare with."""
+_SETTLED = 0.3
+"""Change of log headroom from one sample to the next below which a node's load counts as steady."""
+_REMEMBERED_S = 300.0
+"""How long a node is remembered for a replica that served well there."""
+_SILENT_S = 30.0
+"""A node that falls silent is taken to be as it last said for so long: a hog starves the node's forecaster, too."""
+_REPLACING_S = 30.0
+"""So long after a replica has left a machine that is well, the next one is reckoned to leave, too."""
+WORTH_LOG_SPEED = math.log(0.1)
+"""A machine that is merely slow, but faster than this, takes its part where there is no time for a trial."""
+
+
+@dataclass(slots=True)
+class Rates:
+    """Decayed counts of a replica's live requests, for the guards and the display."""
+
+    half_life_s: float = 10.0
+    started: float = 0.0
+    finished: float = 0.0
+    failed: float = 0.0
+    duration_sum_s: float = 0.0
+
+    def fade(self, elapsed_s: float) -> None:
+        """So much time has passed."""
+        keep = 0.5 ** (max(elapsed_s, 0.0) / self.half_life_s)
+        self.started *= keep
+        self.finished *= keep
+        self.failed *= keep
+        self.duration_sum_s *= keep
+
+    @property
+    def started_per_s(self) -> float:
+        """Arrivals."""
+        return self.started * math.log(2.0) / self.half_life_s
+
+    @property
+    def per_s(self) -> float:
+        """Requests that ended, well or not."""
+        return self.finished * math.log(2.0) / self.half_life_s
+
+
+@dataclass(slots=True)
+class Replica:
+    """One replica as the balancer knows it."""
+
+    connection: Connection
+    speed: cap.SpeedEstimate
+    capacity: float = 1.0
+    """As published."""
+    steady: float = 1.0
+    """Capacity but for a veto, which comes and goes at once: only this one moves at a limited rate."""
+    queue: float = 0.0
+    max_ongoing: int = 1
+    listed_s: float = 0.0
+    progress_s: float = 0.0
+    asked_s: float = 0.0
+    """When a router last had live requests on it."""
+    rates: Rates = field(default_factory=Rates)
+    recent: Rates = field(default_factory=lambda: Rates(half_life_s=1.5))
+    cusum: float = 0.0
+    duration: SlowMean = field(default_factory=SlowMean)
+    pace: SlowMean = field(default_factory=SlowMean)
+    paced_s: float = -math.inf
+    """When items of streams were last seen; for a while after that they alone say how fast it is."""
+    trial: Trial | None = None
+    canary: Canary | None = None
+    neighbours_before: float = math.nan
+    """Log speed of the node's other replicas over that of other nodes', when the trial began."""
+    expected: float = 0.0
+    """Log speed, at most 0, that trials take for this machine's own: slower than the others, and known to be."""
+    shown: float = -math.inf
+    """Log speed that the last trial showed, if slowness alone ended it."""
+    setbacks: int = 0
+    unexplained: float = 0.0
+    """Log speed that its node's telemetry does not explain."""
+    ruling: Ruling | None = None
+    mirror_fraction: float = 0.0
+    slow_capacity: float = 1.0
+    """Capacity with a half-life of a minute, which places sessions; a slowed replica they leave by their own rule."""
+    session_weight: float = 0.0
+    live_capacity: float = 1.0
+    outlook: cap.Outlook = cap.NO_OUTLOOK
+    vetoed: bool = False
+
+    @property
+    def takes_traffic(self) -> bool:
+        """Whether live requests may go there."""
+        return self.connection.state in (State.ACTIVE, State.SHIFTING)
+
+    @property
+    def is_of_use(self) -> bool:
+        """Whether the last verdict was slowness alone, and not too much of it."""
+        return self.shown > WORTH_LOG_SPEED
+
+    def note_speed(self, ruling: Ruling) -> None:
+        """Remember what a harmful verdict says of its speed; what is of use is judged by that from now on."""
+        self.shown = self.expected - ruling.evidence["mean_log_ratio"] if ruling.merely_slow else -math.inf
+        if self.is_of_use:
+            self.expected = min(self.shown, 0.0)
+
+
+@dataclass(slots=True)
+class Node:
+    """A node's last report."""
+
+    report: NodeReport
+    made_s: float
+    changes: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """Change of log headroom between the last four samples, the greatest of all resources."""
+    back_s: float = -math.inf
+    """When it was heard of again after silence."""
+
+
+class Fleet:
+    """All replicas of one deployment. `now_s` is the time of the tick under way."""
+
+    def __init__(self, deployment: str, config: Config) -> None:
+        self.deployment = deployment
+        self.config = config
+        self.now_s = 0.0
+        self.replicas: dict[str, Replica] = {}
+        self.nodes: dict[str, Node] = {}
+        self.routers: dict[str, tuple[float, RouterReport]] = {}
+        self.first_seen_s: float | None = None
+        self.finished_total = 0
+        self.all_rates = self.all_recent = Rates()
+        self.copyable = True
+        """Whether requests can be copied, as far as is known."""
+        self.dropped = 0
+        """Reports and samples refused so far because they cannot be true."""
+        self._left: dict[str, tuple[float, float]] = {}
+        """When a node lost a replica that served well, and its log speed: the machine's own, whatever runs there."""
+
+    # ------------------------------------------------------------------ intake
+
+    def add(self, connection: Connection, now_s: float) -> Replica:
+        """A replica that was not known."""
+        known = Replica(connection, cap.SpeedEstimate(self.config.balance.half_life_s, now_s))
+        known.listed_s = known.progress_s = now_s
+        self.replicas[connection.replica_id] = known
+        return known
+
+    def assume_used(self, table: RoutingTable, now_s: float) -> None:
+        """The deployment has served for long: this is no first start."""
+        if table.rows:
+            self.first_seen_s = now_s - self.config.balance.bootstrap_s
+            self.finished_total = BOOTSTRAP_REQUESTS
+
+    def advance(self, now_s: float, elapsed_s: float) -> None:
+        """Let time pass for what decays."""
+        self.now_s = now_s
+        for known in self.replicas.values():
+            known.speed.advance(now_s)
+            known.rates.fade(elapsed_s)
+            known.recent.fade(elapsed_s)
+
+    def take_node(self, report: NodeReport) -> None:
+        """Telemetry and forecast of a node; what has no possible age is dropped."""
+        if not (math.isfinite(report.age_s) and report.age_s >= 0.0):
+            self.dropped += 1
+            return
+        made_s = self.now_s - report.age_s
+        before = self.nodes.get(report.node_id)
+        if before is None:
+            self.nodes[report.node_id] = Node(report, made_s)
+            return
+        was, is_ = cap.headroom_now(before.report.snapshot), cap.headroom_now(report.snapshot)
+        change = max(abs(b - a) for a, b in zip(was, is_, strict=True))
+        back_s = self.now_s if made_s - before.made_s > self.config.balance.lost_after_s else before.back_s
+        self.nodes[report.node_id] = Node(report, made_s, (change, *before.changes[:2]), back_s)
+
+    def take_router(self, report: RouterReport) -> bool:
+        """Membership and counts of one report; False if it cannot be true."""
+        now_s = self.now_s
+        ids = [r.replica_id for r in report.replicas]
+        last = self.routers.get(report.router_id)
+        stale = last is not None and report.seq <= last[1].seq
+        if len(set(ids)) != len(ids) or stale or report.deployment != self.deployment:
+            self.dropped += 1
+            return False
+        if self.first_seen_s is None:
+            self.first_seen_s = now_s
+        self.routers[report.router_id] = (now_s, report)
+        for view in report.replicas:
+            known = self.replicas.get(view.replica_id)
+            if known is None:
+                known = self.add(Connection(view.replica_id, view.node_id, since_s=now_s), now_s)
+            known.listed_s = now_s
+            known.max_ongoing = max(view.max_ongoing, 1)
+            if view.finished > 0 or view.in_flight == 0:
+                known.progress_s = now_s
+            if view.started > 0 or view.in_flight > 0:
+                known.asked_s = now_s
+            finished = max(view.finished, 0)
+            self.finished_total += finished
+            for rates in (known.rates, known.recent):
+                rates.started += max(view.started, 0)
+                rates.finished += finished
+                rates.failed += min(max(view.failed, 0), finished)
+        return True
+
+    def sum_rates(self) -> None:
+        """Over all replicas, of this moment."""
+        self.all_rates = _summed(r.rates for r in self.replicas.values())
+        self.all_recent = _summed(r.recent for r in self.replicas.values())
+
+    def count_queues(self) -> None:
+        """Live requests of all routers on each replica."""
+        for known in self.replicas.values():
+            known.queue = 0.0
+        for report in self.fresh_routers():
+            for view in report.replicas:
+                known_or_none = self.replicas.get(view.replica_id)
+                if known_or_none is not None:
+                    known_or_none.queue += max(view.in_flight, 0)
+
+    # ------------------------------------------------------------------ questions
+
+    def fresh_routers(self) -> list[RouterReport]:
+        """The last report of each router that still reports; the others are forgotten."""
+        limit_s = self.config.balance.lost_after_s
+        for router_id in [k for k, (seen_s, _) in self.routers.items() if self.now_s - seen_s > limit_s]:
+            del self.routers[router_id]
+        return [report for _, report in self.routers.values()]
+
+    def serving(self) -> list[Replica]:
+        """Those that take live traffic."""
+        return [r for r in self.replicas.values() if r.takes_traffic]
+
+    def proven(self) -> list[Replica]:
+        """Those that were good once, and that no operator keeps out."""
+        return [r for r in self.replicas.values() if r.connection.proven and not r.connection.held]
+
+    def panic(self) -> bool:
+        """Too few of the replicas that were good once take traffic."""
+        proven = self.proven()
+        serving = [r for r in proven if r.takes_traffic]
+        return bool(proven) and len(serving) < self.config.balance.panic_fraction * len(proven)
+
+    def able(self, serving: list[Replica]) -> float:
+        """Nominal replicas that these are worth; where none is ACTIVE, they take all there is, whatever their share."""
+        ramped = any(r.connection.state is State.ACTIVE for r in serving)
+        return sum(r.capacity * (r.connection.share(self.config.trial.ramp) if ramped else 1.0) for r in serving)
+
+    def age_s(self, node: Node) -> float:
+        """Of a node's last report."""
+        return self.now_s - node.made_s
+
+    def headroom(self, node_id: str) -> cap.Headroom:
+        """Log headroom of a node, as it last said."""
+        node = self.nodes.get(node_id)
+        known = node is not None and self.age_s(node) <= max(_SILENT_S, self.config.forecast.ttl_s)
+        return cap.headroom_now(node.report.snapshot) if node is not None and known else cap.NO_HEADROOM
+
+    def settled(self, node_id: str) -> bool:
+        """Whether a node's load has been steady for the last samples."""
+        node = self.nodes.get(node_id)
+        return node is not None and max(node.changes) < _SETTLED
+
+    def fresh_node(self, node_id: str) -> Node | None:
+        """A node whose telemetry is young enough to be believed; None if there is none."""
+        node = self.nodes.get(node_id)
+        return node if node is not None and self.age_s(node) <= self.config.forecast.ttl_s else None
+
+    def memory_fraction(self, known: Replica) -> float:
+        """Of its node; NaN where that is not known, or is from before the node went away."""
+        node = self.fresh_node(known.connection.node_id)
+        return node.report.snapshot.memory_fraction if node is not None else math.nan
+
+    # ------------------------------------------------------------------ what is gone
+
+    def remove(self, known: Replica) -> None:
+        """No router lists the replica any more."""
+        del self.replicas[known.connection.replica_id]
+
+    def note_left(self, known: Replica) -> None:
+        """A replica that served well is leaving its node: the machine is remembered for it."""
+        recent = {n: left for n, left in self._left.items() if left[0] > self.now_s - _REMEMBERED_S}
+        self._left = {**recent, known.connection.node_id: (self.now_s, _own_pace(known.slow_capacity))}
+
+    def lost_lately(self, known: Replica) -> tuple[float, float] | None:
+        """When its node lost a replica that served well, and how fast that was; None if it did not lately."""
+        left = self._left.get(known.connection.node_id)
+        return left if left is not None and left[0] > self.now_s - _REMEMBERED_S else None
+
+    def has_returned(self, known: Replica) -> bool:
+        """Whether its node served well, went silent and is back: the same machine, not a new version of the code."""
+        node, left = self.nodes.get(known.connection.node_id), self.lost_lately(known)
+        return node is not None and left is not None and node.back_s > left[0]
+
+    def is_replacing(self) -> bool:
+        """Whether Serve seems to be replacing replicas: one left a machine that is well, and it will stop the next one
+        as soon as a new one runs, whether our trials are over or not.
+        """
+        return any(
+            left_s > self.now_s - _REPLACING_S
+            and (node := self.fresh_node(node_id)) is not None
+            and node.back_s <= left_s
+            for node_id, (left_s, _) in self._left.items()
+        )
+
+
+def _own_pace(capacity: float) -> float:
+    """Log speed at which a machine may come back: as it was; what is too slow to be of use, or fast, is no excuse."""
+    return min(max(math.log(capacity), WORTH_LOG_SPEED), 0.0)
+
+
+def _summed(rates: Iterable[Rates]) -> Rates:
+    total = Rates()
+    for each in rates:
+        total.started += each.started
+        total.finished += each.finished
+        total.failed += each.failed
+    return total
