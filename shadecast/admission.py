@@ -17,6 +17,8 @@ _UNHEARD_S = 3.0
 """How long a new replica waits for the first word of its node, if the node has been silent."""
 _UNSEEN_S = 3.0
 """A slow replica that nobody has asked for so long gets copies, which show whether it is well again."""
+_RARER_S, _LEAST_PAIRS_PER_S = 30.0, 0.2
+"""From then on these copies get rarer, half as many after twice as long and so on; but no fewer than these."""
 _SLOWER = 0.5
 """Part of the median capacity below which a replica is left out by scores alone."""
 
@@ -93,11 +95,18 @@ class Admission:
         if not candidates:
             return
         rate = self._fleet.all_rates.per_s
-        wanted = _PAIRS_PER_S / rate if rate > 0.0 else 1.0
         each = min(trial.mirror_fraction, trial.mirror_budget / len(candidates))
-        grown = min(wanted, trial.mirror_fraction_max, 1.0 / (len(serving) + 1))
+        most = min(trial.mirror_fraction_max, 1.0 / (len(serving) + 1))
         for known in candidates:
-            known.mirror_fraction = max(each, grown) if wanted > trial.mirror_fraction else each
+            wanted = self._pairs_per_s(known) / rate if rate > 0.0 else 1.0
+            fraction = max(each, min(wanted, most)) if wanted > trial.mirror_fraction else each
+            known.mirror_fraction = fraction if known.trial is not None else min(fraction, wanted)
+
+    def _pairs_per_s(self, known: Replica) -> float:
+        if known.trial is not None:
+            return _PAIRS_PER_S
+        quiet_s = max(self._fleet.now_s - known.asked_s, _RARER_S)
+        return max(_PAIRS_PER_S * _RARER_S / quiet_s, _LEAST_PAIRS_PER_S)
 
     def _is_unseen(self, known: Replica, slow: float) -> bool:
         """An ACTIVE replica whose score keeps all requests away: without any, its estimate would stay for minutes."""

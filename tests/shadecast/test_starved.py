@@ -35,6 +35,20 @@ def test_a_replica_that_stays_slow_gets_copies_and_no_live_request():
     assert world.row("old0").capacity < 0.3
 
 
+def test_copies_to_a_replica_that_stays_slow_get_rarer_and_still_find_it_well_again():
+    world = slowed()
+    counts = []
+    for _ in range(5):
+        world.mirrored = 0
+        world.run(30)
+        counts.append(world.mirrored)
+    assert counts[0] > counts[2] > counts[4] > 0
+    assert counts[4] < counts[0] / 2
+    world.machines["old0"].speed = 1.0
+    world.run(40)
+    assert world.live.get("old0", 0) > 0
+
+
 def test_replicas_that_are_asked_get_no_copies():
     world = grown(left_below=0.5)
     world.mirrored = 0
