@@ -20,6 +20,7 @@ from actors.procfs import read_text
 from actors.telemetry import Sample
 from models.forecaster import Model, OnlineForecaster, forecast_of
 from models.grid import CHANNELS, STEPS
+from models.recurrence import Event, Recurrence
 from shadecast.types import Forecast, NodeReport, NodeSnapshot
 
 logger = logging.getLogger(__name__)
@@ -37,15 +38,6 @@ class Reader(Protocol):
     def read(self) -> Sample:
         """One reading."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """A known future load on this node, in the forecaster's clock. `strength` in [0, 1]: 1 takes the whole node."""
-
-    starts_s: float
-    ends_s: float
-    strength: float
 
 
 @dataclass(slots=True)
@@ -69,6 +61,7 @@ class NodeForecaster:
     _challenger: OnlineForecaster | None = None
     _serving: dict[str, float] = field(default_factory=dict)
     _events: list[Event] = field(default_factory=list)
+    _recurrence: Recurrence = field(default_factory=Recurrence)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def use(self, model: Model, challenger: bool = False) -> None:
@@ -157,6 +150,7 @@ class NodeForecaster:
     def _forecast(self, sample: Sample, now_s: float) -> Forecast | None:
         missed = 0 if math.isnan(self._last_s) else max(0, round((now_s - self._last_s) / self.period_s) - 1)
         self._last_s = now_s
+        self._recurrence.step(now_s, sample.snapshot.cpu_background_fraction)
         values, announced = channel_values(sample), self._announced(now_s)
         forecast = None
         for name, model in (("champion", self._champion), ("challenger", self._challenger)):
@@ -176,12 +170,14 @@ class NodeForecaster:
         return forecast
 
     def _announced(self, now_s: float) -> np.ndarray[Any, Any] | None:
-        """Strength of known events at each horizon, [1, horizon]; None without any."""
+        """Strength at each horizon of events that were announced or that recur, [1, horizon]; None without any."""
         self._events = [e for e in self._events if e.ends_s > now_s]
-        if not self._events:
+        due = self._recurrence.due()
+        events = [*self._events, due] if due is not None else self._events
+        if not events:
             return None
         at_s = [now_s + h * self.period_s for h in STEPS]
-        strengths = [max((e.strength for e in self._events if e.starts_s <= t < e.ends_s), default=0.0) for t in at_s]
+        strengths = [max((e.strength for e in events if e.starts_s <= t < e.ends_s), default=0.0) for t in at_s]
         return np.asarray([strengths], np.float32)
 
     def _attempt(self, what: str, call: Callable[[], None]) -> None:

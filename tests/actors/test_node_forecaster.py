@@ -201,6 +201,26 @@ def test_what_is_announced_counts_in_full_whatever_the_models_skill(rig: Rig) ->
     assert max(row[0] for row in after.quantiles["cpu"]) < 0.97
 
 
+def test_a_disturbance_that_recurs_is_announced_before_its_third_start(rig: Rig) -> None:
+    busy = frozenset(t for k in range(4) for t in range(20 + 60 * k, 40 + 60 * k))
+
+    def read() -> Sample:
+        rig.sampler.n += 1
+        cpu = 0.95 if rig.sampler.n in busy else 0.1
+        return Sample(NodeSnapshot(cpu, cpu, 0.4, 0.1, 0.1, 1e6, 2e6), "host", 2.0, load1=1.0)
+
+    rig.sampler.read = read  # type: ignore[method-assign]
+    rig.ticks(77)
+    before_second = rig.sent[-1].forecast
+    rig.ticks(60)
+    before_third = rig.sent[-1].forecast
+    assert before_second is not None
+    assert before_third is not None
+    assert max(row[1] for row in before_second.quantiles["cpu"][:3]) < 0.5
+    assert before_third.quantiles["cpu"][2][0] > 0.9, "3 s ahead"
+    assert before_third.veto_allowed
+
+
 @pytest.mark.parametrize("event", [(-1.0, 1.0, 1.0), (0.0, 0.0, 1.0), (0.0, math.inf, 1.0), (0.0, 1.0, 1.5)])
 def test_an_impossible_event_is_refused(rig: Rig, event: tuple[float, float, float]) -> None:
     with pytest.raises(ValueError, match="announce"):
