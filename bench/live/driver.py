@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import math
 import sys
 import time
 from pathlib import Path
@@ -28,6 +27,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from bench.live import gateway_model
 from bench.live.arms import ARMS
+from bench.live.journal import Journal, plain
 from bench.live.workload import Work, exchange_folder, right_answer
 from serve_app.control_plane import find_coordinator, start_control_plane
 from serve_app.retry import RetryBudget
@@ -54,7 +54,6 @@ class Driver:
         self._replicas = 0
         self._app = self._name = ""
         self._deployed = 0
-        self._states: list[dict[str, Any]] = []
         self._client: Any = None
 
     # ------------------------------------------------------------------ commands
@@ -166,12 +165,11 @@ class Driver:
         zero_s = time.monotonic() + 1.0 - rows[0]["at_s"]
         say({"zero_s": zero_s})
         budget = RetryBudget()
-        watcher = asyncio.create_task(self._watch(zero_s))
-        before = await self._status()
         used = [0.0, 0.0]
+        under_way: set[asyncio.Task[None]] = set()
         done = 0
 
-        async def one(row: dict[str, Any]) -> dict[str, Any]:
+        async def one(row: dict[str, Any]) -> None:
             nonlocal done
             send = self._http if scenario["kind"] == "http" else self._stream if row["items"] else self._unary
             record: dict[str, Any] = {
@@ -189,38 +187,37 @@ class Driver:
                 record["tries"] = 2
             record["latency_s"] = time.monotonic() - zero_s - row["at_s"]
             done += 1
-            return record
+            journal.add("record", record)
 
-        tasks: list[asyncio.Task[dict[str, Any]]] = []
-        said_s = 0.0
-        for row in rows:
-            now_s = time.monotonic() - zero_s
-            if row["at_s"] > now_s:
-                await asyncio.sleep(row["at_s"] - now_s)
-            if row["at_s"] >= 0.0 and used[0] == 0.0:
-                used[0] = time.process_time()
-            tasks.append(asyncio.create_task(one(row)))
-            if time.monotonic() - said_s > 1.0:
-                said_s = time.monotonic()
-                say({"progress": done, "of": len(rows)})
-        used[1] = time.process_time()
-        _, late = await asyncio.wait(tasks, timeout=_DRAIN_S)
-        for task in late:
-            task.cancel()
-        records = [t.result() for t in tasks if t.done() and not t.cancelled() and t.exception() is None]
-        watcher.cancel()
-        if scenario["soak"]:
-            await asyncio.sleep(_REST_S)
-        after = await self._status()
-        answer = {
-            "records": records,
-            "unanswered": len(tasks) - len(records),
-            "driver_cpu_s": used[1] - used[0],
-            "states": self._states,
-            "before": before,
-            "after": after,
-        }
-        await asyncio.to_thread(Path(result).write_text, json.dumps(answer))
+        with Journal(Path(result)) as journal:
+            watcher = asyncio.create_task(self._watch(zero_s, journal))
+            journal.add("before", await self._status())
+            said_s = 0.0
+            for row in rows:
+                now_s = time.monotonic() - zero_s
+                if row["at_s"] > now_s:
+                    await asyncio.sleep(row["at_s"] - now_s)
+                if row["at_s"] >= 0.0 and used[0] == 0.0:
+                    used[0] = time.process_time()
+                task = asyncio.create_task(one(row))
+                under_way.add(task)
+                task.add_done_callback(under_way.discard)
+                if time.monotonic() - said_s > 1.0:
+                    said_s = time.monotonic()
+                    say({"progress": done, "of": len(rows)})
+            used[1] = time.process_time()
+            if under_way:
+                await asyncio.wait(set(under_way), timeout=_DRAIN_S)
+            late = list(under_way)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+            watcher.cancel()
+            if scenario["soak"]:
+                await asyncio.sleep(_REST_S)
+            journal.add("after", await self._status())
+            journal.add("driver_cpu_s", used[1] - used[0])
+            journal.add("unanswered", len(rows) - done)
         return {"sent": len(rows)}
 
     # ------------------------------------------------------------------ requests
@@ -316,9 +313,8 @@ class Driver:
         mine = [d for d in status["deployments"] if d["deployment"] == f"{self._app}/{self._name}"]
         return {"deployment": mine[0] if mine else None, "nodes": status["nodes"], "transitions": status["transitions"]}
 
-    async def _watch(self, zero_s: float) -> None:
+    async def _watch(self, zero_s: float, journal: Journal) -> None:
         """States of the connections each second, for the pictures."""
-        self._states = []
         while True:
             status = await self._status()
             deployment = status.get("deployment") or {}
@@ -326,24 +322,13 @@ class Driver:
             rows = [{key: view.get(key) for key in keep} for view in deployment.get("replicas", [])]
             cpu = {n["node_id"]: n["current"]["cpu_background_fraction"] for n in status.get("nodes", [])}
             counts = {key: deployment.get(key) for key in ("rescued", "mirrored", "load", "panic")}
-            self._states.append({"at_s": time.monotonic() - zero_s, "replicas": rows, "background": cpu, **counts})
+            journal.add("state", {"at_s": time.monotonic() - zero_s, "replicas": rows, "background": cpu, **counts})
             await asyncio.sleep(1.0)
 
 
 def say(message: dict[str, Any]) -> None:
     """One line to the benchmark."""
-    print(MARK + json.dumps(_plain(message)), flush=True)
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN."""
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    print(MARK + json.dumps(plain(message)), flush=True)
 
 
 async def serve_commands() -> None:

@@ -24,6 +24,7 @@ def ray_environment() -> dict[str, str]:
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         "PYTHONPATH": str(_ROOT),
         "OMP_NUM_THREADS": "1",
+        "RAY_task_events_max_num_task_in_gcs": "1000",  # 100,000 fill for hours, which would look like a leak
     }
 
 

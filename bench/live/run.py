@@ -19,6 +19,7 @@ from bench.live.cgroups import LabError
 from bench.live.cluster import IsolatedWorld, UnisolatedWorld, Worker, World
 from bench.live.driver_process import DriverError
 from bench.live.faults import FAULTS, Scene
+from bench.live.journal import read_journal
 from bench.live.metrics import Span, measure
 from bench.live.scenario import Fault, Scenario, requests
 from bench.live.soak import Watch
@@ -202,7 +203,7 @@ class Bench:
         if undo:
             world.tell_oracle({node.node_id})
         try:
-            path, sent = world.exchange / "result.json", world.exchange / "requests.json"
+            path, sent = world.exchange / "result.jsonl", world.exchange / "requests.json"
             path.unlink(missing_ok=True)
             sent.write_text(json.dumps([asdict(r) for r in requests(scenario, seed)]))
             result, spans, used = self._drive(scene, label)
@@ -242,7 +243,7 @@ class Bench:
                     "run",
                     limit_s,
                     requests=f"{inside}/requests.json",
-                    result=f"{inside}/result.json",
+                    result=f"{inside}/result.jsonl",
                     scenario={
                         "kind": scenario.kind,
                         "payload_bytes": scenario.payload_bytes,
@@ -281,8 +282,7 @@ class Bench:
                 found[key.replace("cpu_s", "cpu_fraction")] = (now[key] - used.get(key, 0.0)) / seconds
         if watch is not None:
             found |= watch.finish()
-        result: dict[str, Any] = json.loads((world.exchange / "result.json").read_text())
-        return result, spans, found
+        return read_journal(world.exchange / "result.jsonl"), spans, found
 
 
 def _which(workers: Sequence[Worker], scenario: Scenario, on: Sequence[str], seed: int) -> Worker:

@@ -44,7 +44,8 @@ def test_a_short_hog_is_driven_through_two_arms_and_nothing_is_left(tmp_path):
         assert 0.25 < span["start_s"] / scenario.length_s < 0.5
         assert span["end_s"] > span["start_s"]
         busy = [s["background"].get(span["node_id"]) for s in kept["states"] if s["at_s"] > span["start_s"]]
-        assert max(b for b in busy if b is not None) > 0.5, "the node's telemetry saw the hog"
+        known = [b for b in busy if b is not None]  # a sample in which the quota was noticed says nothing
+        assert max(known) > 0.5, "the node's telemetry saw the hog"
     shares = {row.arm: row.value for row in rows.rows if row.metric == "share_bad_node"}
     assert shares["oracle"] < 0.05, "the oracle leaves the node at once"
     write_markdown(tmp_path / "live.md", rows.rows, tmp_path / "series")

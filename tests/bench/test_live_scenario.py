@@ -12,6 +12,7 @@ import pytest
 from bench.live.arms import ARMS, find_arms
 from bench.live.cgroups import LabError
 from bench.live.faults import FAULTS, NEEDS_ISOLATION
+from bench.live.journal import Journal, read_journal
 from bench.live.metrics import Span, measure
 from bench.live.report import write_markdown
 from bench.live.run import Rows
@@ -97,6 +98,22 @@ def test_quantiles_leave_out_the_warm_up_and_failures_count_as_misses():
     assert found["slo_miss_fraction"] == pytest.approx(3 / 101)
     assert (found["errors"], found["errors_lost"], found["errors_unanswered"], found["lost"]) == (2, 1, 1, 2)
     assert found["goodput_per_s"] == pytest.approx(9.8)
+
+
+def test_a_run_is_written_down_as_it_goes_and_read_back_as_valid_json(tmp_path):
+    path = tmp_path / "result.jsonl"
+    with Journal(path) as journal:
+        journal.add("before", {})
+        journal.add("state", {"at_s": 0.5, "background": {"one": float("nan")}})
+        for at_s in (0.0, 1.0):
+            journal.add("record", record(at_s))
+        journal.add("unanswered", 3)
+    for line in path.read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    found = read_journal(path)
+    assert found["records"] == [record(0.0), record(1.0)]
+    assert found["states"] == [{"at_s": 0.5, "background": {"one": None}}]
+    assert (found["before"], found["unanswered"]) == ({}, 3)
 
 
 def test_seconds_until_the_bad_node_is_avoided_and_used_again():
