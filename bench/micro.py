@@ -133,14 +133,15 @@ async def _decisions(repeats: int, console: Console) -> list[Row]:
         arms["shadecast_session"] = (_router(PredictiveRouter, count), {"session_id": "s"})
         arms["shadecast_trials"] = (_router(PredictiveRouter, count, shifting=True), {})
         await asyncio.sleep(0)
-        taken: dict[str, list[float]] = {name: [] for name in arms}
+        taken: dict[tuple[str, str], list[float]] = {}
         with _without_gc():
             for _ in range(repeats):  # in turn, so that all see the same machine
                 for name, (router, labels) in arms.items():
-                    taken[name].append(_choose_batch(router, labels))
-        for name, times in taken.items():
-            rows.append(Row("decision", name, count, "median_us", statistics.median(times) * 1e6))
-            rows.append(Row("decision", name, count, "p90_us", statistics.quantiles(times, n=10)[-1] * 1e6))
+                    taken.setdefault(("decision", name), []).append(_choose_batch(router, labels))
+                    taken.setdefault(("way_to_a_replica", name), []).append(await _way_batch(router, labels))
+        for (what, name), times in taken.items():
+            rows.append(Row(what, name, count, "median_us", statistics.median(times) * 1e6))
+            rows.append(Row(what, name, count, "p90_us", statistics.quantiles(times, n=10)[-1] * 1e6))
         rows += _swap(arms["shadecast"][0], count, max(repeats // 4, 10))
         rows += await _outcomes(arms["shadecast"][0], count, repeats)
         for router, _ in arms.values():
@@ -208,6 +209,20 @@ def _choose_batch(router: Any, labels: dict[str, Any]) -> float:
             choose(candidate_replicas=replicas, pending_request=request).send(None)
         except StopIteration as done:
             chosen.append(next(iter(done.value))[0])
+    taken_s = time.perf_counter() - started_s
+    for request, replica in zip(requests, chosen, strict=True):
+        router.on_request_completed(replica.replica_id, request.metadata.internal_request_id)
+    return taken_s / len(requests)
+
+
+async def _way_batch(router: Any, labels: dict[str, Any]) -> float:
+    """Seconds from a request's arrival in the router to its replica, Serve's own part included."""
+    requests, chosen = _requests(labels, _SERIAL), []
+    for replica in router._replicas_list:  # known queues, as under steady traffic
+        router.on_new_queue_len_info(replica.replica_id, 0)
+    started_s = time.perf_counter()
+    for request in requests:
+        chosen.append(await router._choose_replica_for_request(request))
     taken_s = time.perf_counter() - started_s
     for request, replica in zip(requests, chosen, strict=True):
         router.on_request_completed(replica.replica_id, request.metadata.internal_request_id)

@@ -12,10 +12,8 @@ by power of two choices. Decisions are in `shadecast.pick`; here is what connect
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
-import os
 import random
 import time
 import uuid
@@ -24,9 +22,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-import ray
-from ray.exceptions import RayActorError
-from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
 from ray.serve.request_router import (
     LocalityMixin,
@@ -38,26 +33,26 @@ from ray.serve.request_router import (
     RunningReplica,
 )
 
-from serve_app.control import COORDINATOR, NAMESPACE
+from serve_app.control_link import keep_in_touch
 from serve_app.mirror import Mirror, key_of
+from serve_app.preferences import Preferences
 from serve_app.rescue import RESCUE_SUFFIX, Rescuable, Withdrawable
+from serve_app.session_homes import SessionHomes
 from serve_app.user_functions import load_function
 from serve_app.watch import StreamWatch, was_cancelled, watch_end
 from shadecast.config import Config
 from shadecast.errors import ConfigError
 from shadecast.ledger import Ledger, Started
-from shadecast.pick import PickTable, cost_table, table_scores
+from shadecast.pick import PickTable, cost_table
 from shadecast.rescue import Patience, RescueBudget, Stuck, collapsed, hardly_answering, worth_rescuing
-from shadecast.sessions import SessionMap
-from shadecast.types import RouterReport, RoutingTable, State
+from shadecast.types import RouterReport, RoutingTable
 
 logger = logging.getLogger("ray.serve")
 
-_LONG_POLL_S = 5.0
 _SEND_FAILED_S = 60.0
 """A choice that no replica has accepted after so long, and that nobody waits for, was never sent."""
 _LOOK_S = 0.1
-"""How often requests that wait for acceptance are looked at."""
+"""How often requests that wait for acceptance too long are looked at, at most."""
 _TOLD_S = 1.5
 """How long a queue length that a replica told is better than a table's."""
 _MOST_OBSERVED = 100.0
@@ -65,8 +60,6 @@ _MOST_OBSERVED = 100.0
 _LONGEST_SHUN = 3
 """A replica that does not accept is left out for 1.5 s, 3 s, 6 s, and no longer than 12 s at a time."""
 _LONGEST_WAIT_FOR_HOME_S = 1.0
-_SECRET_KEY = b"session-secret"
-_SECRET_WAIT_S = 0.5
 _FORGET_TABLE_S = 60.0
 """After so long without a coordinator, replicas that the last table kept out are used again."""
 
@@ -100,11 +93,10 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._config = Config()
-        self._settings: Mapping[str, Any] = {}
+        self.settings: Mapping[str, Any] = {}
         self._router_id = uuid.uuid4().hex
-        self._deployment = str(self._deployment_id.app_name) + "/" + str(self._deployment_id.name)
-        self._ledger = Ledger(self._router_id, self._deployment)
-        self._mirror = self._new_mirror()
+        self.deployment = str(self._deployment_id.app_name) + "/" + str(self._deployment_id.name)
+        self._ledger = Ledger(self._router_id, self.deployment)
         self._table: RoutingTable | None = None
         self._table_s = 0.0
         self._cost_key = (1.0, 0.0)
@@ -125,7 +117,6 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         self._control: asyncio.Task[None] | None = None
         self._rescuable: dict[str, Rescuable] = {}
         self._streams: dict[str, _Stream] = {}
-        self._rescue_budget = RescueBudget(self._config.balance.rescue_fraction)
         self._rescues: set[asyncio.Task[None]] = set()
         self._patience = Patience()
         self._shunned: dict[str, tuple[int, float]] = {}
@@ -134,25 +125,21 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         """Replicas that hardly answer, by the table: sessions make a detour around them."""
         self._looking = self._want_table_back = self._has_near = False
         self._random = random.random
-        self._sessions: SessionMap | None = None
-        """Made with the first request that has a session."""
         self._waiting_for_home = 0
         """Serve routes two requests per replica at a time: at most half of them may wait for their session's own."""
-        self._session_secret = self._deployment.encode()
-        self._secret_known = asyncio.Event()
-        self._born_s = time.monotonic()
         self._cost_of: Callable[[list[Any], dict[Any, Any]], float] | None = None
         self._laid_out_for = ""
         """The level that the picks were laid out for."""
-        self._near: tuple[list[int], list[int]] = ([], [])
-        """Indices of eligible replicas on the own node, and in the own zone."""
-        self._with_model: dict[str, list[int]] = {}
+        self._preferences = Preferences((), (), None, None)
         self._take_settings()
 
     def _take_settings(self) -> None:
         """What every choice looks up."""
         balance = self._config.balance
-        self._choices, self._table_ttl_s = balance.choices, balance.table_ttl_s
+        self._choices, self._table_ttl_s, self.report_s = balance.choices, balance.table_ttl_s, balance.report_s
+        self._mirror = self._new_mirror()
+        self._rescue_budget = RescueBudget(balance.rescue_fraction)
+        self._homes = SessionHomes(self._config, self.deployment, time.monotonic())
 
     def initialize_state(self, config: Mapping[str, Any] | None = None, **unknown: Any) -> None:
         """Take `request_router_kwargs`: `{"config": {"trial": {...}, "balance": {...}}}`.
@@ -162,14 +149,12 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         """
         try:
             self._config = Config.from_mapping({**(config or {}), **unknown})
-            self._settings = dict(config or {})
+            self.settings = dict(config or {})
         except ConfigError as error:
             logger.error(  # noqa: TRY400
-                f"shadecast: {self._deployment}: request_router_kwargs: {error}. Routing goes on with the defaults."
+                f"shadecast: {self.deployment}: request_router_kwargs: {error}. Routing goes on with the defaults."
             )
         self._take_settings()
-        self._mirror = self._new_mirror()
-        self._rescue_budget = RescueBudget(self._config.balance.rescue_fraction)
         cost = self._config.balance.cost
         self._cost_of = load_function("balance.cost", cost) if cost else None
 
@@ -208,14 +193,14 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         context, metadata = pending_request.routing_context, pending_request.metadata
         again, context.should_backoff = context.should_backoff, True
         if metadata.session_id:
-            if not self._secret_known.is_set():
-                await self._wait_for_secret()
+            if not self._homes.settled:
+                await self._homes.wait_for_secret(time.monotonic())
             kept = await self._session_ranks(pending_request)
             if kept is not None:
                 return kept
         pool: Sequence[int] | None = None
         if self._has_near or metadata.multiplexed_model_id:
-            pool = self._preferred(pending_request)
+            pool = self._preferences.pool(pending_request)
         if pool is None:
             if self._laid_out_for == "power_of_two":
                 return self._several(2)
@@ -233,19 +218,56 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
     async def _choose_replica_for_request(
         self, pending_request: PendingRequest, *, is_retry: bool = False
     ) -> RunningReplica:
-        try:
-            chosen: RunningReplica = await super()._choose_replica_for_request(pending_request, is_retry=is_retry)
-        except BaseException:  # given up, perhaps just when it had been chosen for: nobody will send it
-            self._unsent.pop(pending_request.metadata.internal_request_id, None)
-            self._forget_choice(key_of(pending_request))
-            raise
+        chosen = None if is_retry else self._choose_at_once(pending_request)
+        if chosen is None:
+            try:
+                chosen = await super()._choose_replica_for_request(pending_request, is_retry=is_retry)
+            except BaseException:  # given up, perhaps just when it had been chosen for: nobody will send it
+                self._unsent.pop(pending_request.metadata.internal_request_id, None)
+                self._forget_choice(key_of(pending_request))
+                raise
         choice = self._sending.get(key_of(pending_request))
         if choice is not None and self._mirror.copyable(pending_request, chosen):
             choice.sent = Withdrawable(chosen)
             if not self._looking:
-                self._look_soon()
+                self._look_at(self._event_loop.time() + self._patience.limit_s)
             return cast("RunningReplica", choice.sent)
         return chosen
+
+    def _choose_at_once(self, pending_request: PendingRequest) -> RunningReplica | None:
+        """The usual choice, where it needs no comparison; None leaves it to `choose_replicas`.
+
+        Serve starts a task for each request, which compares the queues of the replicas that were chosen and wakes the
+        request. Where nobody waits for a free place and the picked replica is known to have one, nothing is left to
+        compare, and the way there costs more than everything that this router does.
+        """
+        metadata, context = pending_request.metadata, pending_request.routing_context
+        if self._pending_requests_to_route or self.num_routing_tasks_in_backoff:
+            return None
+        if self._laid_out_for != "table" or time.monotonic() - self._table_s > self._table_ttl_s:
+            self._check_level()
+        if self._laid_out_for == "power_of_two" or self._has_near or metadata.multiplexed_model_id:
+            return None
+        picks = self._picks
+        turn = picks.turn
+        if not metadata.session_id:
+            i = picks.pick(self._random, self._choices)
+        elif self._homes.settled:
+            i = self._session_home(pending_request)
+        else:
+            return None
+        if i < 0:
+            return None
+        replica = self._by_index[i]
+        queue = self._replica_queue_len_cache.get(replica.replica_id)
+        if queue is None or queue >= replica.max_ongoing_requests:
+            picks.turn = turn  # it is still that replica's turn
+            return None
+        context.should_backoff = True
+        context.tried_same_node = bool(metadata.session_id)
+        self._expect(pending_request, i)
+        self._record_queue_wait_time(pending_request)
+        return replica
 
     def _forget_choice(self, request_id: str) -> None:
         expected = self._sending.pop(request_id, None)
@@ -274,14 +296,6 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         without = picks.index.get(first.replica_id.unique_id, -1)
         second = picks.pick(self._random, self._choices, without, pool)
         return [self._by_index[second]] if second >= 0 else []
-
-    async def _wait_for_secret(self) -> None:
-        """In a router's first instants: sessions placed by another secret would not be where others place them."""
-        left_s = self._born_s + _SECRET_WAIT_S - time.monotonic()
-        if left_s > 0.0:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._secret_known.wait(), left_s)
-        self._secret_known.set()
 
     async def _session_ranks(self, pending_request: PendingRequest) -> list[list[RunningReplica]] | None:
         """A session's own replica; None, which means the usual choice, once that is not worth waiting for.
@@ -320,33 +334,16 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
 
     def _session_home(self, pending_request: PendingRequest) -> int:
         """Index of the replica that has the request's session, or stands in for it; -1 if none takes traffic."""
-        if self._sessions is None:
-            self._sessions = SessionMap(self._config.session, self._session_secret, self._config.trial.drain_s)
-            self._update_sessions(self._sessions)
         now_s = time.monotonic()
         away = self._stuck if self._laid_out_for == "table" else frozenset()
         if self._shunned:
             away = away.union(replica_id for replica_id, (_, until_s) in self._shunned.items() if now_s < until_s)
-        replica_id = self._sessions.lookup(pending_request.metadata.session_id, now_s, away)
-        return self._picks.index.get(replica_id, -1) if replica_id is not None else -1
+        return self._homes.home(pending_request.metadata.session_id, now_s, away, self._picks, self._table)
 
     def _migration_s(self) -> float:
         """What a session's move costs, in seconds; 0 while the time of a request is not known."""
         reference_s = self._table.reference_s if self._table is not None else 0.0
         return min(self._config.session.migration_cost * reference_s, _LONGEST_WAIT_FOR_HOME_S)
-
-    def _update_sessions(self, sessions: SessionMap) -> None:
-        """Tell the sessions of a new table or membership."""
-        picks, table = self._picks, self._table
-        rows = {row.replica_id: row for row in table.rows} if table is not None else {}
-        weights = {
-            replica_id: rows[replica_id].session_weight if replica_id in rows else 1.0
-            for i, replica_id in enumerate(picks.ids)
-            if picks.share[i] > 0.0
-        }
-        scores = table_scores(table) if table is not None else {}
-        draining = [r for r in picks.ids if r in rows and rows[r].state is State.DRAINING]
-        sessions.update(weights, scores, time.monotonic(), draining)
 
     def _several(self, count: int) -> list[list[RunningReplica]]:
         """Random eligible replicas, of which Serve takes the one with the shortest queue: with two its default rule."""
@@ -360,44 +357,6 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         if unknown and len(unknown) < len(drawn):
             return [unknown, drawn]
         return [drawn] if drawn else []
-
-    def _preferred(self, pending_request: PendingRequest) -> Sequence[int] | None:
-        """Serve's own preferences within what the table makes eligible, each tried once: replicas that have the
-        multiplexed model, else those with the fewest models; or the same node, then the same zone.
-        """
-        context, model_id = pending_request.routing_context, pending_request.metadata.multiplexed_model_id
-        if model_id:
-            if not context.tried_first_multiplexed_models:
-                context.tried_first_multiplexed_models = True
-                if pool := self._pool_with_model(model_id):
-                    return pool
-            if not context.tried_fewest_multiplexed_models:
-                context.tried_fewest_multiplexed_models = True
-                return self._pool_with_model("") or None
-            return None
-        if self._prefer_local_node_routing and not context.tried_same_node:
-            context.tried_same_node = True
-            if self._near[0]:
-                return self._near[0]
-        if self._prefer_local_az_routing and not context.tried_same_az:
-            context.tried_same_az = True
-            if self._near[1]:
-                return self._near[1]
-        return None
-
-    def _pool_with_model(self, model_id: str) -> list[int]:
-        """Eligible replicas that have the model, or with "" those with the fewest; kept until the next layout."""
-        pool = self._with_model.get(model_id)
-        if pool is None:
-            held = self._by_index
-            eligible = self._picks.pool
-            if model_id:
-                pool = [i for i in eligible if model_id in held[i].multiplexed_model_ids]
-            else:
-                fewest = min((len(held[i].multiplexed_model_ids) for i in eligible), default=0)
-                pool = [i for i in eligible if len(held[i].multiplexed_model_ids) == fewest]
-            self._with_model[model_id] = pool
-        return pool
 
     def _expect(self, pending_request: PendingRequest, i: int) -> None:
         """Count a request from its choice on, so that the next choice, milliseconds later, already sees it."""
@@ -523,8 +482,8 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
             draw -= fraction
             if draw < 0.0:
                 return candidate_id
-        if session_id and self._sessions is not None and draw < self._config.trial.mirror_fraction:
-            return self._sessions.destination(session_id)
+        if session_id and draw < self._config.trial.mirror_fraction:
+            return self._homes.destination(session_id)
         return None
 
     def _copy(
@@ -578,20 +537,21 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
             self._rescues.add(task)
             task.add_done_callback(self._rescues.discard)
 
-    def _look_soon(self) -> None:
+    def _look_at(self, due_s: float) -> None:
+        """Look at requests that wait for acceptance at that time of the loop."""
         self._looking = True
-        due_s = self._event_loop.time() + _LOOK_S
         self._event_loop.call_at(due_s, self._leave_silent, due_s)
 
     def _leave_silent(self, due_s: float) -> None:
         """Send elsewhere what a replica has not accepted for too long; the replica seems full for a moment."""
         self._looking = False
+        loop_s, now_s, limit_s = self._event_loop.time(), time.monotonic(), self._patience.limit_s
         if self._sending:
-            self._look_soon()
-        if self._event_loop.time() > due_s + _LOOK_S:
+            next_s = min((choice.since_s for choice in self._sending.values()), default=now_s) + limit_s - now_s
+            self._look_at(loop_s + max(next_s, _LOOK_S))
+        if loop_s > due_s + _LOOK_S:
             return  # this process was stuck itself: answers may lie unread
-        now_s = time.monotonic()
-        before_s = now_s - self._patience.limit_s
+        before_s = now_s - limit_s
         for request_id, choice in list(self._sending.items()):
             if choice.sent is None or not choice.sent.waiting or choice.since_s > before_s:
                 continue
@@ -653,7 +613,7 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         self._shunned = {replica_id: held for replica_id, held in self._shunned.items() if replica_id in alive}
         self._lay_out()
         if self._control is None or self._control.done():
-            self._control = self._event_loop.create_task(_control_loop(weakref.ref(self)))
+            self._control = self._event_loop.create_task(keep_in_touch(weakref.ref(self)))
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
         """Serve found a replica dead: out of the picks at once."""
@@ -666,7 +626,7 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         if held is not None and (table.epoch, table.version) <= (held.epoch, held.version):
             return
         if held is None:
-            self._sessions = None  # those placed meanwhile, by weights that other routers do not have, are placed anew
+            self._homes.forget()  # those placed meanwhile, by weights that other routers do not have
         self._table = table
         self._table_s = time.monotonic() - max(table.age_s, 0.0)
         self._lay_out()
@@ -699,30 +659,21 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
             limits=[r.max_ongoing_requests for r in self._by_index],
             live_only=self._laid_out_for != "table",
         )
-        self._lay_out_preferences()
+        self._has_near = self._prefer_local_node_routing or self._prefer_local_az_routing
+        node = self._self_node_id if self._prefer_local_node_routing else None
+        zone = self._self_availability_zone if self._prefer_local_az_routing else None
+        self._preferences = Preferences(self._picks.pool, self._by_index, node, zone)
         rows = table.rows if table is not None else ()
-        if self._sessions is not None:
-            self._update_sessions(self._sessions)
+        self._homes.update(self._picks, table, time.monotonic())
         self._mirrored = [
             (row.replica_id, row.mirror_fraction)
             for row in rows
             if row.mirror_fraction > 0.0 and row.replica_id in self._picks.index
         ]
 
-    def _lay_out_preferences(self) -> None:
-        self._with_model = {}
-        self._has_near = self._prefer_local_node_routing or self._prefer_local_az_routing
-        if self._has_near:
-            eligible, held = self._picks.pool, self._by_index
-            node, zone = self._self_node_id, self._self_availability_zone
-            self._near = (
-                [i for i in eligible if node is not None and held[i].node_id == node],
-                [i for i in eligible if zone is not None and held[i].availability_zone == zone],
-            )
-
     # ------------------------------------------------------------------ control plane
 
-    def _make_report(self) -> Any:
+    def make_report(self) -> RouterReport:
         """This second's report; forgets choices whose request was cancelled before it was sent."""
         for request_id, choice in list(self._sending.items()):
             future = choice.request.future
@@ -744,12 +695,17 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         self._counted = {replica_id: self._picks.in_flight[i] for replica_id, i in self._picks.index.items()}
         return report
 
-    def _use_secret(self, secret: bytes) -> None:
-        """Place sessions by the cluster's secret, so that all routers agree and no client can choose its replica."""
-        if secret != self._session_secret:
-            self._session_secret = secret
-            self._sessions = None
-        self._secret_known.set()
+    def reported(self, *, wants_table_back: bool) -> None:
+        """The coordinator has taken a report."""
+        self._want_table_back = wants_table_back
+
+    def held_version(self) -> tuple[int, int]:
+        """Epoch and version of the table that this router goes by."""
+        return (self._table.epoch, self._table.version) if self._table is not None else (0, 0)
+
+    def use_secret(self, secret: bytes | None) -> None:
+        """What all routers of the cluster place sessions by; None if it will not be known."""
+        self._homes.use_secret(secret)
 
 
 class ObservingRouter(PredictiveRouter):
@@ -759,6 +715,9 @@ class ObservingRouter(PredictiveRouter):
     comparison is by Shadecast's own estimates: of the time on the replica that was chosen, and on the one it would have
     chosen at that moment.
     """
+
+    def _choose_at_once(self, pending_request: PendingRequest) -> None:
+        """All goes Serve's way."""
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -783,9 +742,9 @@ class ObservingRouter(PredictiveRouter):
     def _rescue_stuck(self, table: RoutingTable, slow: Collection[str]) -> None:
         """Nothing is sent again."""
 
-    def _make_report(self) -> RouterReport:
-        report: RouterReport = super()._make_report()
-        return replace(report, level="observing")
+    def make_report(self) -> RouterReport:
+        """As the parent's, marked as one of a router that only looks."""
+        return replace(super().make_report(), level="observing")
 
 
 class _Ranks(Sequence[list[RunningReplica]]):
@@ -810,72 +769,3 @@ class _Ranks(Sequence[list[RunningReplica]]):
             raise IndexError(rank)
         router = self._router
         return router._second(self._first, self._pool if router._picks is self._picks else None)
-
-
-async def _control_loop(router: weakref.ref[PredictiveRouter]) -> None:
-    """Report each second and keep a long poll for the next table open, until the router or Ray is gone. Never raises.
-
-    Ray is asked for before every call, because a call on a process that has shut Ray down would start a new cluster.
-    """
-    poll: asyncio.Task[Any] | None = None
-    coordinator: Any = None
-    known_secret = False
-    try:
-        while ray.is_initialized() and (this := router()) is not None:
-            period_s = this._config.balance.report_s * random.uniform(0.95, 1.05)
-            try:
-                if not known_secret:
-                    this._use_secret(await asyncio.get_running_loop().run_in_executor(None, _cluster_secret))
-                    known_secret = True
-                if coordinator is None:
-                    coordinator = await asyncio.get_running_loop().run_in_executor(None, _find_coordinator)
-                if coordinator is not None:
-                    if poll is None or poll.done():
-                        poll = asyncio.get_running_loop().create_task(_poll_tables(router, coordinator))
-                    want_back = await asyncio.wait_for(
-                        coordinator.report_router.remote(this._make_report(), this._settings), 2.0
-                    )
-                    this._want_table_back = bool(want_back)
-            except (RayActorError, TimeoutError) as error:
-                coordinator = None
-                logger.debug(f"shadecast: coordinator does not answer: {error}")
-            except Exception:
-                coordinator = None
-                logger.warning("shadecast: reporting failed; routing goes on without", exc_info=True)
-            del this
-            await asyncio.sleep(period_s)
-    finally:
-        if (this := router()) is not None:
-            this._secret_known.set()
-        if poll is not None:
-            poll.cancel()
-
-
-async def _poll_tables(router: weakref.ref[PredictiveRouter], coordinator: Any) -> None:
-    """Take tables as they are published; ends with the coordinator that it was started for."""
-    with contextlib.suppress(RayActorError, asyncio.CancelledError):
-        while ray.is_initialized() and (this := router()) is not None:
-            held = this._table
-            seen = (held.epoch, held.version) if held is not None else (0, 0)
-            deployment = this._deployment
-            del this
-            table = await coordinator.wait_table.remote(deployment, seen, _LONG_POLL_S)
-            this = router()
-            if this is not None and table is not None:
-                this.take_table(table)
-            del this
-
-
-def _cluster_secret() -> bytes:
-    """What session ids are hashed with, made by the first router of a cluster. Blocks: call it in a thread."""
-    _internal_kv_put(_SECRET_KEY, os.urandom(16), overwrite=False, namespace=NAMESPACE.encode())
-    secret: bytes = _internal_kv_get(_SECRET_KEY, namespace=NAMESPACE.encode())
-    return secret
-
-
-def _find_coordinator() -> Any:
-    """The coordinator's handle, or None while there is none. Blocks: call it in a thread."""
-    try:
-        return ray.get_actor(COORDINATOR, namespace=NAMESPACE)
-    except ValueError:
-        return None

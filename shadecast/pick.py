@@ -67,8 +67,8 @@ class PickTable:
     """
 
     __slots__ = (
-        *("_base", "_cost", "_inverse", "_limit", "_partial", "_routers", "_turn"),
-        *("ids", "in_flight", "index", "pool", "scores", "share"),
+        *("_base", "_cost", "_inverse", "_limit", "_partial", "_routers"),
+        *("ids", "in_flight", "index", "pool", "scores", "share", "turn"),
     )
 
     def __init__(
@@ -116,8 +116,8 @@ class PickTable:
             self.share = [1.0] * count
         self.pool = [i for i in range(count) if self.share[i] > 0.0]
         self._partial = any(self.share[i] < 1.0 for i in self.pool)
-        self._turn = -1
-        """Where the next look at all replicas of a pool begins."""
+        self.turn = -1
+        """Where the next look at all replicas of a pool begins; who does not use a pick puts it back."""
         self.scores = [self.score(i) for i in range(count)]
 
     def note(self, i: int, queue: float) -> None:
@@ -171,7 +171,7 @@ class PickTable:
         shares, scores = self.share, self.scores
         all_of_them = count <= choices
         # ties must not always fall to the first
-        k = self._turn % count if all_of_them and self._turn >= 0 else int(random() * count)
+        k = self.turn % count if all_of_them and self.turn >= 0 else int(random() * count)
         best, best_score, after = -1, 0.0, k + 1
         drawn, tries = 0, count if all_of_them else 4 * choices
         while tries and drawn < choices:
@@ -186,7 +186,7 @@ class PickTable:
             if best < 0 or score < best_score:
                 best, best_score, after = i, score * _TIE, k
         if all_of_them:
-            self._turn = after
+            self.turn = after
         return best if best >= 0 or pool[k] == without else pool[k]  # none was eligible this time
 
     def power_of_two(self, random: Callable[[], float]) -> int:

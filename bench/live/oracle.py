@@ -29,6 +29,14 @@ class OracleRouter(PredictiveRouter):
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> Sequence[list[RunningReplica]]:
         """Look at what the scenario says, then choose as always."""
+        self._look()
+        return await super().choose_replicas(candidate_replicas, pending_request)
+
+    def _choose_at_once(self, pending_request: PendingRequest) -> RunningReplica | None:
+        self._look()
+        return super()._choose_at_once(pending_request)
+
+    def _look(self) -> None:
         now_s = time.monotonic()
         if now_s - self._looked_s > _LOOK_S:
             self._looked_s = now_s
@@ -37,7 +45,6 @@ class OracleRouter(PredictiveRouter):
                 if bad != self._bad:
                     self._bad = bad
                     self._lay_out()
-        return await super().choose_replicas(candidate_replicas, pending_request)
 
     def _lay_out(self) -> None:
         table = self._table

@@ -141,25 +141,25 @@ def assert_idle(handle):
 
 def reports(router):
     """Outcomes and pairs since the last report of the driver's router, taken before it reports."""
-    return on_loop(router, router._make_report)
+    return on_loop(router, router.make_report)
 
 
 @contextmanager
 def recorded(router):
     """Everything that the router reports meanwhile."""
     seen = []
-    make = router._make_report
+    make = router.make_report
 
     def keep():
         report = make()
         seen.append(report)
         return report
 
-    router._make_report = keep
+    router.make_report = keep
     try:
         yield seen
     finally:
-        del router._make_report
+        del router.make_report
 
 
 async def load(handle, seconds, rate_per_s=40.0, method="predict", *arguments):

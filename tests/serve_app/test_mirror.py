@@ -56,7 +56,7 @@ async def pair_of(router, primary, answer):
     await settle()
     async with asyncio.timeout(5):
         await asyncio.gather(*router._mirror._tasks)
-    (pair,) = router._make_report().pairs
+    (pair,) = router.make_report().pairs
     return pair
 
 
@@ -148,7 +148,7 @@ def test_primaries_take_as_long_with_a_mirror_to_a_hung_replica_as_without():
                 taken.append(time.perf_counter() - started_s)
             await settle()
             medians[mirror] = statistics.median(taken)
-            view = next(r for r in router._make_report().replicas if r.replica_id == "a")
+            view = next(r for r in router.make_report().replicas if r.replica_id == "a")
             assert (view.finished, view.in_flight) == (300, 0)
             assert len(new.sent) == (4 if mirror else 0), "its cap of copies, all of them hung"
         assert medians[1.0] < 2.0 * medians[0.0] + 50e-6
@@ -163,7 +163,7 @@ def test_the_cost_of_a_request_is_the_users():
         for i, args in enumerate(([[1, 2, 3]], [[]], [7])):
             (await send(router, f"r{i}", args)).end()
         await settle()
-        costs = [o.cost for o in router._make_report().replicas[0].outcomes]
+        costs = [o.cost for o in router.make_report().replicas[0].outcomes]
         assert costs == [3.0, 1.0, 1.0], "no cost, or a function that fails, counts as one"
 
     asyncio.run(scenario())
@@ -228,6 +228,6 @@ def test_a_method_declared_in_code_is_copied_without_configuration():
         result.end()
         new.results[0].end()
         await settle()
-        assert router._make_report().mirrored == 1
+        assert router.make_report().mirrored == 1
 
     asyncio.run(scenario())

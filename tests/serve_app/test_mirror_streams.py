@@ -51,7 +51,7 @@ def one_replica(**config):
 
 
 def view(router, name="a"):
-    return next(r for r in router._make_report().replicas if r.replica_id == name)
+    return next(r for r in router.make_report().replicas if r.replica_id == name)
 
 
 def idle(router):
@@ -265,7 +265,7 @@ def test_a_copied_stream_is_read_for_32_items_then_cancelled_and_compared_over_t
             await asyncio.sleep(0.001)
         await reader
         await settle()
-        (pair,) = router._make_report().pairs
+        (pair,) = router.make_report().pairs
         assert pair.primary_ok
         assert pair.shadow_ok
         assert 0.02 < pair.primary_s < 1.0
@@ -273,7 +273,7 @@ def test_a_copied_stream_is_read_for_32_items_then_cancelled_and_compared_over_t
         result.end()
         await read(result)
         await settle()
-        assert router._make_report().pairs == (), "one pair, although the stream went on"
+        assert router.make_report().pairs == (), "one pair, although the stream went on"
         assert idle(router)
 
     asyncio.run(scenario())
@@ -294,7 +294,7 @@ def test_streams_of_different_length_are_compared_over_the_shorter():
         result.end()
         await reader
         await settle()
-        (pair,) = router._make_report().pairs
+        (pair,) = router.make_report().pairs
         assert pair.primary_s < 0.2, "the time of two items"
 
     asyncio.run(scenario())
@@ -317,7 +317,7 @@ def test_a_copied_stream_that_is_empty_fails_or_hangs_counts_against_the_candida
         async with asyncio.timeout(5):
             await asyncio.gather(*router._mirror._tasks)
         await settle()
-        (pair,) = router._make_report().pairs
+        (pair,) = router.make_report().pairs
         assert (pair.primary_ok, pair.shadow_ok) == (True, False)
         assert copy.cancelled
         assert idle(router)
@@ -332,7 +332,7 @@ def test_a_primary_stream_that_its_client_abandons_voids_the_pair():
         new.results[0].give(*range(32))
         result.end(TaskCancelledError())
         await settle()
-        assert router._make_report().pairs == ()
+        assert router.make_report().pairs == ()
         assert idle(router)
 
     asyncio.run(scenario())
@@ -352,7 +352,7 @@ def test_the_items_of_streams_are_compared_when_asked(copied, equal):
         await settle()
         async with asyncio.timeout(5):
             await asyncio.gather(*router._mirror._tasks)
-        (pair,) = router._make_report().pairs
+        (pair,) = router.make_report().pairs
         assert pair.answers_equal is equal
 
     asyncio.run(scenario())

@@ -37,6 +37,8 @@ def test_this_is_a_supported_ray():
         ("_add_pending_request_to_indices", ["pending_request"]),
         ("_remove_pending_request_from_indices", ["pending_request"]),
         ("_get_pending_request_matching_internal_request_id", ["request_metadata"]),
+        ("_choose_replica_for_request", ["pending_request", "is_retry"]),
+        ("_record_queue_wait_time", ["pending_request"]),
     ],
 )
 def test_a_router_still_has_the_hook(method, parameters):
@@ -79,7 +81,10 @@ def test_serve_still_does_what_we_rely_on(where, text, why):
 
 def test_a_router_still_keeps_what_we_read():
     source = inspect.getsource(module)
-    for name in ("_replicas", "_replicas_list", "_replica_queue_len_cache", "_event_loop", "_deployment_id"):
+    for name in (
+        *("_replicas", "_replicas_list", "_replica_queue_len_cache", "_event_loop", "_deployment_id"),
+        *("_pending_requests_to_route", "num_routing_tasks_in_backoff"),
+    ):
         assert f"self.{name}" in source or f"def {name}(" in source, f"RequestRouter.{name} is gone"
     for name in ("_prefer_local_node_routing", "_prefer_local_az_routing", "_self_node_id", "_self_availability_zone"):
         assert f"self.{name}" in source, f"LocalityMixin.{name} is gone"

@@ -156,7 +156,7 @@ def test_an_outcome_is_counted_once_with_its_error():
             router.on_request_completed(router._replicas_list[0].replica_id, f"r{i}")
             result.end()
             await settle()
-        view = router._make_report().replicas[0]
+        view = router.make_report().replicas[0]
         assert (view.started, view.finished, view.failed, view.in_flight) == (3, 3, 1, 0)
         assert {o.in_flight_at_start for o in view.outcomes} == {2.0}
         assert router._picks.in_flight == [0]
@@ -171,7 +171,7 @@ def test_a_cancelled_request_is_no_failure():
         _, result = await send(router)
         result.end(TaskCancelledError())
         await settle()
-        view = router._make_report().replicas[0]
+        view = router.make_report().replicas[0]
         assert (view.finished, view.failed, view.in_flight) == (0, 0, 0)
 
     run(scenario())
@@ -198,7 +198,7 @@ def test_counts_return_to_zero_after_rejections_failed_sends_and_cancelled_choic
         for _, result in ended:
             result.end()
         await settle()
-        router._make_report()
+        router.make_report()
         assert router._picks.in_flight == [0]
         assert router._sending == {}
         assert router._ledger.all_in_flight() == {}
@@ -226,7 +226,7 @@ def test_calls_that_share_serves_request_id_are_told_apart():
             result.end()
             router.on_request_completed(replica.replica_id, "same")
         await settle()
-        report = router._make_report()
+        report = router.make_report()
         assert sum(r.finished for r in report.replicas) == 3
         assert len(report.pairs) == 3
         assert router._picks.in_flight == [0, 0, 0]
@@ -268,7 +268,7 @@ def test_copies_go_to_the_replica_on_trial_and_become_pairs():
         await settle()
         result.end()
         await settle()
-        report = router._make_report()
+        report = router.make_report()
         (pair,) = report.pairs
         assert (pair.candidate_id, pair.primary_id) == ("new", "a")
         assert (pair.primary_in_flight, pair.shadow_in_flight) == (1.0, 0.0)
@@ -297,7 +297,7 @@ def test_whatever_a_copy_does_the_primary_goes_on(how):
             new.results[0].end(ValueError("no"))
         result.end()
         await settle()
-        report = router._make_report()
+        report = router.make_report()
         view = next(r for r in report.replicas if r.replica_id == "a")
         assert (view.finished, view.failed) == (1, 0)
         assert [(p.primary_ok, p.shadow_ok) for p in report.pairs] == [(True, False)]
@@ -316,7 +316,7 @@ def test_a_hung_replica_holds_no_more_than_its_cap_of_copies_and_drops_are_count
             await settle()
             result.end()
         await settle()
-        report = router._make_report()
+        report = router.make_report()
         assert len(new.sent) == 3
         assert (report.mirrored, report.mirror_dropped) == (3, 17)
         view = next(r for r in report.replicas if r.replica_id == "a")
@@ -335,7 +335,7 @@ def test_a_copy_past_its_deadline_is_cancelled_and_counts_against_the_candidate(
         async with asyncio.timeout(5):
             await settle()
             await asyncio.gather(*router._mirror._tasks)
-        (pair,) = router._make_report().pairs
+        (pair,) = router.make_report().pairs
         assert not pair.shadow_ok
         assert pair.shadow_s >= 0.1
         assert new.results[0].cancelled
@@ -362,7 +362,7 @@ def test_what_is_not_safe_to_copy_is_not_copied_but_counted(method, declared, me
         router.on_request_routed(pending, replica.replica_id, FakeResult())
         await settle()
         assert new.sent == []
-        assert router._make_report().uncopyable == 1
+        assert router.make_report().uncopyable == 1
 
     run(scenario())
 
@@ -555,7 +555,7 @@ def test_reports_hold_no_impossible_numbers():
         _, result = await send(router)
         result.end()
         await settle()
-        (outcome,) = router._make_report().replicas[0].outcomes
+        (outcome,) = router.make_report().replicas[0].outcomes
         assert math.isfinite(outcome.duration_s)
         assert outcome.duration_s >= 0.0
 
@@ -607,7 +607,7 @@ def test_a_request_stuck_on_a_collapsed_replica_is_answered_by_another_one():
         result.end(TaskCancelledError())
         second.end()
         await settle()
-        report = router._make_report()
+        report = router.make_report()
         assert report.rescued == 1
         assert sum(r.finished for r in report.replicas) == 1
         assert router._picks.in_flight == [0, 0, 0]
@@ -685,7 +685,7 @@ def test_rescues_stay_within_their_budget():
         for version in range(2, 12):
             router.take_table(collapse(version, a=(1.0, 0.02, 0.0), b=1.0, c=1.0))
             await settle()
-        assert router._make_report().rescued == 8, "what may be saved up, with 200 requests stuck"
+        assert router.make_report().rescued == 8, "what may be saved up, with 200 requests stuck"
         for caller in callers:
             caller.cancel()
         await asyncio.gather(*callers, return_exceptions=True)
@@ -816,11 +816,136 @@ def test_an_observing_router_routes_as_serve_does_and_tells_what_would_have_been
         result.end()
         await settle()
         assert all(replica.sent == [] for replica in replicas.values()), "nothing is copied"
-        report = router._make_report()
+        report = router.make_report()
         assert report.level == "observing"
         assert report.observed.requests == 1
         assert report.observed.time_ours == pytest.approx(0.1 * report.observed.time_taken)
-        assert router._make_report().observed.requests == 0
+        assert router.make_report().observed.requests == 0
         assert [view.finished for view in report.replicas] == [1, 0, 0]
+
+    run(scenario())
+
+
+async def at_once(*replicas, rows=None, **config):
+    router = make_router(*replicas, **config)
+    router.take_table(rows or table(**dict.fromkeys((r.name for r in replicas), 1.0)))
+    await settle()  # the queues of new replicas are asked for
+    return router
+
+
+def test_a_usual_choice_needs_no_task_of_serves_and_is_accounted_for():
+    async def scenario():
+        router = await at_once(*(FakeReplica(n) for n in "abcd"))
+        chosen = Counter()
+        for i in range(40):
+            pending = request(f"r{i}")
+            choosing = router._choose_replica_for_request(pending)
+            with pytest.raises(StopIteration) as done:
+                choosing.send(None)  # comes to its end without waiting for anything
+            replica = done.value.value
+            assert pending.routing_context.should_backoff, "if it is refused, several are offered"
+            router.on_send_request(replica.replica_id)
+            router.on_new_queue_len_info(replica.replica_id, chosen[replica.name] % 5 + 1)
+            router.on_request_routed(pending, replica.replica_id, FakeResult())
+            chosen[replica.name] += 1
+        assert set(chosen) == set("abcd")
+        assert sum(router._picks.in_flight) == 40
+        assert (router._sending, router._pending_calls) == ({}, {})
+        assert router._routing_tasks == set()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("why", ["unknown queue", "full", "another one waits", "backing off"])
+def test_where_there_is_something_to_compare_or_to_wait_for_serve_chooses(why):
+    async def scenario():
+        a, b = FakeReplica("a"), FakeReplica("b")
+        router = await at_once(a, b)
+        match why:
+            case "unknown queue":
+                for each in (a, b):
+                    router._replica_queue_len_cache.invalidate_key(each.replica_id)
+            case "full":
+                for each in (a, b):
+                    router.on_new_queue_len_info(each.replica_id, 8)
+            case "another one waits":
+                router._pending_requests_to_route.append(request("earlier"))
+            case "backing off":
+                router.num_routing_tasks_in_backoff = 1
+        assert router._choose_at_once(request()) is None
+        assert router._sending == {}
+        assert sum(router._picks.in_flight) == 0
+
+    run(scenario())
+
+
+def test_a_replica_whose_queue_is_unknown_keeps_its_turn():
+    """Else every request would be Serve's to place, by the turn after, and the replica would never be asked."""
+
+    async def scenario():
+        a, b = FakeReplica("a"), FakeReplica("b")
+        router = await at_once(a, b)
+        router._picks.turn = router._picks.index["a"]
+        router._replica_queue_len_cache.invalidate_key(a.replica_id)
+        assert router._choose_at_once(request("r")) is None
+        assert (await choose(router, request("r")))[0] == [a]
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("way", ["no table", "near", "multiplexed", "observing"])
+def test_serves_own_preferences_go_serves_way(way):
+    async def scenario():
+        kind = {"kind": ObservingRouter} if way == "observing" else {}
+        router = make_router(*(FakeReplica(n) for n in "ab"), **kind)
+        router._prefer_local_node_routing = way == "near"
+        if way != "no table":
+            router.take_table(table(a=1.0, b=1.0))
+        await settle()
+        pending = request(multiplexed_model_id="m") if way == "multiplexed" else request()
+        assert router._choose_at_once(pending) is None
+        async with asyncio.timeout(5):
+            assert (await router._choose_replica_for_request(request("r"))).name in "ab"
+
+    run(scenario())
+
+
+def test_a_session_is_at_home_at_once_and_waits_there_if_it_is_full():
+    async def scenario():
+        replicas = [FakeReplica(n) for n in "abcd"]
+        rows = replace(table(**dict.fromkeys("abcd", 1.0)), reference_s=20.0)
+        router = await at_once(*replicas, rows=rows)
+        early = request("early", session_id="s")
+        home = (await choose(router, early))[0][0]
+        router.use_secret(None)
+        for i in range(8):
+            assert router._choose_at_once(request(f"r{i}", session_id="s")) is home
+        home.queue_len = 8
+        router.on_new_queue_len_info(home.replica_id, 8)
+        late = request("late", session_id="s")
+        assert router._choose_at_once(late) is None
+        waiting = asyncio.create_task(router._choose_replica_for_request(late))
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        home.queue_len = 3
+        router.on_new_queue_len_info(home.replica_id, 3)
+        async with asyncio.timeout(5):
+            assert (await waiting).name == home.name
+
+    run(scenario())
+
+
+def test_a_request_that_was_refused_is_offered_several_others():
+    async def scenario():
+        router = await at_once(*(FakeReplica(n) for n in "abcdef"))
+        pending = request("r")
+        first = router._choose_at_once(pending)
+        router.on_new_queue_len_info(first.replica_id, 8)
+        router.on_request_completed(first.replica_id, "r")
+        async with asyncio.timeout(5):
+            second = await router._choose_replica_for_request(pending, is_retry=True)
+        assert second.name != first.name
+        router.on_request_completed(second.replica_id, "r")
+        assert sum(router._picks.in_flight) == 0
 
     run(scenario())

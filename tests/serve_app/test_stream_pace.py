@@ -102,7 +102,7 @@ def test_a_router_reports_each_item_of_its_streams_once():
                 await asyncio.sleep(0.003)
                 result.give(1)
             await asyncio.sleep(0.003)
-            seen = router._make_report().replicas[0]
+            seen = router.make_report().replicas[0]
             counts.append(seen.items)
             assert seen.stream_s > 0.0, "also while it stalls"
         assert counts == [3, 0, 3]
@@ -111,8 +111,8 @@ def test_a_router_reports_each_item_of_its_streams_once():
         result.end()
         await reader
         await asyncio.sleep(0.01)
-        assert router._make_report().replicas[0].items == 1
+        assert router.make_report().replicas[0].items == 1
         assert router._streams == {}
-        assert router._make_report().replicas[0].stream_s == 0.0
+        assert router.make_report().replicas[0].stream_s == 0.0
 
     asyncio.run(scenario())

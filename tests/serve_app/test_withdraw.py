@@ -72,7 +72,7 @@ def test_a_request_that_its_replica_has_not_accepted_is_reported_as_in_flight_an
     async def scenario():
         router, _, _ = scene()
         caller = await waiting(router)
-        views = {view.replica_id: view for view in router._make_report().replicas}
+        views = {view.replica_id: view for view in router.make_report().replicas}
         assert (views["a"].in_flight, views["b"].in_flight) == (1, 0)
         (entry,) = views["a"].unfinished
         assert entry.age_s >= 5.0
@@ -89,7 +89,7 @@ def test_what_a_router_reports_is_what_it_later_subtracts_from_the_tables_queue(
     async def scenario():
         router, _, _ = scene()
         caller = await waiting(router)
-        views = {view.replica_id: view.in_flight for view in router._make_report().replicas}
+        views = {view.replica_id: view.in_flight for view in router.make_report().replicas}
         assert views == router._counted == {"a": 1, "b": 0}
         known = table(version=2, a=(1.0, 1.0, 0.0), b=1.0)
         rows = tuple(replace(row, queue=float(views[row.replica_id])) for row in known.rows)
@@ -113,7 +113,7 @@ def test_a_request_that_a_collapsed_replica_has_not_accepted_goes_elsewhere():
         assert not result.cancelled
         result.end()
         await settle()
-        report = router._make_report()
+        report = router.make_report()
         assert report.rescued == 1
         assert [view.in_flight for view in report.replicas] == [0, 0]
         assert router._picks.in_flight == [0, 0]
@@ -193,7 +193,7 @@ def test_a_request_that_a_silent_replica_does_not_accept_goes_elsewhere_without_
         assert chosen.replica_id == b.replica_id
         assert a.results[0].cancelled
         assert router._picks.score(router._picks.index["a"]) > 1e8, "it seems full to the next requests"
-        views = {view.replica_id: view for view in router._make_report().replicas}
+        views = {view.replica_id: view for view in router.make_report().replicas}
         assert [o.duration_s >= 1.0 for o in views["a"].outcomes] == [True], "and the coordinator is told"
 
     run(scenario())
