@@ -112,7 +112,7 @@ def main(
     if throughput:
         from bench.micro_throughput import compare  # noqa: PLC0415 - starts a cluster: only when asked for
 
-        rows += [Row(*each) for each in compare(rounds=16 if quick else 160, seconds=0.5)]
+        rows += [Row(*each) for each in compare(pairs=2 if quick else 16, rounds=8 if quick else 12, seconds=0.5)]
     _print(console, rows)
     if json_file is not None:
         json_file.write_text(json.dumps([asdict(row) for row in rows], indent=0) + "\n", encoding="utf-8")

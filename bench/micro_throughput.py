@@ -1,8 +1,9 @@
 """Throughput of a no-op deployment through a handle on a local cluster: Serve's default router and ours in turn.
 
 Both routers drive the same replicas, from a process each: where replicas land makes differences of several percent
-between two deployments of the same, which no number of rounds averages out. The deployment asks for our router; the
-driver process of the other arm takes Serve's default instead.
+between two deployments of the same, which no number of rounds averages out. So do two processes of the same router:
+each pair of processes is one sample of the ratio, and the interval is over pairs. The deployment asks for our router;
+the driver process of the other arm takes Serve's default instead.
 """
 
 from __future__ import annotations
@@ -64,9 +65,10 @@ class _Driver:
         self._process.wait(30.0)
 
 
-def compare(rounds: int, seconds: float) -> Iterator[tuple[str, str, int, str, float]]:
-    """Rows (name, arm, replicas, metric, value). Each round drives both arms for `seconds`, the first one by turns."""
+def compare(pairs: int, rounds: int, seconds: float) -> Iterator[tuple[str, str, int, str, float]]:
+    """Rows (name, arm, replicas, metric, value). A pair drives both arms for `seconds` a round, the first by turns."""
     rates: dict[str, list[float]] = {arm: [] for arm in _ARMS}
+    logs: list[float] = []
     with LocalCluster(workers=1) as cluster:
         cluster.connect()
         start_control_plane(page_port=0)
@@ -75,23 +77,36 @@ def compare(rounds: int, seconds: float) -> Iterator[tuple[str, str, int, str, f
         options = {"num_replicas": _REPLICAS, "max_ongoing_requests": 16, "ray_actor_options": {"num_cpus": 0.1}}
         deployment = serve.deployment(_Noop, request_router_config=router, **options)
         serve.run(deployment.bind(), name=_APP, route_prefix=None)
-        drivers = {arm: _Driver(arm, ray.get_runtime_context().gcs_address) for arm in _ARMS}
-        seen = {arm: driver.drive(2.0)[1] for arm, driver in drivers.items()}
-        if seen["ray_default"] != seen["shadecast"]:
-            raise RuntimeError(f"the routers drove different replicas: {seen}; the ratio would say nothing")
-        for i in range(rounds):
-            for arm in sorted(drivers, reverse=bool(i % 2)):
-                rates[arm].append(drivers[arm].drive(seconds)[0])
-        for driver in drivers.values():
-            driver.end()
+        for _ in range(pairs):
+            found = _pair(ray.get_runtime_context().gcs_address, rounds, seconds)
+            for arm, values in found.items():
+                rates[arm] += values
+            both = zip(found["shadecast"], found["ray_default"], strict=True)
+            logs.append(statistics.median(math.log(ours / default) for ours, default in both))
         serve.shutdown()
     for arm, values in rates.items():
         yield "throughput", arm, _REPLICAS, "median_per_s", statistics.median(values)
-    logs = [math.log(a / b) for a, b in zip(rates["shadecast"], rates["ray_default"], strict=True)]
     mean, half = interval(logs)
     yield "throughput", "shadecast", _REPLICAS, "ratio_to_default", math.exp(mean)
     yield "throughput", "shadecast", _REPLICAS, "ratio_low", math.exp(mean - half)
     yield "throughput", "shadecast", _REPLICAS, "ratio_high", math.exp(mean + half)
+
+
+def _pair(address: str, rounds: int, seconds: float) -> dict[str, list[float]]:
+    """Rates of one process of each router, in turn."""
+    drivers = {arm: _Driver(arm, address) for arm in _ARMS}
+    try:
+        seen = {arm: driver.drive(1.0)[1] for arm, driver in drivers.items()}
+        if seen["ray_default"] != seen["shadecast"]:
+            raise RuntimeError(f"the routers drove different replicas: {seen}; the ratio would say nothing")
+        rates: dict[str, list[float]] = {arm: [] for arm in _ARMS}
+        for i in range(rounds):
+            for arm in sorted(drivers, reverse=bool(i % 2)):
+                rates[arm].append(drivers[arm].drive(seconds)[0])
+        return rates
+    finally:
+        for driver in drivers.values():
+            driver.end()
 
 
 async def _drive(handle: Any, seconds: float) -> tuple[float, set[int]]:

@@ -25,6 +25,8 @@ logger = logging.getLogger("ray.serve")
 
 _LONG_POLL_S = 5.0
 _TIMEOUT_S = 2.0
+_SHUTDOWN_S = 5.0
+"""Ray has shut down for sure after so long."""
 _SECRET_KEY = b"session-secret"
 
 
@@ -61,6 +63,7 @@ async def keep_in_touch(router: weakref.ref[Linked]) -> None:
     """Report and take tables until the router or Ray is gone. Never raises.
 
     Ray is asked for before every call, because a call on a process that has shut Ray down would start a new cluster.
+    What it handed out is kept until it has shut down: to drop a handle meanwhile ends the whole process (Ray 2.60).
     """
     poll: asyncio.Task[Any] | None = None
     coordinator: Any = None
@@ -88,6 +91,8 @@ async def keep_in_touch(router: weakref.ref[Linked]) -> None:
                 logger.warning("shadecast: reporting failed; routing goes on without", exc_info=True)
             del this
             await asyncio.sleep(period_s)
+        if coordinator is not None and not ray.is_initialized():
+            await asyncio.sleep(_SHUTDOWN_S)
     finally:
         if (this := router()) is not None:
             this.use_secret(None)

@@ -21,6 +21,11 @@ class Preferences:
         self._near_zone = [i for i in eligible if held[i].availability_zone == zone] if zone is not None else []
         self._with_model: dict[str, list[int]] = {}
 
+    @property
+    def any_near(self) -> bool:
+        """Whether some eligible replica is nearer than others."""
+        return bool(self._near_node or self._near_zone)
+
     def pool(self, pending_request: PendingRequest) -> Sequence[int] | None:
         """Those to pick from first: replicas that have the multiplexed model, else those with the fewest models; or
         the same node, then the same zone. None if all are alike.

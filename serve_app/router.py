@@ -246,12 +246,13 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
             return None
         if self._laid_out_for != "table" or time.monotonic() - self._table_s > self._table_ttl_s:
             self._check_level()
-        if self._laid_out_for == "power_of_two" or self._has_near or metadata.multiplexed_model_id:
+        if self._laid_out_for == "power_of_two" or metadata.multiplexed_model_id:
             return None
         picks = self._picks
         turn = picks.turn
         if not metadata.session_id:
-            i = picks.pick(self._random, self._choices)
+            pool = self._preferences.pool(pending_request) if self._has_near else None
+            i = picks.pick(self._random, self._choices, -1, pool)
         elif self._homes.settled:
             i = self._session_home(pending_request)
         else:
@@ -261,10 +262,12 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         replica = self._by_index[i]
         queue = self._replica_queue_len_cache.get(replica.replica_id)
         if queue is None or queue >= replica.max_ongoing_requests:
-            picks.turn = turn  # it is still that replica's turn
+            picks.turn = turn  # it is still that replica's turn, and nothing was tried
+            context.tried_same_node = context.tried_same_az = False
             return None
         context.should_backoff = True
-        context.tried_same_node = bool(metadata.session_id)
+        if metadata.session_id:
+            context.tried_same_node = True
         self._expect(pending_request, i)
         self._record_queue_wait_time(pending_request)
         return replica
@@ -659,10 +662,10 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
             limits=[r.max_ongoing_requests for r in self._by_index],
             live_only=self._laid_out_for != "table",
         )
-        self._has_near = self._prefer_local_node_routing or self._prefer_local_az_routing
         node = self._self_node_id if self._prefer_local_node_routing else None
         zone = self._self_availability_zone if self._prefer_local_az_routing else None
         self._preferences = Preferences(self._picks.pool, self._by_index, node, zone)
+        self._has_near = self._preferences.any_near
         rows = table.rows if table is not None else ()
         self._homes.update(self._picks, table, time.monotonic())
         self._mirrored = [

@@ -16,7 +16,7 @@ import pytest
 import ray
 from ray import serve
 from ray.serve.context import _get_global_client
-from ray.serve.exceptions import RequestCancelledError
+from ray.serve.exceptions import BackPressureError, RequestCancelledError
 from ray.serve.schema import ServeDeploySchema
 
 from shadecast.types import RoutingTable, State, TableRow
@@ -316,6 +316,46 @@ def test_each_deployment_of_a_graph_has_its_own_table(model):
 
 
 # ---------------------------------------------------------------- what may fail
+
+
+def test_usual_requests_need_no_task_of_serves(model):
+    replicas = replicas_of(model)
+    with table(model, dict.fromkeys(replicas, 1.0)) as router:
+        for i in range(4 * len(replicas)):  # until all queues are known
+            assert model.predict.remote(i).result(timeout_s=30) == i
+        started = []
+        start = router._maybe_start_routing_tasks
+        router._maybe_start_routing_tasks = lambda: (started.append(1), start())
+        try:
+            for i in range(20):
+                assert model.predict.remote(i).result(timeout_s=30) == i
+        finally:
+            del router._maybe_start_routing_tasks
+    assert len(started) <= 3, "one for a queue that has just expired, perhaps"
+    assert_idle(model)
+
+
+def test_serves_limit_of_waiting_requests_holds(model, folder):
+    deploy(folder, 3, max_queued_requests=5)
+    wait_for(lambda: router_of(model)._by_index, 20, "the router knows the replicas")
+
+    async def crowd():
+        calls = []
+        for i in range(60):
+            calls.append(asyncio.ensure_future(ask(i)))
+            await asyncio.sleep(0.005)  # of those that come in the same instant Serve rejects more than it must
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    async def ask(i):
+        return await model.predict.remote(i, pause_s=2.0)
+
+    answers = asyncio.run(crowd())
+    rejected = [a for a in answers if isinstance(a, BackPressureError)]
+    assert sorted(a for a in answers if isinstance(a, int)) == [i for i, a in enumerate(answers) if a == i]
+    assert len(rejected) + sum(isinstance(a, int) for a in answers) == 60
+    assert 25 <= len(rejected) <= 36, "three replicas of eight places, five that wait"
+    deploy(folder, 3, max_queued_requests=-1)
+    assert_idle(model)
 
 
 def test_when_every_replica_is_full_requests_wait_without_spinning_and_none_fails(model):

@@ -893,12 +893,11 @@ def test_a_replica_whose_queue_is_unknown_keeps_its_turn():
     run(scenario())
 
 
-@pytest.mark.parametrize("way", ["no table", "near", "multiplexed", "observing"])
+@pytest.mark.parametrize("way", ["no table", "multiplexed", "observing"])
 def test_serves_own_preferences_go_serves_way(way):
     async def scenario():
         kind = {"kind": ObservingRouter} if way == "observing" else {}
         router = make_router(*(FakeReplica(n) for n in "ab"), **kind)
-        router._prefer_local_node_routing = way == "near"
         if way != "no table":
             router.take_table(table(a=1.0, b=1.0))
         await settle()
@@ -906,6 +905,40 @@ def test_serves_own_preferences_go_serves_way(way):
         assert router._choose_at_once(pending) is None
         async with asyncio.timeout(5):
             assert (await router._choose_replica_for_request(request("r"))).name in "ab"
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("prefers", ["node", "zone"])
+def test_a_near_replica_is_chosen_at_once_and_the_next_one_if_it_is_full(prefers):
+    async def scenario():
+        near = FakeReplica("near", availability_zone="here")
+        router = make_router(near, *(FakeReplica(n, node_id="other", availability_zone="there") for n in "ab"))
+        router._prefer_local_node_routing, router._prefer_local_az_routing = prefers == "node", prefers == "zone"
+        router._self_availability_zone = "here"
+        router.take_table(table(near=1.0, a=1.0, b=1.0))
+        await settle()
+        for i in range(8):
+            assert router._choose_at_once(request(f"r{i}")) is near
+        router.on_new_queue_len_info(near.replica_id, 8)
+        near.queue_len = 8
+        late = request("late")
+        assert router._choose_at_once(late) is None
+        async with asyncio.timeout(5):
+            assert (await router._choose_replica_for_request(late)).name in "ab"
+
+    run(scenario())
+
+
+def test_a_preference_that_nothing_meets_costs_nothing():
+    """Serve's default prefers the own zone, which most clusters do not know."""
+
+    async def scenario():
+        router = await at_once(*(FakeReplica(n) for n in "ab"))
+        router._prefer_local_az_routing = True
+        router.take_table(table(2, a=1.0, b=1.0))
+        assert not router._has_near
+        assert router._choose_at_once(request("r")) is not None
 
     run(scenario())
 

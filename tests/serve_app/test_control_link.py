@@ -1,0 +1,128 @@
+"""What ties a router to the coordinator: reports, tables, and an end that takes nobody along."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import weakref
+
+import pytest
+
+from serve_app import control_link
+from tests.serve_app.router_fakes import FakeReplica, make_router, table
+
+
+class Call:
+    """A method of an actor: `answer` is what its `remote` is awaited to."""
+
+    def __init__(self, answer):
+        self.answer = answer
+        self.calls = []
+
+    def remote(self, *arguments):
+        self.calls.append(arguments)
+        return asyncio.ensure_future(self.answer(*arguments))
+
+
+class Coordinator:
+    """Takes reports, and gives one table."""
+
+    def __init__(self, wants_table_back=False):
+        self.wants_table_back = wants_table_back
+        self.report_router = Call(self._report)
+        self.wait_table = Call(self._table)
+        self.told, self.given_back = asyncio.Event(), asyncio.Event()
+
+    async def _report(self, report, settings):
+        self.told.set()
+        if report.held_table is not None:
+            self.given_back.set()
+        return self.wants_table_back
+
+    async def _table(self, deployment, seen, timeout_s):
+        if seen == (0, 0):
+            return table(a=1.0)
+        await asyncio.Event().wait()
+
+
+@pytest.fixture
+def ray_up(monkeypatch):
+    """Whether Ray is initialized, as a list with one truth value; no cluster is there."""
+    up = [True]
+    monkeypatch.setattr(control_link.ray, "is_initialized", lambda: up[0])
+    monkeypatch.setattr(control_link, "_cluster_secret", lambda: b"secret")
+    return up
+
+
+def run(coroutine):
+    asyncio.run(asyncio.wait_for(coroutine, 20.0))
+
+
+async def linked(monkeypatch, found):
+    """A router that is in touch with the last coordinator of `found`, and the task that keeps it so."""
+    monkeypatch.setattr(control_link, "_find_coordinator", lambda: found[-1])
+    router = make_router(FakeReplica("a"))
+    if router._control is not None:
+        router._control.cancel()
+    router.report_s = 0.02
+    return router, asyncio.ensure_future(control_link.keep_in_touch(weakref.ref(router)))
+
+
+def test_a_router_reports_takes_tables_and_gives_its_own_back_if_it_is_asked_to(monkeypatch, ray_up):
+    async def scenario():
+        coordinator = Coordinator(wants_table_back=True)
+        router, link = await linked(monkeypatch, [coordinator])
+        await coordinator.given_back.wait()
+        assert router.level == "table"
+        assert router._homes.settled
+        assert coordinator.wait_table.calls[-1][1] == router.held_version()
+        link.cancel()
+
+    run(scenario())
+
+
+def test_a_coordinator_that_is_gone_is_looked_for_again(monkeypatch, ray_up):
+    async def scenario():
+        broken, well, asked = Coordinator(), Coordinator(), asyncio.Event()
+
+        async def gone(*_):
+            asked.set()
+            raise control_link.RayActorError
+
+        broken.report_router = Call(gone)
+        found = [broken]
+        router, link = await linked(monkeypatch, found)
+        await asked.wait()
+        found.append(well)
+        await well.told.wait()
+        assert not link.done()
+        assert router.level in ("power_of_two", "table")
+        link.cancel()
+
+    run(scenario())
+
+
+def test_no_handle_is_dropped_while_ray_shuts_down(monkeypatch, ray_up):
+    """Ray 2.60 ends the process in which an actor's handle is freed between the two halves of `ray.shutdown()`."""
+
+    async def scenario():
+        monkeypatch.setattr(control_link, "_SHUTDOWN_S", 0.3)
+        coordinator = Coordinator()
+        handle = weakref.ref(coordinator)
+        found = [coordinator]
+        router, link = await linked(monkeypatch, found)
+        await coordinator.told.wait()
+        found.clear()
+        del coordinator
+        ray_up[0] = False
+        await asyncio.sleep(0.15)
+        gc.collect()
+        assert handle() is not None, "the link has noticed, and keeps what it has"
+        await link
+        assert router._homes.settled
+        link = None
+        await asyncio.sleep(0)
+        gc.collect()
+        assert handle() is None
+
+    run(scenario())
