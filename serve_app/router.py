@@ -18,6 +18,7 @@ import random
 import time
 import uuid
 import weakref
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -60,6 +61,10 @@ _MOST_OBSERVED = 100.0
 _LONGEST_SHUN = 3
 """A replica that does not accept is left out for 1.5 s, 3 s, 6 s, and no longer than 12 s at a time."""
 _LONGEST_WAIT_FOR_HOME_S = 1.0
+_LONGEST_WAIT_FOR_PLACE_S = 1.0
+"""Then Serve asks the replicas themselves: should a count here ever be wrong, no request must wait for it for ever."""
+_DRAWS_FOR_A_PLACE = 3
+"""Of many replicas, a pick may fall on full ones while others have places."""
 _FORGET_TABLE_S = 60.0
 """After so long without a coordinator, replicas that the last table kept out are used again."""
 
@@ -125,6 +130,8 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         """Replicas that hardly answer, by the table: sessions make a detour around them."""
         self._looking = self._want_table_back = self._has_near = False
         self._random = random.random
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        """Requests that wait until one of this router's others has ended: all replicas have as many as they take."""
         self._waiting_for_home = 0
         """Serve routes two requests per replica at a time: at most half of them may wait for their session's own."""
         self._cost_of: Callable[[list[Any], dict[Any, Any]], float] | None = None
@@ -186,9 +193,8 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         """
         if self._laid_out_for != "table" or time.monotonic() - self._table_s > self._table_ttl_s:
             self._check_level()
-        choices = self._choices
         if pending_request is None:
-            first = self._picks.pick(self._random, choices)
+            first = self._picks.pick(self._random, self._choices)
             return [[self._by_index[first]]] if first >= 0 else []
         context, metadata = pending_request.routing_context, pending_request.metadata
         again, context.should_backoff = context.should_backoff, True
@@ -201,16 +207,63 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         pool: Sequence[int] | None = None
         if self._has_near or metadata.multiplexed_model_id:
             pool = self._preferences.pool(pending_request)
-        if pool is None:
-            if self._laid_out_for == "power_of_two":
-                return self._several(2)
-            if again:
-                return self._several(max(choices, 2))
-        first = self._picks.pick(self._random, choices, -1, pool)
-        if first < 0:
+        if pool is None and self._laid_out_for == "power_of_two":
+            return self._several(2)
+        first = self._pick_with_place(pool)
+        if first < 0 and pool is not None:
+            context.should_backoff = False  # the next preference, at once
             return []
+        if first < 0 and self._picks.pool:
+            first = await self._wait_for_place()
+        if pool is None and (again or first < 0):
+            return self._several(max(self._choices, 2))
         self._expect(pending_request, first)
         return _Ranks(self, self._by_index[first], pool)
+
+    def _pick_with_place(self, pool: Sequence[int] | None) -> int:
+        """A pick to which this router may send one more; -1 if some draws found none.
+
+        A starved replica accepts late, and its own count of requests does not have those that are on their way: going
+        by it alone, hundreds would be sent, and neither Serve's limit of waiting requests nor any other router's choice
+        would see them.
+        """
+        for _ in range(_DRAWS_FOR_A_PLACE):
+            i = self._picks.pick(self._random, self._choices, -1, pool)
+            if i < 0 or not self._is_full(i):
+                return i
+        return -1
+
+    def _is_full(self, i: int) -> bool:
+        """Whether a replica has as many of this router's requests as it takes, those on their way included."""
+        most: int = self._by_index[i].max_ongoing_requests
+        return self._picks.in_flight[i] >= most
+
+    async def _wait_for_place(self) -> int:
+        """A pick, once one of this router's requests has ended; -1 if none has for long. First come, first served."""
+        place: asyncio.Future[None] | None = None
+        try:
+            async with asyncio.timeout(_LONGEST_WAIT_FOR_PLACE_S):
+                while (i := self._pick_with_place(None)) < 0:
+                    again, place = place is not None, self._event_loop.create_future()
+                    (self._waiting.appendleft if again else self._waiting.append)(place)
+                    await place
+                return i
+        except TimeoutError:
+            return -1
+        except asyncio.CancelledError:
+            if place is not None and place.done() and not place.cancelled():
+                self._offer_place()  # it was this one's turn
+            raise
+        finally:
+            if place is not None and place in self._waiting:
+                self._waiting.remove(place)
+
+    def _offer_place(self) -> None:
+        while self._waiting:
+            place = self._waiting.popleft()
+            if not place.done():
+                place.set_result(None)
+                return
 
     # Serve indexes waiting requests by an id that all calls which one request makes have in common, so that of two at
     # the same time one would wait for ever (Ray 2.60). A call's own metadata object tells them apart.
@@ -242,7 +295,7 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         compare, and the way there costs more than everything that this router does.
         """
         metadata, context = pending_request.metadata, pending_request.routing_context
-        if self._pending_requests_to_route or self.num_routing_tasks_in_backoff:
+        if self._pending_requests_to_route or self.num_routing_tasks_in_backoff or self._waiting:
             return None
         if self._laid_out_for != "table" or time.monotonic() - self._table_s > self._table_ttl_s:
             self._check_level()
@@ -261,7 +314,7 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
             return None
         replica = self._by_index[i]
         queue = self._replica_queue_len_cache.get(replica.replica_id)
-        if queue is None or queue >= replica.max_ongoing_requests:
+        if queue is None or queue >= replica.max_ongoing_requests or self._is_full(i):
             picks.turn = turn  # it is still that replica's turn, and nothing was tried
             context.tried_same_node = context.tried_same_az = False
             return None
@@ -316,7 +369,7 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
             if context.tried_same_az:
                 return None
             context.tried_same_az = context.tried_same_node
-        elif context.tried_same_node and queue >= replica.max_ongoing_requests:
+        elif self._is_full(home) or (context.tried_same_node and queue >= replica.max_ongoing_requests):
             worth_s = self._migration_s()
             left_s = min(pending_request.created_at + worth_s - time.time(), worth_s)
             if left_s <= 0.0 or self._waiting_for_home >= self.max_num_routing_tasks // 2:
@@ -353,6 +406,7 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         pool: Sequence[int] = self._picks.pool
         if time.monotonic() - self._table_s > _FORGET_TABLE_S:
             pool = range(len(self._by_index))
+        pool = [i for i in pool if not self._is_full(i)] or pool
         drawn = [self._by_index[i] for i in (pool if len(pool) <= count else random.sample(pool, count))]
         # Serve asks a replica for its queue only where none of the drawn ones is known: a newcomer whose first answer
         # came too late would wait for ever beside one in steady use, so the unknown come first
@@ -376,6 +430,8 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         i = self._picks.index.get(replica_id)
         if i is not None:
             self._picks.shift(i, by)
+            if self._waiting and not self._is_full(i):
+                self._offer_place()
 
     # ------------------------------------------------------------------ outcomes
 
@@ -386,7 +442,6 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         if (choice := self._sending.get(request_id)) is not None:
             self._patience.accepted(time.monotonic() - choice.since_s)
         self._unsent.pop(pending_request.metadata.internal_request_id, None)
-        self._forget_choice(request_id)
         if self._shunned:
             self._shunned.pop(replica, None)
         others = max((self._replica_queue_len_cache.get(replica_id) or 1) - 1.0, 0.0)
@@ -395,6 +450,7 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         now_s = time.monotonic()
         self._ledger.start(request_id, replica, now_s, others, self._cost(pending_request))
         self._shift(replica, 1)
+        self._forget_choice(request_id)  # only now: its place is not free meanwhile
         self._note_queue(replica, others + 1.0, now_s)
         if metadata.is_streaming or not metadata._by_reference:
             stream = self._watch_stream(result, request_id, replica, unary=not metadata.is_streaming)
@@ -455,10 +511,11 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
             stream.items, stream.waited_s = items, waited_s
 
     def _note_queue(self, replica: str, queue: float, now_s: float) -> None:
-        """The replica's own count at this moment is fresher than any table's."""
+        """The replica's own count at this moment is fresher than any table's; what is on its way comes on top."""
         picks = self._picks
         i = picks.index.get(replica)
         if i is not None:
+            queue += picks.in_flight[i] - self._ledger.in_flight(replica)
             picks.note(i, queue)
             self._told[replica] = (queue, picks.in_flight[i], now_s)
 
@@ -615,6 +672,8 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         alive = {r.replica_id.unique_id for r in replicas}
         self._shunned = {replica_id: held for replica_id, held in self._shunned.items() if replica_id in alive}
         self._lay_out()
+        for _ in range(len(self._waiting)):
+            self._offer_place()
         if self._control is None or self._control.done():
             self._control = self._event_loop.create_task(keep_in_touch(weakref.ref(self)))
 
