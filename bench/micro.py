@@ -70,7 +70,8 @@ class _Replica:
 
     replica_id: ReplicaID
     node_id: str
-    max_ongoing_requests: int = 16
+    max_ongoing_requests: int = _BATCH
+    """A place for each of a batch: what waiting for one costs is not measured here."""
     availability_zone: str | None = None
     multiplexed_model_ids: frozenset[str] = frozenset()
     replica_metadata: dict[str, Any] = field(default_factory=dict)

@@ -2,7 +2,7 @@
 
 A job that runs every minute, a checkpoint, a compaction. The net remembers about a minute, and what it learned
 elsewhere does not tell it when this node's job runs; a list of the last starts does. What is due is announced as any
-event that is known (`actors.node_forecaster`), for a moment around its start only: from then on it is measured.
+event that is known (`actors.node_forecaster`), until a sample shows that it did not come, or is over.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from itertools import pairwise
+from statistics import median
 
 HIGH, LOW = 0.5, 0.3
 """Of the node: an event begins at or above the one and is over at or below the other."""
@@ -60,6 +61,8 @@ class Recurrence:
     _last: tuple[float, float] = (math.nan, 0.0)
     """Time and load of the last sample."""
     _due: Event | None = None
+    _latest_s: float = math.nan
+    """What is due and has not begun by then was a mistake."""
 
     def step(self, now_s: float, load: float) -> None:
         """The load, a fraction of the node, since the last sample; NaN teaches nothing."""
@@ -80,23 +83,22 @@ class Recurrence:
         lasted_s = before_s - self._started_s
         started_s, self._started_s = self._started_s, None
         if lasted_s >= CONFIRMED_S:
-            level = sum(self._levels) / max(len(self._levels), 1)
-            self._end(_Past(started_s, lasted_s, level))
+            self._end(_Past(started_s, lasted_s, median(self._levels or [before])))
 
     def due(self) -> Event | None:
-        """The moment around the next start that is expected; None where nothing is."""
+        """The next event that is expected, or is under way as expected; None where nothing is."""
         return self._due
 
     def _end(self, event: _Past) -> None:
         """An event is over: was it expected, and when is the next one?"""
-        if self._due is not None and self._due.starts_s <= event.started_s <= self._due.ends_s:
+        if self._due is not None and self._due.starts_s <= event.started_s <= self._latest_s:
             self.needed = max(self.needed - 1, 1)
         self._past = [*self._past[1 - _KEPT :], event]
         self._due = self._next()
 
     def _expire(self, now_s: float) -> None:
         """What was due and has not come was a mistake: start anew, and ask for more."""
-        if self._due is None or now_s <= self._due.ends_s + CONFIRMED_S:
+        if self._due is None or now_s <= self._latest_s + CONFIRMED_S:
             return
         if self._started_s is not None and self._started_s >= self._due.starts_s:
             return  # it has come, or something like it
@@ -116,5 +118,8 @@ class Recurrence:
         if not (alike and steady and SHORTEST_S <= mean_s <= LONGEST_S):
             return None
         at_s, slack_s = last[-1].started_s + mean_s, _JITTER_S + off_s
+        self._latest_s = at_s + slack_s
+        shortest_s = min(event.lasted_s for event in last)
+        ends_s = at_s + max(shortest_s - slack_s, slack_s)
         strength = min(event.level for event in last)
-        return Event(at_s - slack_s, at_s + slack_s, min(max(strength, 0.0), 1.0))
+        return Event(at_s - slack_s, ends_s, min(max(strength, 0.0), 1.0))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import threading
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -273,3 +275,23 @@ def test_settings_are_checked_before_an_actor_is_started() -> None:
     with pytest.raises(ConfigError, match=r"forecaster\.period_s = 0"):
         ForecasterSettings.from_mapping({"period_s": 0})
     assert actor_name("abcdef0123456789ffff") == "shadecast-forecaster-abcdef0123456789"
+
+
+def test_all_threads_of_a_forecaster_get_the_usual_priority_where_the_system_allows_it() -> None:
+    with subprocess.Popen([sys.executable, "-c", NICED], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        allowed, *priorities = process.stdout.read().split()
+    assert len(priorities) == 2
+    assert set(priorities) == ({"0"} if allowed == "True" else {"15"})
+
+
+NICED = """
+import os, threading
+from actors.forecaster_actor import stand_up_to_others
+os.nice(15)
+stop = threading.Event()
+threading.Thread(target=stop.wait).start()
+allowed = stand_up_to_others()
+print(allowed, *(os.getpriority(os.PRIO_PROCESS, int(t)) for t in os.listdir("/proc/self/task")), flush=True)
+stop.set()
+"""
