@@ -38,6 +38,10 @@ class Linked(Protocol):
     """What the deployment says of the configuration; the coordinator reads it with each report."""
     report_s: float
 
+    def has_replicas(self) -> bool:
+        """Whether there is anything to route to."""
+        ...
+
     def make_report(self) -> RouterReport:
         """Everything since the last report."""
         ...
@@ -62,12 +66,15 @@ class Linked(Protocol):
 async def keep_in_touch(router: weakref.ref[Linked]) -> None:
     """Report and take tables until the router or Ray is gone. Never raises.
 
+    A router without replicas says so once and is silent then: Serve keeps the routers of applications that were deleted
+    for as long as the process lives.
+
     Ray is asked for before every call, because a call on a process that has shut Ray down would start a new cluster.
     What it handed out is kept until it has shut down: to drop a handle meanwhile ends the whole process (Ray 2.60).
     """
     poll: asyncio.Task[Any] | None = None
     coordinator: Any = None
-    known_secret = False
+    known_secret = silent = False
     loop = asyncio.get_running_loop()
     try:
         while ray.is_initialized() and (this := router()) is not None:
@@ -76,13 +83,18 @@ async def keep_in_touch(router: weakref.ref[Linked]) -> None:
                 if not known_secret:
                     this.use_secret(await loop.run_in_executor(None, _cluster_secret))
                     known_secret = True
-                if coordinator is None:
+                empty = not this.has_replicas()
+                silent = silent and empty
+                if coordinator is None and not silent:
                     coordinator = await loop.run_in_executor(None, _find_coordinator)
-                if coordinator is not None:
+                if coordinator is not None and not silent:
                     if poll is None or poll.done():
                         poll = loop.create_task(_poll_tables(router, coordinator))
                     taken = coordinator.report_router.remote(this.make_report(), this.settings)
                     this.reported(wants_table_back=bool(await asyncio.wait_for(taken, _TIMEOUT_S)))
+                    silent = empty
+                    if silent:
+                        poll.cancel()
             except (RayActorError, TimeoutError) as error:
                 coordinator = None
                 logger.debug(f"shadecast: coordinator does not answer: {error}")

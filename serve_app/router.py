@@ -735,6 +735,10 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
 
     # ------------------------------------------------------------------ control plane
 
+    def has_replicas(self) -> bool:
+        """Whether there is anything to route to."""
+        return bool(self._by_index)
+
     def make_report(self) -> RouterReport:
         """This second's report; forgets choices whose request was cancelled before it was sent."""
         for request_id, choice in list(self._sending.items()):

@@ -437,13 +437,7 @@ def test_without_forecasters_requests_go_on(model):
 
 
 @pytest.mark.timeout(400)
-def test_scaling_and_a_rolling_update_under_load_fail_no_request(model, folder):
-    def scaled(least, most, expected):
-        scaling = {"min_replicas": least, "max_replicas": most, "downscale_delay_s": 0.5, "upscale_delay_s": 0.5}
-        scaling |= {"metrics_interval_s": 0.5, "look_back_period_s": 1.0}
-        deploy(folder, 0, autoscaling_config=scaling)
-        wait_for(lambda: running() == expected, 100, f"autoscaling to {expected}")
-
+def test_a_rolling_update_under_load_fails_no_request(model, folder):
     async def change():
         done = asyncio.Event()
         seen = Counter()
@@ -456,9 +450,6 @@ def test_scaling_and_a_rolling_update_under_load_fail_no_request(model, folder):
         driving = asyncio.create_task(drive())
         in_thread = asyncio.get_running_loop().run_in_executor
         try:
-            await in_thread(None, scaled, 4, 4, 4)
-            await in_thread(None, scaled, 1, 4, 1)
-            await in_thread(None, deploy, folder, 3)
             # a changed actor option replaces every replica, one after the other
             await in_thread(None, lambda: deploy(folder, 3, ray_actor_options={"num_cpus": 0.11}))
         finally:
@@ -511,8 +502,8 @@ def test_replicas_come_and_go_with_the_load_and_no_request_fails(model, folder):
 def test_a_soak_of_cancellations_exceptions_deaths_and_abandoned_streams_ends_at_zero(model):
     rng = random.Random(7)
     seen = Counter()
-    until_s = time.monotonic() + 30.0
-    next_death_s = time.monotonic() + 8.0
+    until_s = time.monotonic() + 20.0
+    next_death_s = time.monotonic() + 5.0
 
     async def one(i):
         kind = rng.choice(["predict", "predict", "bad", "cancel", "stream", "stream_bad", "abandon", "stream_cancel"])
@@ -547,7 +538,7 @@ def test_a_soak_of_cancellations_exceptions_deaths_and_abandoned_streams_ends_at
             tasks.add(task)
             task.add_done_callback(tasks.discard)
             if time.monotonic() > next_death_s:
-                next_death_s += 10.0
+                next_death_s += 7.0
                 with pytest.raises(ray.exceptions.RayActorError):
                     await model.die.remote()
             await asyncio.sleep(0.03)

@@ -65,7 +65,8 @@ async def linked(monkeypatch, found):
     if router._control is not None:
         router._control.cancel()
     router.report_s = 0.02
-    return router, asyncio.ensure_future(control_link.keep_in_touch(weakref.ref(router)))
+    router._control = asyncio.ensure_future(control_link.keep_in_touch(weakref.ref(router)))
+    return router, router._control
 
 
 def test_a_router_reports_takes_tables_and_gives_its_own_back_if_it_is_asked_to(monkeypatch, ray_up):
@@ -76,6 +77,30 @@ def test_a_router_reports_takes_tables_and_gives_its_own_back_if_it_is_asked_to(
         assert router.level == "table"
         assert router._homes.settled
         assert coordinator.wait_table.calls[-1][1] == router.held_version()
+        link.cancel()
+
+    run(scenario())
+
+
+def test_a_router_without_replicas_says_so_once_and_is_silent_until_there_are_some(monkeypatch, ray_up):
+    async def scenario():
+        coordinator = Coordinator()
+        router, link = await linked(monkeypatch, [coordinator])
+        await coordinator.told.wait()
+        router.update_replicas([])
+        for _ in range(1000):
+            if any(not report.replicas for report, _ in coordinator.report_router.calls):
+                break
+            await asyncio.sleep(0.01)
+        told, polled = len(coordinator.report_router.calls), len(coordinator.wait_table.calls)
+        await asyncio.sleep(0.2)
+        assert (len(coordinator.report_router.calls), len(coordinator.wait_table.calls)) == (told, polled)
+        router.update_replicas([FakeReplica("b")])
+        coordinator.told.clear()
+        await coordinator.told.wait()
+        assert coordinator.report_router.calls[-1][0].replicas
+        await asyncio.sleep(0.05)
+        assert len(coordinator.wait_table.calls) > polled
         link.cancel()
 
     run(scenario())
