@@ -109,13 +109,18 @@ def source_of(path: Path, folder: Path) -> str:
     return "own" if any(part.startswith("node=") for part in parts) else path.stem.split("_")[0]
 
 
+def telemetry_files(folder: Path) -> list[Path]:
+    """The Parquet files below a folder, sorted; what begins with a dot or an underscore is none."""
+    return sorted(p for p in folder.rglob("*.parquet") if not p.name.startswith((".", "_")))
+
+
 def read_folder(folder: Path, names: Sequence[str] | None = None) -> list[Series]:
     """All series of the Parquet files below a folder.
 
     A source is the first part of a file's name (`lumos_1s.parquet` -> `lumos`); the partitioned log of our own
     forecasters is the source `own`. Raises TelemetryError where there is nothing, or a file cannot be read.
     """
-    files = sorted(p for p in folder.rglob("*.parquet") if not p.name.startswith((".", "_")))
+    files = telemetry_files(folder)
     if not files:
         raise TelemetryError(f"{folder}: no *.parquet telemetry here; record some with `python -m train.record`")
     found: list[Series] = []

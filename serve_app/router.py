@@ -227,10 +227,9 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         by it alone, hundreds would be sent, and neither Serve's limit of waiting requests nor any other router's choice
         would see them.
         """
-        picks = self._picks
         for _ in range(_DRAWS_FOR_A_PLACE):
-            i = picks.pick(self._random, self._choices, -1, pool)
-            if i < 0 or picks.in_flight[i] < self._by_index[i].max_ongoing_requests:
+            i = self._picks.pick(self._random, self._choices, -1, pool)
+            if i < 0 or not self._is_full(i):
                 return i
         return -1
 

@@ -35,6 +35,7 @@ from train.dataset import Split, data_hash, pieces, split_machines, split_record
 from train.evaluate import alarm_precision, judge, prior_skill, scaled_baselines
 from train.loop import Progress, TrainConfig, fit
 from train.plots import bands_png
+from train.snapshot import snapshot
 
 OWN_DATA = SHIPPED.parent / "data"
 DEFAULTS = TrainConfig()
@@ -102,6 +103,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> str:
     """Do it all; returns the new version. Raises ShadecastError with one line on what is wrong."""
+    with snapshot(arguments.telemetry.absolute(), arguments.storage.absolute()) as telemetry:
+        return _run(arguments, telemetry)
+
+
+def _run(arguments: argparse.Namespace, telemetry: Path) -> str:
     shape = LstmConfig(hidden=arguments.hidden)
     registry = Registry(arguments.registry)
     champion = _champion(registry)
@@ -109,7 +115,7 @@ def run(arguments: argparse.Namespace) -> str:
     rate = WARM_LEARNING_RATE if start else DEFAULTS.learning_rate
     config = TrainConfig(epochs=arguments.epochs, steps=arguments.steps, learning_rate=rate, seed=arguments.seed)
     started_s = time.time()
-    series = read_folder(arguments.telemetry)
+    series = read_folder(telemetry)
     split = split_machines(series, arguments.hold_out, arguments.seed)
     rows = sum(len(s.values) for s in series)
     held_names = sorted({f"{s.source}/{s.machine}" for s in split.held})
@@ -117,7 +123,7 @@ def run(arguments: argparse.Namespace) -> str:
     print(f"starting from {start.version if start else 'nothing'}", flush=True)
     fingerprint = data_hash(series)
     read_s = time.time() - started_s
-    net = _train(arguments, config, shape, split, fingerprint, start)
+    net = _train(arguments, telemetry, config, shape, split, fingerprint, start)
     trained_s = time.time() - started_s - read_s
     fit_part, _ = split_recordings(split.train, 0.0, config.seed)
     ridge, residuals = scaled_baselines(fit_part)
@@ -163,6 +169,7 @@ def run(arguments: argparse.Namespace) -> str:
 
 def _train(  # noqa: PLR0917 - what a run consists of
     arguments: argparse.Namespace,
+    telemetry: Path,
     config: TrainConfig,
     shape: LstmConfig,
     split: Split,
@@ -188,7 +195,7 @@ def _train(  # noqa: PLR0917 - what a run consists of
             made_up=arguments.made_up,
             address=arguments.address,
         )
-        net = run_on_ray(arguments.telemetry.absolute(), split, shape, config, where, weights)
+        net = run_on_ray(telemetry, split, shape, config, where, weights)
     shutil.rmtree(folder, ignore_errors=True)
     return net
 

@@ -124,7 +124,7 @@ def test_a_single_loud_sample_is_no_event():
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.floats(0.0, 30.0), st.floats(allow_nan=True, allow_infinity=True)), max_size=200))
-def test_whatever_comes_an_expectation_is_a_short_moment_of_possible_strength(samples):
+def test_whatever_comes_an_expectation_has_an_end_and_a_possible_strength(samples):
     recurrence, now_s = Recurrence(), 0.0
     for gap_s, load in samples:
         now_s += gap_s
