@@ -16,6 +16,7 @@ from models.features import Features
 from models.first_passage import first_passage
 from models.grid import N_HEADS, N_HORIZONS, N_TARGETS, TARGETS, Array
 from models.lstm import ForecastNet, State
+from models.recurrence import STRONGEST
 from models.running import Running
 from shadecast.types import HORIZONS_S, QUANTILES, Forecast
 
@@ -181,7 +182,8 @@ def forecast_of(prediction: Prediction, version: str, announced: Array | None = 
     """The message of series 0; None while CPU is unknown or too few samples have come.
 
     What was `announced` [series, horizon] is known, not forecast: it counts in full whatever the model's skill, and
-    around it the best forecast, gated, stands in for the model's.
+    around it the best forecast, gated, stands in for the model's. It allows a veto if it is stronger than what a node
+    expects by itself.
     """
     ready = prediction.ready[0]
     if not ready[_CPU]:
@@ -196,7 +198,7 @@ def forecast_of(prediction: Prediction, version: str, announced: Array | None = 
     if announced is not None and announced[0].any() and _CPU in known:
         rows[TARGETS[_CPU]] = np.maximum(prediction.gated[0, _CPU], announced[0][:, None])
         gate[TARGETS[_CPU]] = 1.0
-        veto_allowed = True
+        veto_allowed = veto_allowed or bool(announced.max() > STRONGEST)
     return Forecast(
         quantiles={name: tuple(tuple(map(float, row)) for row in each) for name, each in rows.items()},
         slow_probability=float(prediction.slow_probability[0]),

@@ -24,6 +24,9 @@ _STEADY = 0.02
 """Of an interval: how far two may differ and still be one."""
 _ALIKE = 0.25
 """Of a duration: how far two events may differ and still be one kind."""
+STRONGEST = 0.5
+"""Of the node, that an expectation takes away at most: it may be wrong, on several nodes at once. Where others are free
+the half is enough to keep requests off the node; where they are not, they must not get all that it had."""
 _MOST_NEEDED = 4
 _KEPT = 8
 
@@ -122,4 +125,4 @@ class Recurrence:
         shortest_s = min(event.lasted_s for event in last)
         ends_s = at_s + max(shortest_s - slack_s, slack_s)
         strength = min(event.level for event in last)
-        return Event(at_s - slack_s, ends_s, min(max(strength, 0.0), 1.0))
+        return Event(at_s - slack_s, ends_s, min(max(strength, 0.0), STRONGEST))

@@ -178,6 +178,17 @@ def test_targets_are_ratios_to_the_arms_measured_beside_it():
     assert [check.met for check in checks("hog", slow, {})] == [False, False, False]
 
 
+def test_calm_is_judged_by_the_clock_and_by_the_pace_that_the_machine_had_in_each_run():
+    good, pace = [24.0] * 3, [0.01, 0.015, 0.01]
+    rows = fill("default", p50_s=[0.02, 0.03, 0.02], goodput_per_s=good, forecasters_cpu_fraction=pace)
+    ours = fill("shadecast", goodput_per_s=good, p50_s=[0.03] * 3, forecasters_cpu_fraction=[0.015, 0.015, 0.015])
+    by_clock, by_pace = checks("calm", by_arm(rows + ours, "hog", ARMS), {})[:2]
+    assert (by_clock.met, by_pace.met) == (False, True)
+    assert by_pace.measured == "1.000 x (1.00 to 1.00)"
+    slower = fill("shadecast", goodput_per_s=good, p50_s=[0.03] * 3, forecasters_cpu_fraction=[0.013, 0.014, 0.013])
+    assert not checks("calm", by_arm(rows + slower, "hog", ARMS), {})[1].met
+
+
 @pytest.mark.parametrize(
     ("name", "fair", "most"), [("newcomer-slow", "newcomer-none", 1.05), ("coordinator-kill", "calm", 1.1)]
 )

@@ -9,7 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.recurrence import Recurrence
+from models.recurrence import STRONGEST, Recurrence
+from shadecast.capacity import blend, outlook
+from shadecast.config import BalanceConfig
+from shadecast.types import HORIZONS_S, Forecast, NodeSnapshot
 
 
 def feed(recurrence, starts, lasts_s=20.0, until_s=400.0, *, noise=0.03, seed=0, level=0.95, missing=()):
@@ -31,7 +34,7 @@ def test_after_two_events_alike_the_third_is_due_when_it_comes():
         event = seen[int(start) - 5]
         assert start - 3.0 <= event.starts_s <= start
         assert start + 15.0 <= event.ends_s <= start + 20.0
-        assert event.strength > 0.85
+        assert event.strength == 0.5, "an expectation may be wrong: never more than half of the node"
         assert seen[int(start) + 10] == event, "while it is there"
         assert seen[int(start) + 24].starts_s > start + 50.0, "the next one"
 
@@ -133,5 +136,18 @@ def test_whatever_comes_an_expectation_has_an_end_and_a_possible_strength(sample
         if event is not None:
             assert event.starts_s < event.ends_s
             assert now_s <= recurrence._latest_s + 30.0 or recurrence._started_s is not None
-            assert 0.0 <= event.strength <= 1.0
+            assert 0.0 <= event.strength <= 0.5
         assert 1 <= recurrence.needed <= 4
+
+
+@pytest.mark.parametrize("background", [0.0, 0.15, 0.3])
+def test_an_expectation_makes_a_node_second_choice_and_never_leaves_its_load_to_the_others(background):
+    """In a lab whose runs were as long as each other, three nodes of four expected the next one; the fourth drowned."""
+    row = tuple((STRONGEST,) * 3 for _ in HORIZONS_S)
+    idle = tuple((0.0,) * 3 for _ in HORIZONS_S)
+    forecast = Forecast({"cpu": row, "memory": idle, "network": idle}, gate={"cpu": 1.0})
+    snapshot = NodeSnapshot(background, background, 0.0, 0.0, 0.0, 0.0, 0.0)
+    view, config = outlook(forecast, snapshot, (1.0, 0.0, 0.0), 0.0, 0.02), BalanceConfig()
+    part = math.exp(blend(0.0, view.log_change, config, view.error_sigma))
+    assert 0.5 <= part <= 0.9
+    assert view.worst_log_speed > math.log(config.veto_speed)
