@@ -69,9 +69,16 @@ class Recurrence:
 
     def step(self, now_s: float, load: float) -> None:
         """The load, a fraction of the node, since the last sample; NaN teaches nothing."""
+        if math.isfinite(load):
+            self._watch(now_s, load)
         self._expire(now_s)
-        if not math.isfinite(load):
-            return
+
+    def due(self) -> Event | None:
+        """The next event that is expected, or is under way as expected; None where nothing is."""
+        return self._due
+
+    def _watch(self, now_s: float, load: float) -> None:
+        """An event begins, goes on, or is over."""
         before_s, before = self._last
         self._last = (now_s, load)
         if self._started_s is None:
@@ -87,10 +94,6 @@ class Recurrence:
         started_s, self._started_s = self._started_s, None
         if lasted_s >= CONFIRMED_S:
             self._end(_Past(started_s, lasted_s, median(self._levels or [before])))
-
-    def due(self) -> Event | None:
-        """The next event that is expected, or is under way as expected; None where nothing is."""
-        return self._due
 
     def _end(self, event: _Past) -> None:
         """An event is over: was it expected, and when is the next one?"""

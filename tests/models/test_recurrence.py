@@ -6,10 +6,10 @@ import math
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from models.recurrence import STRONGEST, Recurrence
+from models.recurrence import CONFIRMED_S, STRONGEST, Recurrence
 from shadecast.capacity import blend, outlook
 from shadecast.config import BalanceConfig
 from shadecast.types import HORIZONS_S, Forecast, NodeSnapshot
@@ -127,6 +127,7 @@ def test_a_single_loud_sample_is_no_event():
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.floats(0.0, 30.0), st.floats(allow_nan=True, allow_infinity=True)), max_size=200))
+@example([(0.0, 0.0), (17.0, 1.0), (3.0, 0.0), (22.0, 1.0), (30.0, 0.0)])  # the third would have begun in the second
 def test_whatever_comes_an_expectation_has_an_end_and_a_possible_strength(samples):
     recurrence, now_s = Recurrence(), 0.0
     for gap_s, load in samples:
@@ -135,7 +136,7 @@ def test_whatever_comes_an_expectation_has_an_end_and_a_possible_strength(sample
         event = recurrence.due()
         if event is not None:
             assert event.starts_s < event.ends_s
-            assert now_s <= recurrence._latest_s + 30.0 or recurrence._started_s is not None
+            assert now_s <= recurrence._latest_s + CONFIRMED_S or recurrence._started_s is not None
             assert 0.0 <= event.strength <= 0.5
         assert 1 <= recurrence.needed <= 4
 
