@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from models.series import TelemetryError, telemetry_files
@@ -25,10 +25,8 @@ def snapshot(folder: Path, storage: Path) -> Iterator[Path]:
         for path in telemetry_files(folder):
             held = still / path.relative_to(folder)
             held.parent.mkdir(parents=True, exist_ok=True)
-            try:
+            with suppress(FileNotFoundError):
                 _hold(path.resolve(), held)
-            except FileNotFoundError:
-                continue
         try:
             yield still
         except TelemetryError as error:
@@ -38,7 +36,5 @@ def snapshot(folder: Path, storage: Path) -> Iterator[Path]:
 def _hold(path: Path, held: Path) -> None:
     try:
         os.link(path, held)
-    except FileNotFoundError:
-        raise
     except OSError:
         shutil.copyfile(path, held)
