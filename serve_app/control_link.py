@@ -70,10 +70,11 @@ async def keep_in_touch(router: weakref.ref[Linked]) -> None:
     for as long as the process lives.
 
     Ray is asked for before every call, because a call on a process that has shut Ray down would start a new cluster.
-    What it handed out is kept until it has shut down: to drop a handle meanwhile ends the whole process (Ray 2.60).
+    What it handed out is kept until it has shut down: to drop a call's object meanwhile ends the process (Ray 2.60).
     """
     poll: asyncio.Task[Any] | None = None
     coordinator: Any = None
+    taken: Any = None
     known_secret = silent = False
     loop = asyncio.get_running_loop()
     try:
@@ -103,7 +104,7 @@ async def keep_in_touch(router: weakref.ref[Linked]) -> None:
                 logger.warning("shadecast: reporting failed; routing goes on without", exc_info=True)
             del this
             await asyncio.sleep(period_s)
-        if coordinator is not None and not ray.is_initialized():
+        if (coordinator is not None or taken is not None) and not ray.is_initialized():
             await asyncio.sleep(_SHUTDOWN_S)
     finally:
         if (this := router()) is not None:
@@ -114,15 +115,19 @@ async def keep_in_touch(router: weakref.ref[Linked]) -> None:
 
 async def _poll_tables(router: weakref.ref[Linked], coordinator: Any) -> None:
     """Take tables as they are published; ends with the coordinator that it was started for."""
-    with contextlib.suppress(RayActorError, asyncio.CancelledError):
-        while ray.is_initialized() and (this := router()) is not None:
-            deployment, seen = this.deployment, this.held_version()
-            del this
-            table = await coordinator.wait_table.remote(deployment, seen, _LONG_POLL_S)
-            this = router()
-            if this is not None and table is not None:
-                this.take_table(table)
-            del this
+    with contextlib.suppress(asyncio.CancelledError):
+        with contextlib.suppress(RayActorError):
+            while ray.is_initialized() and (this := router()) is not None:
+                deployment, seen = this.deployment, this.held_version()
+                del this
+                asked = coordinator.wait_table.remote(deployment, seen, _LONG_POLL_S)
+                table = await asked
+                this = router()
+                if this is not None and table is not None:
+                    this.take_table(table)
+                del this
+        if not ray.is_initialized():
+            await asyncio.sleep(_SHUTDOWN_S)  # as `keep_in_touch` does, for what was asked last
 
 
 def _cluster_secret() -> bytes:

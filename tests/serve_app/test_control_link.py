@@ -21,7 +21,9 @@ class Call:
 
     def remote(self, *arguments):
         self.calls.append(arguments)
-        return asyncio.ensure_future(self.answer(*arguments))
+        made = asyncio.ensure_future(self.answer(*arguments))
+        self.last = weakref.ref(made)
+        return made
 
 
 class Coordinator:
@@ -149,5 +151,43 @@ def test_no_handle_is_dropped_while_ray_shuts_down(monkeypatch, ray_up):
         await asyncio.sleep(0)
         gc.collect()
         assert handle() is None
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("method", ["report_router", "wait_table"])
+def test_the_last_call_to_a_coordinator_that_has_died_is_kept_while_ray_shuts_down(monkeypatch, ray_up, method):
+    """As with a handle, and no handle is left to keep: seen where a test killed the coordinator and then shut down."""
+
+    async def scenario():
+        monkeypatch.setattr(control_link, "_SHUTDOWN_S", 0.3)
+        coordinator, asked, dies = Coordinator(), asyncio.Event(), asyncio.Event()
+
+        async def die(*_):
+            asked.set()
+            await dies.wait()
+            raise control_link.RayActorError
+
+        call = Call(die)
+        setattr(coordinator, method, call)
+        found = [coordinator]
+        _router, link = await linked(monkeypatch, found)
+        await asked.wait()
+        found.append(None)
+        if method == "report_router":
+            dies.set()
+            await asyncio.sleep(0.1)
+            ray_up[0] = False
+        else:
+            ray_up[0] = False
+            dies.set()
+        await asyncio.sleep(0.15)
+        gc.collect()
+        assert call.last() is not None
+        await link
+        link = None
+        await asyncio.sleep(0.05)
+        gc.collect()
+        assert call.last() is None
 
     run(scenario())
