@@ -321,7 +321,7 @@ class Driver:
             keep = ("replica_id", "node_id", "state", "share", "capacity", "live_capacity", "queue", "mirror_fraction")
             rows = [{key: view.get(key) for key in keep} for view in deployment.get("replicas", [])]
             cpu = {n["node_id"]: n["current"]["cpu_background_fraction"] for n in status.get("nodes", [])}
-            counts = {key: deployment.get(key) for key in ("rescued", "mirrored", "load", "panic")}
+            counts = {key: deployment.get(key) for key in ("finished", "rescued", "mirrored", "load", "panic")}
             journal.add("state", {"at_s": time.monotonic() - zero_s, "replicas": rows, "background": cpu, **counts})
             await asyncio.sleep(1.0)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,21 @@ def quantiles(latencies_s: Sequence[float], prefix: str = "") -> dict[str, float
         return {}
     values = np.quantile(np.asarray(latencies_s), list(QUANTILES.values()), method="higher")
     return {prefix + name: float(value) for name, value in zip(QUANTILES, values, strict=True)}
+
+
+def cpu_fractions(
+    before: Mapping[str, Mapping[int, float]], after: Mapping[str, Mapping[int, float]], seconds: float
+) -> dict[str, float]:
+    """Of a core, the mean of each kind's processes, from their CPU seconds by process id.
+
+    One that was killed took its count along: only those that were there all the time count.
+    """
+    found = {}
+    for kind, now in after.items():
+        spent = [cpu_s - before[kind][pid] for pid, cpu_s in now.items() if pid in before.get(kind, {})]
+        if spent:
+            found[f"{kind}_cpu_fraction"] = sum(spent) / len(spent) / seconds
+    return found
 
 
 def _within_slo(scenario: Scenario, record: Mapping[str, Any]) -> bool:
@@ -149,12 +165,20 @@ def _leftovers(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _balancer(result: Mapping[str, Any]) -> dict[str, float]:
-    """Mirrored and rescued requests, as the coordinator counts them."""
+    """Mirrored and rescued requests, as the coordinator counts them; one that was killed begins anew."""
     before, after = ((result[key] or {}).get("deployment") for key in ("before", "after"))
     if not after:
         return {}
-    counts = {key: float(after[key] - ((before or {}).get(key) or 0)) for key in ("mirrored", "rescued")}
-    finished = max(float(after["finished"] - ((before or {}).get("finished") or 0)), 1.0)
-    if min(counts.values()) < 0.0:  # the coordinator was killed meanwhile: its counts began anew
-        counts, finished = {key: float(after[key]) for key in counts}, max(float(after["finished"]), 1.0)
-    return counts | {"mirrored_fraction": counts["mirrored"] / finished}
+    samples = [before or {}, *result.get("states", ()), after]
+
+    def counted(key: str) -> float:
+        values = [value for sample in samples if (value := sample.get(key)) is not None]
+        since = values if before else [0, *values]
+        return float(sum(now - then if now >= then else now for then, now in pairwise(since)))
+
+    mirrored, rescued = counted("mirrored"), counted("rescued")
+    return {
+        "mirrored": mirrored,
+        "rescued": rescued,
+        "mirrored_fraction": mirrored / max(counted("finished"), 1.0),
+    }

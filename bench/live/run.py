@@ -20,7 +20,7 @@ from bench.live.cluster import IsolatedWorld, UnisolatedWorld, Worker, World
 from bench.live.driver_process import DriverError
 from bench.live.faults import FAULTS, Scene
 from bench.live.journal import read_journal
-from bench.live.metrics import Span, measure
+from bench.live.metrics import Span, cpu_fractions, measure
 from bench.live.scenario import Fault, Scenario, requests
 from bench.live.soak import Watch
 from bench.live.workload import exchange_folder
@@ -260,14 +260,14 @@ class Bench:
         caller = threading.Thread(target=call, daemon=True)
         caller.start()
         timeline: _Timeline | None = None
-        used: dict[str, float] = {}
+        used: dict[str, dict[int, float]] = {}
         self._progress.say(f"{label}: running")
         while caller.is_alive():
             event = driver.event(0.2)
             if "zero_s" in event:
                 timeline = _Timeline(scene, event["zero_s"], lambda on: world.tell_oracle({bad} if on else set()))
                 timeline.start()
-                used = _used(world)
+                used = _cpu_s(world)
                 begun_s = time.monotonic()
             if "progress" in event:
                 self._progress.advance(event["progress"], event["of"])
@@ -275,11 +275,7 @@ class Bench:
         spans = timeline.finish() if timeline is not None else []
         if "error" in box:
             raise box["error"]
-        now = _used(world)
-        found = {key: now[key] for key in now if key.endswith("bytes")}
-        for key in (k for k in now if k.endswith("cpu_s")):
-            if now[key] >= used.get(key, 0.0):  # a process that was killed took its count along
-                found[key.replace("cpu_s", "cpu_fraction")] = (now[key] - used.get(key, 0.0)) / seconds
+        found = _rss_bytes(world) | cpu_fractions(used, _cpu_s(world), seconds)
         if watch is not None:
             found |= watch.finish()
         return read_journal(world.exchange / "result.jsonl"), spans, found
@@ -294,12 +290,20 @@ def _which(workers: Sequence[Worker], scenario: Scenario, on: Sequence[str], see
     return fit[seed % len(fit)]
 
 
-def _used(world: World) -> dict[str, float]:
-    """CPU and memory of the control plane so far."""
+def _rss_bytes(world: World) -> dict[str, float]:
+    """Memory of the control plane's processes, each kind's mean."""
     found: dict[str, float] = {}
     for what, part in _CONTROL_PLANE.items():
         processes = world.named(part)
         with suppress(psutil.Error):
-            found[f"{what}_rss_bytes"] = float(sum(p.memory_info().rss for p in processes)) / max(len(processes), 1)
-            found[f"{what}_cpu_s"] = sum(sum(p.cpu_times()[:2]) for p in processes) / max(len(processes), 1)
+            found[f"{what}_rss_bytes"] = sum(p.memory_info().rss for p in processes) / max(len(processes), 1)
+    return found
+
+
+def _cpu_s(world: World) -> dict[str, dict[int, float]]:
+    """CPU that each process of the control plane has used so far, by kind and process id."""
+    found: dict[str, dict[int, float]] = {}
+    for what, part in _CONTROL_PLANE.items():
+        with suppress(psutil.Error):
+            found[what] = {p.pid: sum(p.cpu_times()[:2]) for p in world.named(part)}
     return found

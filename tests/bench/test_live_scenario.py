@@ -13,7 +13,7 @@ from bench.live.arms import ARMS, find_arms
 from bench.live.cgroups import LabError
 from bench.live.faults import FAULTS, NEEDS_ISOLATION
 from bench.live.journal import Journal, read_journal
-from bench.live.metrics import Span, measure
+from bench.live.metrics import Span, cpu_fractions, measure
 from bench.live.report import write_markdown
 from bench.live.run import Rows
 from bench.live.scenario import SCENARIOS, find_scenarios, requests
@@ -98,6 +98,25 @@ def test_quantiles_leave_out_the_warm_up_and_failures_count_as_misses():
     assert found["slo_miss_fraction"] == pytest.approx(3 / 101)
     assert (found["errors"], found["errors_lost"], found["errors_unanswered"], found["lost"]) == (2, 1, 1, 2)
     assert found["goodput_per_s"] == pytest.approx(9.8)
+
+
+def test_a_coordinator_that_was_killed_begins_to_count_anew_and_nothing_is_lost():
+    def counts(finished, mirrored, rescued):
+        return {"finished": finished, "mirrored": mirrored, "rescued": rescued}
+
+    states = [counts(100, 10, 0), counts(200, 20, 2), {"mirrored": None}, counts(0, 0, 0), counts(150, 0, 1)]
+    ends = {"before": {"deployment": counts(50, 5, 0)}, "after": {"deployment": counts(200, 0, 1)}}
+    found = measure(SCENARIOS["calm"], result([record(0.0)], states=states, **ends), [])
+    assert (found["mirrored"], found["rescued"]) == (15, 3)
+    assert found["mirrored_fraction"] == pytest.approx(15 / 350)
+    new = measure(SCENARIOS["calm"], result([record(0.0)], states=states, **ends | {"before": None}), [])
+    assert (new["mirrored"], new["rescued"]) == (20, 3)
+
+
+def test_processes_that_were_killed_say_nothing_of_a_runs_cpu():
+    before = {"coordinator": {1: 10.0}, "forecasters": {2: 1.0, 3: 2.0}}
+    after = {"coordinator": {9: 0.5}, "forecasters": {2: 2.0, 4: 0.1}}
+    assert cpu_fractions(before, after, 100.0) == {"forecasters_cpu_fraction": pytest.approx(0.01)}
 
 
 def test_a_run_is_written_down_as_it_goes_and_read_back_as_valid_json(tmp_path):
