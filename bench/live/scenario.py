@@ -97,7 +97,13 @@ class Request:
 
 
 _COMPARED = {"trial": {"compare": "bench.live.workload:same_value"}}
-_PERIOD = tuple(Fault("hog", k * 60 / 180 + 10 / 180, k * 60 / 180 + 30 / 180, 8) for k in range(3))
+
+
+def _every_minute(minutes: int) -> tuple[Fault, ...]:
+    """A hog from second 10 to second 30 of each."""
+    part = 1.0 / minutes
+    return tuple(Fault("hog", (k + 1 / 6) * part, (k + 1 / 2) * part, 8) for k in range(minutes))
+
 
 _ALL = (
     Scenario("calm", "four equal nodes, nothing happens"),
@@ -109,6 +115,17 @@ _ALL = (
         kind="stream",
         rate_per_s=1.6,
         requests=400,
+        cpu_s=0.003,
+        stream_s=(2.0, 20.0),
+        slo_s=1.0,
+    ),
+    Scenario(
+        "streams-periodic",
+        "streams as above, the hog is there 20 s of every 60",
+        _every_minute(6),
+        kind="stream",
+        rate_per_s=1.6,
+        requests=576,
         cpu_s=0.003,
         stream_s=(2.0, 20.0),
         slo_s=1.0,
@@ -132,7 +149,7 @@ _ALL = (
     Scenario(
         "sessions-hot", "sticky sessions, one node slows to a tenth", (Fault("hog", 0.3, 0.8, 8),), sessions=100,
     ),
-    Scenario("hog-periodic", "the hog is there 20 s of every 60", _PERIOD, requests=4320),
+    Scenario("hog-periodic", "the hog is there 20 s of every 60", _every_minute(3), requests=4320),
     Scenario("forecaster-kill", "one node's forecaster is killed", (Fault("forecaster_kill", 0.4, 0.5, bad=False),)),
     Scenario("slow-node", "one node at 40 % of the others' quota", (Fault("quota", -1.0, 1.1, 0.4 * QUOTA),)),
     Scenario(

@@ -23,6 +23,14 @@ def _ratio(found: Found, metric: str, against: str, limit: float, arm: str = "sh
         yield Check(f"{metric} <= {limit:g} x {against}", f"{value:.3f} x", value <= limit)
 
 
+def _pooled(found: Found, metric: str, against: str, limit: float) -> Iterator[Check]:
+    """Ratio of means: of fractions, which may be zero in a seed."""
+    if against in found:
+        ours, theirs = _mean(found, "shadecast", metric), _mean(found, against, metric)
+        value = ours / theirs if theirs > 0.0 else 0.0 if ours == 0.0 else np.inf
+        yield Check(f"{metric} <= {limit:g} x {against}", f"{value:.3f} x", value <= limit)
+
+
 def _by_pace(found: Found, metric: str, against: str, limit: float) -> Iterator[Check]:
     """The same ratio with each run's time in units of the CPU that the forecasters took in it.
 
@@ -83,8 +91,8 @@ def checks(scenario: str, found: Found, without: Found) -> list[Check]:
                 Check("requests that stay on their node outside drains >= 0.99", f"{stay:.4f}", stay >= 0.99),
                 *_ratio(found, "p99_s", "consistent_hash", 0.2),
             ]
-        case "streams" | "hog-periodic":
-            return [*_ratio(found, "slo_miss_fraction", "default", 0.25), *_gain(found)]
+        case "streams" | "streams-periodic" | "hog-periodic":
+            return [*_pooled(found, "slo_miss_fraction", "default", 0.25), *_gain(found)]
         case _:
             return []
 

@@ -208,6 +208,15 @@ def test_calm_is_judged_by_the_clock_and_by_the_pace_that_the_machine_had_in_eac
     assert not checks("calm", by_arm(rows + slower, "hog", ARMS), {})[1].met
 
 
+def test_misses_are_pooled_over_seeds_and_the_forecasts_own_part_is_paired():
+    rows = fill("default", slo_miss_fraction=[0.0, 0.04]) + fill("live_capacity", slo_miss_fraction=[0.01, 0.02])
+    for ours, met in (([0.0, 0.01], [True, True]), ([0.0, 0.02], [False, True]), ([0.02, 0.03], [False, False])):
+        found = by_arm(rows + fill("shadecast", slo_miss_fraction=ours), "hog", ARMS)
+        assert [check.met for check in checks("streams-periodic", found, {})] == met
+    none = by_arm(fill("default", slo_miss_fraction=[0.0]) + fill("shadecast", slo_miss_fraction=[0.01]), "hog", ARMS)
+    assert [(check.met, check.measured) for check in checks("streams", none, {})] == [(False, "inf x")]
+
+
 @pytest.mark.parametrize(
     ("name", "fair", "most"), [("newcomer-slow", "newcomer-none", 1.05), ("coordinator-kill", "calm", 1.1)]
 )
