@@ -48,9 +48,9 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def by_arm(rows: Iterable[Row], scenario: str, order: Iterable[str]) -> dict[str, dict[str, list[float]]]:
-    """arm -> metric -> values over seeds, arms in `order`; a metric that a run did not give has fewer values."""
+    """arm -> metric -> values by seed, arms in `order`; a metric that a run did not give has fewer values."""
     found: dict[str, dict[str, list[float]]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row.seed):
         if row.scenario == scenario:
             found.setdefault(row.arm, {}).setdefault(row.metric, []).append(row.value)
     return {arm: found[arm] for arm in order if arm in found}

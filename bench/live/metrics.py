@@ -169,12 +169,11 @@ def _balancer(result: Mapping[str, Any]) -> dict[str, float]:
     before, after = ((result[key] or {}).get("deployment") for key in ("before", "after"))
     if not after:
         return {}
-    samples = [before or {}, *result.get("states", ()), after]
+    samples = [before or dict.fromkeys(("mirrored", "rescued", "finished"), 0), *result.get("states", ()), after]
 
     def counted(key: str) -> float:
         values = [value for sample in samples if (value := sample.get(key)) is not None]
-        since = values if before else [0, *values]
-        return float(sum(now - then if now >= then else now for then, now in pairwise(since)))
+        return float(sum(now - then if now >= then else now for then, now in pairwise(values)))
 
     mirrored, rescued = counted("mirrored"), counted("rescued")
     return {

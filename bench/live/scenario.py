@@ -105,30 +105,27 @@ def _every_minute(minutes: int) -> tuple[Fault, ...]:
     return tuple(Fault("hog", (k + 1 / 6) * part, (k + 1 / 2) * part, 8) for k in range(minutes))
 
 
+_STREAMS = Scenario(
+    "streams",
+    "streams of 2-20 s of items every 0.2 s, a hog arrives mid-stream",
+    (Fault("hog", 0.3, 0.75, 8),),
+    kind="stream",
+    rate_per_s=1.6,
+    requests=400,
+    cpu_s=0.003,
+    stream_s=(2.0, 20.0),
+    slo_s=1.0,
+)
 _ALL = (
     Scenario("calm", "four equal nodes, nothing happens"),
     Scenario("hog", "eight-process CPU hog in one node's group", (Fault("hog", 0.3, 0.75, 8),)),
-    Scenario(
-        "streams",
-        "streams of 2-20 s of items every 0.2 s, a hog arrives mid-stream",
-        (Fault("hog", 0.3, 0.75, 8),),
-        kind="stream",
-        rate_per_s=1.6,
-        requests=400,
-        cpu_s=0.003,
-        stream_s=(2.0, 20.0),
-        slo_s=1.0,
-    ),
-    Scenario(
-        "streams-periodic",
-        "streams as above, the hog is there 20 s of every 60",
-        _every_minute(6),
-        kind="stream",
-        rate_per_s=1.6,
+    _STREAMS,
+    replace(
+        _STREAMS,
+        name="streams-periodic",
+        note="streams as above, the hog is there 20 s of every 60",
+        faults=_every_minute(6),
         requests=576,
-        cpu_s=0.003,
-        stream_s=(2.0, 20.0),
-        slo_s=1.0,
     ),
     Scenario("newcomer-none", "three replicas, the yardstick of the newcomers", replicas=3, rate_per_s=18),
     Scenario(

@@ -24,9 +24,10 @@ def _ratio(found: Found, metric: str, against: str, limit: float, arm: str = "sh
 
 
 def _pooled(found: Found, metric: str, against: str, limit: float) -> Iterator[Check]:
-    """Ratio of means: of fractions, which may be zero in a seed."""
+    """Ratio of sums over the seeds that both have: of fractions, which may be zero in a seed."""
     if against in found:
-        ours, theirs = _mean(found, "shadecast", metric), _mean(found, against, metric)
+        pairs = list(zip(found["shadecast"][metric], found[against][metric], strict=False))
+        ours, theirs = np.sum(pairs, axis=0).tolist()
         value = ours / theirs if theirs > 0.0 else 0.0 if ours == 0.0 else np.inf
         yield Check(f"{metric} <= {limit:g} x {against}", f"{value:.3f} x", value <= limit)
 

@@ -215,6 +215,10 @@ def test_misses_are_pooled_over_seeds_and_the_forecasts_own_part_is_paired():
         assert [check.met for check in checks("streams-periodic", found, {})] == met
     none = by_arm(fill("default", slo_miss_fraction=[0.0]) + fill("shadecast", slo_miss_fraction=[0.01]), "hog", ARMS)
     assert [(check.met, check.measured) for check in checks("streams", none, {})] == [(False, "inf x")]
+    more = by_arm(
+        fill("default", slo_miss_fraction=[0.1]) + fill("shadecast", slo_miss_fraction=[0.02, 0.0]), "hog", ARMS
+    )
+    assert [check.measured for check in checks("streams", more, {})] == ["0.200 x"]
 
 
 @pytest.mark.parametrize(
