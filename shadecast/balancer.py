@@ -234,15 +234,15 @@ class Balancer:
                 )
             )
             views.append(self._view(known, share))
-        curve = self._estimates.curve
+        curve, chosen_by = self._estimates.curve, self._estimates.cautious_curve
         table = RoutingTable(
             self.deployment,
             self._epoch,
             self._version,
             max(len(self._fleet.routers), 1),
             tuple(rows),
-            curve.slots,
-            curve.batch_half,
+            chosen_by.slots,
+            chosen_by.batch_half,
             self._estimates.reference_s,
             panic,
         )

@@ -130,6 +130,11 @@ class Estimates:
         return self._curve.curve
 
     @property
+    def cautious_curve(self) -> Curve:
+        """What replicas are chosen by: the curve, as far as the loads that were seen bear it out."""
+        return self._curve.cautious(streams=self._pace.reference is not None)
+
+    @property
     def gamma(self) -> cap.Headroom:
         """How much each resource's headroom matters to this deployment."""
         return self._sensitivity.gamma

@@ -2,12 +2,16 @@
 
 Two families explain nearly all model servers: slots (flat up to c requests, then they queue) and batching (a straight
 rise, speed halved at batch b0). Both are `load_cost` of `pick.py`; the one with the least squared log error wins.
+
+Observed times are judged by the curve that fits. Replicas are chosen by one that trusts it no further than loads were
+seen: where all of them cost the same, the fit is open, and by an open curve the replica that seems fastest by a little
+gets everything until it is saturated (docs/decisions/0051).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -19,6 +23,8 @@ _HALVES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 _MIN_OBSERVATIONS = 200.0
 _MIN_PER_BIN = 5.0
 _MIN_BINS = 4
+_UNBOUNDED = 4096.0
+"""Slots of a replica that batches whatever comes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +59,13 @@ class CurveLearner:
     def __init__(self, slots: float, batch_half: float) -> None:
         """Positive `slots` or `batch_half` come from the configuration and end the learning of both."""
         self._fixed = slots > 0.0 or batch_half > 0.0
-        self.curve = Curve(max(slots, 1.0) if slots or not batch_half else 4096.0, batch_half, self._fixed)
+        self.curve = Curve(max(slots, 1.0) if slots or not batch_half else _UNBOUNDED, batch_half, self._fixed)
         self._count = np.zeros(_BINS)
         self._sum = np.zeros(_BINS)
-        grid = [(c, 0.0) for c in _SLOTS] + [(4096.0, b) for b in _HALVES]
+        grid = [(c, 0.0) for c in _SLOTS] + [(_UNBOUNDED, b) for b in _HALVES]
         self._grid = grid
+        self._usual = self._most = 1.0
+        """Requests that share a replica on average, in whole numbers so that tables change rarely, and at most."""
         queue = np.arange(_BINS)
         self._log_factors = np.array([[math.log(Curve(c, b).factor(float(n))) for n in queue] for c, b in grid])
 
@@ -82,7 +90,24 @@ class CurveLearner:
             errors = (centred**2 * weight).sum(axis=1)
             slots, half = self._grid[int(np.argmin(errors))]
             self.curve = Curve(slots, half, learned=True)
+            self._usual = 1.0 + round(float(self._count @ np.arange(_BINS) / self._count.sum()))
+            self._most = 1.0 + float(np.flatnonzero(used)[-1])
         if self._count.sum() > 20.0 * _MIN_OBSERVATIONS:
             self._count *= 0.5
             self._sum *= 0.5
         return self.curve
+
+    def cautious(self, *, streams: bool) -> Curve:
+        """The curve to choose replicas by, no flatter than the loads that were seen allow.
+
+        Streams share what a replica has: where more of them cost nothing yet, the usual load halves the speed, so that
+        replicas are filled in proportion to their capacity. A given curve, and one that is not learned, is as it is.
+        """
+        fitted = self.curve
+        if self._fixed or not fitted.learned:
+            return fitted
+        if fitted.batch_half > 0.0:
+            return replace(fitted, batch_half=min(fitted.batch_half, self._most))
+        if streams:
+            return Curve(_UNBOUNDED, min(fitted.slots, self._usual), learned=True)
+        return replace(fitted, slots=min(fitted.slots, self._most))

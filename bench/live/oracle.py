@@ -51,7 +51,9 @@ class OracleRouter(PredictiveRouter):
         if table is not None:
             nodes = {r.replica_id.unique_id: r.node_id for r in self._replicas.values()}
             told = tuple(
-                replace(row, share=0.0 if nodes.get(row.replica_id) in self._bad else 1.0, mirror_fraction=0.0)
+                replace(row, share=0.0, mirror_fraction=0.0)
+                if nodes.get(row.replica_id) in self._bad
+                else replace(row, share=1.0)
                 for row in table.rows
             )
             self._table = replace(table, rows=told)

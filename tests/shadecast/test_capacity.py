@@ -211,6 +211,34 @@ def test_a_curve_that_was_given_is_not_relearned():
     assert (learner.fit().slots, learner.fit().batch_half) == (2.0, 0.0)
 
 
+@pytest.mark.parametrize("streams", [False, True])
+def test_replicas_are_chosen_by_a_curve_that_is_flat_no_further_than_loads_were_seen(streams):
+    learner = CurveLearner(0.0, 0.0)
+    for n, duration_s in durations(64, 0, top=12):
+        learner.observe(n, math.log(duration_s))
+    assert learner.fit().factor(20) < 1.1, "by what was seen, more cost nothing"
+    curve = learner.cautious(streams=streams)
+    assert curve.factor(20) > 1.5
+    busy, idle = curve.factor(curve.slots if not streams else 6.0) / 0.9, curve.factor(0.0) / 0.65
+    assert (idle < busy) is streams, "an idle replica at two thirds of the speed, beside usual loads"
+
+
+@pytest.mark.parametrize(("slots", "batch_half"), [(1, 0), (4, 0), (16, 0), (0, 4), (0, 16)])
+def test_a_curve_that_was_seen_to_rise_is_what_replicas_are_chosen_by(slots, batch_half):
+    learner = CurveLearner(0.0, 0.0)
+    for n, duration_s in durations(slots, batch_half):
+        learner.observe(n, math.log(duration_s))
+    fitted = learner.fit()
+    assert learner.cautious(streams=False) == fitted
+    assert batch_half == 0 or learner.cautious(streams=True) == fitted
+
+
+def test_a_curve_that_is_given_or_not_known_yet_is_what_replicas_are_chosen_by():
+    for learner in (CurveLearner(64.0, 0.0), CurveLearner(0.0, 64.0), CurveLearner(0.0, 0.0)):
+        for streams in (False, True):
+            assert learner.cautious(streams=streams) == learner.curve
+
+
 def test_an_upper_quantile_warns_of_a_node_that_is_well_but_says_nothing_new_of_a_slow_one():
     rows = tuple((0.2, 0.5, 0.97) for _ in range(6))
     calm = tuple((0.0, 0.0, 0.0) for _ in range(6))
