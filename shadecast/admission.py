@@ -19,10 +19,8 @@ _UNSEEN_S = 3.0
 """A slow replica that nobody has asked for so long gets copies, which show whether it is well again."""
 _RARER_S, _LEAST_PAIRS_PER_S = 30.0, 0.2
 """From then on these copies get rarer, half as many after twice as long and so on; but no fewer than these."""
-_MISSED = 5.0
-"""Requests that would have come to it meanwhile if all got as many: that none came is not chance."""
-_SLOWER = 0.9
-"""Part of the median capacity below which a replica may be left out by scores alone."""
+_SLOWER = 0.5
+"""Part of the median capacity below which a replica is left out by scores alone."""
 
 
 class Admission:
@@ -112,7 +110,6 @@ class Admission:
 
     def _is_unseen(self, known: Replica, slow: float) -> bool:
         """An ACTIVE replica whose score keeps all requests away: without any, its estimate would stay for minutes."""
-        missed_s = _MISSED * max(len(self._fleet.serving()), 1) / max(self._fleet.all_rates.per_s, 1e-9)
-        quiet = known.queue < 0.5 and self._fleet.now_s - known.asked_s >= max(_UNSEEN_S, missed_s)
+        quiet = known.queue < 0.5 and self._fleet.now_s - known.asked_s >= _UNSEEN_S
         by_requests = known.unexplained < math.log(_SLOWER)  # what telemetry says, it also takes back
         return known.connection.state is State.ACTIVE and known.capacity < slow and quiet and by_requests

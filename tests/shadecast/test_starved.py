@@ -1,27 +1,22 @@
 """Replicas that nobody asks, nodes that fall silent, requests that were taken away: silence is no good news."""
 
-import pytest
-
 from shadecast.ledger import Ledger
 from shadecast.types import State
 from tests.shadecast.world import grown
 
 
-def slowed(speed=0.05, left_below=0.5, **kwargs):
+def slowed(**kwargs):
     """A grown world in which old0 was slow for some seconds, so that the least score now leaves it out."""
-    world = grown(left_below=left_below, **kwargs)
-    world.machines["old0"].speed = speed
-    for _ in range(8):
-        if world.row("old0").capacity > max(0.2, speed + 0.2):
-            world.run(2)
-    assert world.row("old0").capacity < max(0.3, speed + 0.3)
+    world = grown(left_below=0.5, **kwargs)
+    world.machines["old0"].speed = 0.05
+    world.run(4)
+    assert world.row("old0").capacity < 0.3
     world.live.clear()
     return world
 
 
-@pytest.mark.parametrize(("speed", "left_below"), [(0.05, 0.5), (0.4, 0.7)])
-def test_a_replica_that_was_slow_for_a_moment_is_found_to_be_well_again(speed, left_below):
-    found, blind = slowed(speed, left_below), slowed(speed, left_below, copyable=False)
+def test_a_replica_that_was_slow_for_a_moment_is_found_to_be_well_again():
+    found, blind = slowed(), slowed(copyable=False)
     for world in (found, blind):
         world.machines["old0"].speed = 1.0
         world.run(20)
