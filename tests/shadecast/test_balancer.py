@@ -366,6 +366,18 @@ def test_an_unfinished_request_counts_before_it_ends():
     assert world.row("old1").capacity > 0.7
 
 
+@pytest.mark.parametrize("streams", [False, True])
+def test_tables_trust_a_curve_no_further_than_the_loads_that_were_seen(streams):
+    balancer = World().balancer
+    for k in range(1, 61):
+        outcomes = tuple(Outcome(1.0 - 0.01 * n, float(n)) for n in range(12))
+        pace = {"items": 40, "stream_s": 8.0} if streams else {}
+        replicas = tuple(ReplicaReport(n, n, 64, 8, 12, 12, 0, outcomes, **pace) for n in ("a", "b"))
+        out = balancer.on_tick(TickInput(0.5 * k, (RouterReport("router", DEPLOYMENT, k, 0.5, replicas),)))
+    assert (out.slots, out.batch_half) == (64.0, 0.0), "by what was seen, more cost nothing"
+    assert (out.table.slots, out.table.batch_half) == ((4096.0, 7.0) if streams else (12.0, 0.0))
+
+
 def test_one_tick_moves_capacity_by_no_more_than_the_rate_limit():
     world = grown()
     last = {row.replica_id: row.capacity for row in world.output.table.rows}
