@@ -122,10 +122,9 @@ _ALL = (
     replace(
         _STREAMS,
         name="streams-periodic",
-        note="streams as above, half as many; the hog is there 20 s of every 60",
-        faults=_every_minute(6),
-        rate_per_s=1.6,
-        requests=576,
+        note="streams as above; the hog is there 20 s of every 60",
+        faults=_every_minute(11),
+        requests=2112,
     ),
     Scenario("newcomer-none", "three replicas, the yardstick of the newcomers", replicas=3, rate_per_s=18),
     Scenario(
