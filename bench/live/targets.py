@@ -16,9 +16,10 @@ def _mean(found: Found, arm: str, metric: str) -> float:
 
 
 def _ratio(found: Found, metric: str, against: str, limit: float, arm: str = "shadecast") -> Iterator[Check]:
-    """Ratio of geometric means, so that one bad seed does not decide alone."""
+    """Geometric mean of the ratios in the seeds that both have, so that one bad seed does not decide alone."""
     if arm in found and against in found:
-        ours, theirs = (np.log(np.maximum(found[a].get(metric, (np.nan,)), 1e-9)).mean() for a in (arm, against))
+        pairs = list(zip(*(found[a].get(metric, (np.nan,)) for a in (arm, against)), strict=False))
+        ours, theirs = np.log(np.maximum(pairs, 1e-9)).mean(axis=0).tolist()
         value = float(np.exp(ours - theirs))
         yield Check(f"{metric} <= {limit:g} x {against}", f"{value:.3f} x", value <= limit)
 

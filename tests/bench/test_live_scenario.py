@@ -195,6 +195,8 @@ def test_targets_are_ratios_to_the_arms_measured_beside_it():
     assert [check.met for check in checks("hog", good, {})] == [True, True, True]
     slow = by_arm(rows + fill("shadecast", p99_s=[0.2, 0.4], p999_s=[5.0, 5.0]), "hog", ARMS)
     assert [check.met for check in checks("hog", slow, {})] == [False, False, False]
+    more = by_arm(rows + fill("shadecast", p99_s=[0.1, 0.2, 9.0], p999_s=[0.2, 0.2, 9.0]), "hog", ARMS)
+    assert [check.measured for check in checks("hog", more, {})] == ["1.000 x", "1.000 x", "0.010 x"]
 
 
 def test_calm_is_judged_by_the_clock_and_by_the_pace_that_the_machine_had_in_each_run():
