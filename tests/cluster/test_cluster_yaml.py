@@ -26,6 +26,7 @@ import yaml
 from bench.live.hosts import Lab
 from tests.cluster import ssh_hosts
 from tests.cluster.conftest import wait_for
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "shadecast-lab-test"
@@ -72,7 +73,7 @@ class Launcher:
     @contextmanager
     def forwarded(self, host: str, *ports: int) -> Iterator[list[int]]:
         """`ssh -L` to ports of a host's loopback; the ports here."""
-        here = [_free_port() for _ in ports]
+        here = [free_port() for _ in ports]
         forwards = [w for a, b in zip(here, ports, strict=True) for w in ("-L", f"127.0.0.1:{a}:127.0.0.1:{b}")]
         options = ("UserKnownHostsFile=/dev/null", "StrictHostKeyChecking=no", "ExitOnForwardFailure=yes")
         command = ["ssh", "-N", "-i", str(self.key), *(w for o in options for w in ("-o", o)), *forwards]
@@ -230,9 +231,3 @@ def _listens(ip: str, port: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

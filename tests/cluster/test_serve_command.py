@@ -18,14 +18,9 @@ import pytest
 from sklearn.datasets import load_digits
 
 from tests.cluster.conftest import wait_for
+from tests.ports import free_port
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def get(url, body=None, headers=None):

