@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -91,3 +94,20 @@ def test_a_job_trains_on_what_its_card_says_while_the_log_goes_on(
     assert job.main(command) == 0
     assert "720 rows" in capsys.readouterr().out
     assert sum(len(s.values) for s in read_folder(tmp_path / "t")) == 1440
+
+
+def test_a_job_that_is_told_to_end_takes_its_snapshot_along(tmp_path: Path) -> None:
+    live, storage = tmp_path / "live", tmp_path / "storage"
+    write(TelemetryLog(str(live), "a", "r"), 0, 600)
+    write(TelemetryLog(str(live), "b", "r"), 0, 600)
+    command = [sys.executable, "-m", "train", "--local", "--telemetry", live, "--storage", storage]
+    command += ["--registry", tmp_path / "registry", "--start", "nothing", "--hold-out", "0.5"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
+        deadline_s = time.monotonic() + 60.0
+        while not list(storage.glob("telemetry-*")):
+            assert running.poll() is None
+            assert time.monotonic() < deadline_s
+            time.sleep(0.05)
+        running.terminate()
+        assert running.wait(60.0) == 143
+    assert not list(storage.glob("telemetry-*"))
