@@ -104,10 +104,11 @@ def test_a_job_that_is_told_to_end_takes_its_snapshot_along(tmp_path: Path) -> N
     command += ["--registry", tmp_path / "registry", "--start", "nothing", "--hold-out", "0.5"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
         deadline_s = time.monotonic() + 60.0
-        while not list(storage.glob("telemetry-*")):
+        while not list(storage.glob("run-*")):  # it has read what it trains on
             assert running.poll() is None
             assert time.monotonic() < deadline_s
             time.sleep(0.05)
+        assert list(storage.glob("telemetry-*"))
         running.terminate()
         assert running.wait(60.0) == 143
     assert not list(storage.glob("telemetry-*"))
