@@ -21,6 +21,8 @@ _RARER_S, _LEAST_PAIRS_PER_S = 30.0, 0.2
 """From then on these copies get rarer, half as many after twice as long and so on; but no fewer than these."""
 _SLOWER = 0.5
 """Part of the median capacity below which a replica is left out by scores alone."""
+_WELL = 1.0
+"""Part of it up to which copies that have begun go on: in between, a faster one may get every request."""
 
 
 class Admission:
@@ -88,10 +90,10 @@ class Admission:
     def plan_mirrors(self) -> None:
         """Split the mirrored budget; with little traffic it grows, up to a candidate's fair share."""
         trial, replicas, serving = self._config.trial, self._fleet.replicas.values(), self._fleet.serving()
-        slow = _SLOWER * median([r.capacity for r in serving]) if len(serving) > 1 else 0.0
-        candidates = [r for r in replicas if r.trial is not None or self._is_unseen(r, slow)]
+        usual = median([r.capacity for r in serving]) if len(serving) > 1 else 0.0
         for known in replicas:
-            known.mirror_fraction = 0.0
+            known.mirror_fraction, known.doubted = 0.0, self._is_unseen(known, usual)
+        candidates = [r for r in replicas if r.trial is not None or r.doubted]
         if not candidates:
             return
         rate = self._fleet.all_rates.per_s
@@ -108,8 +110,9 @@ class Admission:
         quiet_s = max(self._fleet.now_s - known.asked_s, _RARER_S)
         return max(_PAIRS_PER_S * _RARER_S / quiet_s, _LEAST_PAIRS_PER_S)
 
-    def _is_unseen(self, known: Replica, slow: float) -> bool:
+    def _is_unseen(self, known: Replica, usual: float) -> bool:
         """An ACTIVE replica whose score keeps all requests away: without any, its estimate would stay for minutes."""
         quiet = known.queue < 0.5 and self._fleet.now_s - known.asked_s >= _UNSEEN_S
-        by_requests = known.unexplained < math.log(_SLOWER)  # what telemetry says, it also takes back
-        return known.connection.state is State.ACTIVE and known.capacity < slow and quiet and by_requests
+        part = _WELL if known.doubted else _SLOWER
+        by_requests = known.unexplained < math.log(part)  # what telemetry says, it also takes back
+        return known.connection.state is State.ACTIVE and known.capacity < part * usual and quiet and by_requests

@@ -96,6 +96,8 @@ class Replica:
     """Log speed that its node's telemetry does not explain."""
     ruling: Ruling | None = None
     mirror_fraction: float = 0.0
+    doubted: bool = False
+    """Slow by its requests and asked by nobody: copies go there until it is asked or well."""
     slow_capacity: float = 1.0
     """Capacity with a half-life of a minute, which places sessions; a slowed replica they leave by their own rule."""
     session_weight: float = 0.0

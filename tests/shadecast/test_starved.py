@@ -1,15 +1,17 @@
 """Replicas that nobody asks, nodes that fall silent, requests that were taken away: silence is no good news."""
 
+import pytest
+
 from shadecast.ledger import Ledger
 from shadecast.types import State
 from tests.shadecast.world import grown
 
 
-def slowed(**kwargs):
+def slowed(seconds=4, **kwargs):
     """A grown world in which old0 was slow for some seconds, so that the least score now leaves it out."""
     world = grown(left_below=0.5, **kwargs)
     world.machines["old0"].speed = 0.05
-    world.run(4)
+    world.run(seconds)
     assert world.row("old0").capacity < 0.3
     world.live.clear()
     return world
@@ -24,6 +26,25 @@ def test_a_replica_that_was_slow_for_a_moment_is_found_to_be_well_again():
     assert blind.live.get("old0", 0) == 0, "otherwise requests themselves show it, not copies"
     assert found.row("old0").capacity > 0.6
     assert found.live.get("old0", 0) > 0
+
+
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_copies_go_on_until_a_replica_is_as_fast_as_the_others_where_a_little_slower_is_left_out(seed):
+    world = slowed(6, seed=seed)
+    world.left_below = 0.9
+    world.machines["old0"].speed = 1.0
+    world.run(40)
+    assert world.live.get("old0", 0) > 0
+
+
+def test_copies_end_when_requests_begin():
+    world = slowed()
+    world.machines["old0"].speed = 1.0
+    world.run(20)
+    assert world.live.get("old0", 0) > 0
+    world.mirrored = 0
+    world.run(20)
+    assert world.mirrored == 0
 
 
 def test_a_replica_that_stays_slow_gets_copies_and_no_live_request():
