@@ -92,8 +92,8 @@ class Admission:
         trial, replicas, serving = self._config.trial, self._fleet.replicas.values(), self._fleet.serving()
         usual = median([r.capacity for r in serving]) if len(serving) > 1 else 0.0
         for known in replicas:
-            known.mirror_fraction, known.doubted = 0.0, self._is_unseen(known, usual)
-        candidates = [r for r in replicas if r.trial is not None or r.doubted]
+            known.mirror_fraction, known.doubted = 0.0, self._is_doubtful(known, usual)
+        candidates = [r for r in replicas if r.trial is not None or (r.doubted and self._is_unseen(r))]
         if not candidates:
             return
         rate = self._fleet.all_rates.per_s
@@ -110,9 +110,12 @@ class Admission:
         quiet_s = max(self._fleet.now_s - known.asked_s, _RARER_S)
         return max(_PAIRS_PER_S * _RARER_S / quiet_s, _LEAST_PAIRS_PER_S)
 
-    def _is_unseen(self, known: Replica, usual: float) -> bool:
-        """An ACTIVE replica whose score keeps all requests away: without any, its estimate would stay for minutes."""
-        quiet = known.queue < 0.5 and self._fleet.now_s - known.asked_s >= _UNSEEN_S
+    def _is_doubtful(self, known: Replica, usual: float) -> bool:
+        """An ACTIVE replica whose score keeps requests away: without any, its estimate would stay for minutes."""
         part = _WELL if known.doubted else _SLOWER
         by_requests = known.unexplained < math.log(part)  # what telemetry says, it also takes back
-        return known.connection.state is State.ACTIVE and known.capacity < part * usual and quiet and by_requests
+        slow = known.connection.state is State.ACTIVE and known.capacity < part * usual and by_requests
+        return slow and (known.doubted or self._is_unseen(known))
+
+    def _is_unseen(self, known: Replica) -> bool:
+        return known.queue < 0.5 and self._fleet.now_s - known.asked_s >= _UNSEEN_S

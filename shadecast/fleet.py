@@ -97,7 +97,7 @@ class Replica:
     ruling: Ruling | None = None
     mirror_fraction: float = 0.0
     doubted: bool = False
-    """Slow by its requests and asked by nobody: copies go there until it is asked or well."""
+    """Slow by its requests and left out: until it is well, copies go there whenever nobody asks it."""
     slow_capacity: float = 1.0
     """Capacity with a half-life of a minute, which places sessions; a slowed replica they leave by their own rule."""
     session_weight: float = 0.0

@@ -46,6 +46,8 @@ class World:
     copyable: bool = True
     left_below: float = 0.0
     """Replicas with less than this part of the best capacity get no live request, as by the least score."""
+    overflow: float = 0.0
+    """But for this part of the best one's, as when those are busy for a moment."""
 
     def __post_init__(self):
         self.rng = random.Random(self.seed)
@@ -77,7 +79,7 @@ class World:
         alive = {n: m for n, m in self.machines.items() if m.alive}
         weights = {n: rows[n].share * rows[n].capacity if n in rows else 0.0 for n in alive}
         best = max(weights.values(), default=0.0)
-        weights = {n: w if w >= self.left_below * best else 0.0 for n, w in weights.items()}
+        weights = {n: w if w >= self.left_below * best else self.overflow * best for n, w in weights.items()}
         if not any(weights.values()):
             weights = dict.fromkeys(alive, 1.0)
         outcomes = {n: [] for n in alive}
