@@ -112,10 +112,12 @@ class Admission:
 
     def _is_doubtful(self, known: Replica, usual: float) -> bool:
         """An ACTIVE replica whose score keeps requests away: without any, its estimate would stay for minutes."""
-        part = _WELL if known.doubted else _SLOWER
-        by_requests = known.unexplained < math.log(part)  # what telemetry says, it also takes back
-        slow = known.connection.state is State.ACTIVE and known.capacity < part * usual and by_requests
-        return slow and (known.doubted or self._is_unseen(known))
+        if known.connection.state is not State.ACTIVE:
+            return False
+        if known.doubted:
+            return known.capacity < _WELL * usual
+        by_requests = known.unexplained < math.log(_SLOWER)  # what telemetry says, it also takes back
+        return known.capacity < _SLOWER * usual and by_requests and self._is_unseen(known)
 
     def _is_unseen(self, known: Replica) -> bool:
         return known.queue < 0.5 and self._fleet.now_s - known.asked_s >= _UNSEEN_S

@@ -31,6 +31,8 @@ _SLOW = math.log(0.6)
 """Log speed under which a node counts as slow already."""
 _SURPRISE = 9.0
 """Three standard errors: a difference that is not chance."""
+_MANY = 8.0
+"""Decayed number of observations that are enough to stand for themselves."""
 _NORMAL_10_TO_90 = 2.563
 """Standard deviations between the .1 and the .9 quantile of a normal distribution."""
 _SPAN_STEPS = 8
@@ -155,6 +157,12 @@ class SpeedEstimate:
         for slower, faster in ((middle, quick), (self._slow, middle)):
             if _differs(slower.mean, faster, noise_sigma):
                 slower.total, slower.weight = faster.total, faster.weight
+
+    def renew(self) -> None:
+        """Start the slow mean anew from that over some seconds, if that holds enough: what was before is in doubt."""
+        middle = self._fast[0]
+        if middle.weight >= _MANY:
+            self._slow.total, self._slow.weight = middle.total, middle.weight
 
     @property
     def weight(self) -> float:

@@ -109,6 +109,8 @@ class Estimates:
             node_id = known.connection.node_id
             explained = self._explained(known)
             known.speed.settle(self._noise(known))
+            if known.doubted:
+                known.speed.renew()
             residual = self._with_unfinished(known, unfinished.get(replica_id, ()), explained)
             known.unexplained = residual
             log_live = max(explained + residual, math.log(0.01))

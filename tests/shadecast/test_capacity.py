@@ -2,6 +2,7 @@
 
 import math
 import random
+import statistics
 
 import pytest
 from hypothesis import given
@@ -58,6 +59,31 @@ def test_noisy_requests_say_less_than_clear_ones_and_all_fade():
     estimate.advance(10.0)
     estimate.observe(math.nan)
     assert math.isfinite(estimate.residual(0.5))
+
+
+def in_doubt(seen, every_s, *, renewed):
+    """Median log speed over seeds: a replica stood still for a moment and gave `seen` usual times since then."""
+    found = []
+    for seed in range(21):
+        rng = random.Random(seed)
+        estimate = cap.SpeedEstimate(2.0, 0.0)
+        for _ in range(6):
+            estimate.observe(-4.6)
+            estimate.observe(rng.gauss(0.0, 0.7))  # what waited arrives among the first good ones
+        for k in range(seen):
+            estimate.advance((k + 1) * every_s)
+            estimate.observe(rng.gauss(0.0, 0.7))
+            estimate.settle(0.7)
+            if renewed:
+                estimate.renew()
+        found.append(estimate.residual(0.7))
+    return statistics.median(found)
+
+
+def test_of_a_replica_in_doubt_the_last_seconds_count_if_they_hold_enough():
+    assert in_doubt(40, 0.2, renewed=False) < math.log(0.75)
+    assert in_doubt(40, 0.2, renewed=True) > math.log(0.85)
+    assert in_doubt(10, 2.0, renewed=True) == in_doubt(10, 2.0, renewed=False), "too few to stand for themselves"
 
 
 @pytest.mark.parametrize(("true_gamma", "low", "high"), [(0.0, 0.0, 0.15), (0.5, 0.4, 0.6), (1.0, 0.9, 1.1)])

@@ -41,6 +41,17 @@ def test_copies_go_on_until_a_replica_is_as_fast_as_the_others_where_a_little_sl
     assert world.live.get("old0", 0) > fair / 2
 
 
+@pytest.mark.parametrize("speed", [0.3, 0.6])
+def test_copies_do_not_bring_requests_to_a_replica_that_stays_slower(speed):
+    world = slowed(6)
+    world.left_below = 0.9
+    world.machines["old0"].speed = speed
+    world.run(10)
+    world.live.clear()
+    world.run(100)
+    assert world.live.get("old0", 0) < 0.005 * sum(world.live.values())
+
+
 def test_copies_end_when_requests_begin():
     world = slowed()
     world.machines["old0"].speed = 1.0
