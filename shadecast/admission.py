@@ -21,8 +21,6 @@ _RARER_S, _LEAST_PAIRS_PER_S = 30.0, 0.2
 """From then on these copies get rarer, half as many after twice as long and so on; but no fewer than these."""
 _SLOWER = 0.5
 """Part of the median capacity below which a replica is left out by scores alone."""
-_WELL = 1.0
-"""Part of it up to which copies that have begun go on: in between, a faster one may get every request."""
 
 
 class Admission:
@@ -111,11 +109,14 @@ class Admission:
         return max(_PAIRS_PER_S * _RARER_S / quiet_s, _LEAST_PAIRS_PER_S)
 
     def _is_doubtful(self, known: Replica, usual: float) -> bool:
-        """An ACTIVE replica whose score keeps requests away: without any, its estimate would stay for minutes."""
+        """An ACTIVE replica whose score keeps requests away: without any, its estimate would stay for minutes.
+
+        It stays so until it is as fast as the median: before that a faster one may get every request.
+        """
         if known.connection.state is not State.ACTIVE:
             return False
         if known.doubted:
-            return known.capacity < _WELL * usual
+            return known.capacity < usual
         by_requests = known.unexplained < math.log(_SLOWER)  # what telemetry says, it also takes back
         return known.capacity < _SLOWER * usual and by_requests and self._is_unseen(known)
 

@@ -52,7 +52,7 @@ def test_copies_do_not_bring_requests_to_a_replica_that_stays_slower(speed):
     assert world.live.get("old0", 0) < 0.005 * sum(world.live.values())
 
 
-def test_copies_end_when_requests_begin():
+def test_copies_end_when_a_replica_is_well_again():
     world = slowed()
     world.machines["old0"].speed = 1.0
     world.run(20)
