@@ -96,7 +96,8 @@ def hardly_answering(table: RoutingTable, config: BalanceConfig) -> frozenset[st
 
 
 def _slower(table: RoutingTable, config: BalanceConfig, part: float) -> dict[str, float]:
-    serving = [row.capacity for row in table.rows if row.share > 0.0]
+    """Capacities may fall by so much a second only: what slows all shows at once in the live ones alone."""
+    serving = [min(row.capacity, row.live_capacity or row.capacity) for row in table.rows if row.share > 0.0]
     if len(serving) < 2 or config.rescue_fraction <= 0.0:
         return {}
     limit = part * median(serving)

@@ -292,7 +292,8 @@ def test_sessions_stay_on_one_replica_through_several_routers(model):
     assert len(routers) == 3
     kept = sum(max(c.values()) for c in homes.values())
     print(f"kept: {kept / sum(c.total() for c in homes.values()):.4f}")
-    assert kept >= 0.99 * sum(c.total() for c in homes.values()), homes
+    strays = {session: dict(c) for session, c in homes.items() if len(c) > 1}
+    assert kept >= 0.99 * sum(c.total() for c in homes.values()), strays
     assert len({home for c in homes.values() for home in c}) == 3
 
 
