@@ -90,8 +90,12 @@ class Admission:
         trial, replicas, serving = self._config.trial, self._fleet.replicas.values(), self._fleet.serving()
         usual = median([r.capacity for r in serving]) if len(serving) > 1 else 0.0
         for known in replicas:
-            known.mirror_fraction, known.doubted = 0.0, self._is_doubtful(known, usual)
-        candidates = [r for r in replicas if r.trial is not None or (r.doubted and self._is_unseen(r))]
+            known.mirror_fraction = 0.0
+            if not self._is_doubtful(known, usual):
+                known.doubted_s = None
+            elif known.doubted_s is None:
+                known.doubted_s = self._fleet.now_s
+        candidates = [r for r in replicas if self._pairs_per_s(r) > 0.0]
         if not candidates:
             return
         rate = self._fleet.all_rates.per_s
@@ -105,8 +109,11 @@ class Admission:
     def _pairs_per_s(self, known: Replica) -> float:
         if known.trial is not None:
             return _PAIRS_PER_S
-        quiet_s = max(self._fleet.now_s - known.asked_s, _RARER_S)
-        return max(_PAIRS_PER_S * _RARER_S / quiet_s, _LEAST_PAIRS_PER_S)
+        if known.doubted_s is None:
+            return 0.0
+        doubted_s = max(self._fleet.now_s - known.doubted_s, _RARER_S)
+        wanted = max(_PAIRS_PER_S * _RARER_S / doubted_s, _LEAST_PAIRS_PER_S)
+        return wanted - known.recent.started_per_s  # its requests show as much
 
     def _is_doubtful(self, known: Replica, usual: float) -> bool:
         """An ACTIVE replica whose score keeps requests away: without any, its estimate would stay for minutes.
@@ -115,10 +122,8 @@ class Admission:
         """
         if known.connection.state is not State.ACTIVE:
             return False
-        if known.doubted:
+        if known.doubted_s is not None:
             return known.capacity < usual
         by_requests = known.unexplained < math.log(_SLOWER)  # what telemetry says, it also takes back
-        return known.capacity < _SLOWER * usual and by_requests and self._is_unseen(known)
-
-    def _is_unseen(self, known: Replica) -> bool:
-        return known.queue < 0.5 and self._fleet.now_s - known.asked_s >= _UNSEEN_S
+        unseen = known.queue < 0.5 and self._fleet.now_s - known.asked_s >= _UNSEEN_S
+        return known.capacity < _SLOWER * usual and by_requests and unseen

@@ -109,7 +109,7 @@ class Estimates:
             node_id = known.connection.node_id
             explained = self._explained(known)
             known.speed.settle(self._noise(known))
-            if known.doubted:
+            if known.doubted_s is not None:
                 known.speed.renew()
             residual = self._with_unfinished(known, unfinished.get(replica_id, ()), explained)
             known.unexplained = residual

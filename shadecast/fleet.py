@@ -96,8 +96,8 @@ class Replica:
     """Log speed that its node's telemetry does not explain."""
     ruling: Ruling | None = None
     mirror_fraction: float = 0.0
-    doubted: bool = False
-    """Slow by its requests and left out: until it is well, copies go there whenever nobody asks it."""
+    doubted_s: float | None = None
+    """Since when it is slow by its requests and left out: until it is well, copies go there beside its few requests."""
     slow_capacity: float = 1.0
     """Capacity with a half-life of a minute, which places sessions; a slowed replica they leave by their own rule."""
     session_weight: float = 0.0

@@ -41,6 +41,16 @@ def test_copies_go_on_until_a_replica_is_as_fast_as_the_others_where_a_little_sl
     assert world.live.get("old0", 0) > fair / 2
 
 
+@pytest.mark.parametrize("overflow", [0.0, 0.03, 0.1, 0.2, 0.4])
+def test_copies_come_beside_requests_that_are_too_few_to_tell(overflow):
+    world = slowed(6)  # and stays so
+    world.left_below, world.overflow, world.mirrored = 0.9, overflow, 0
+    world.run(15)
+    requests = world.live.get("old0", 0)
+    assert 2.5 < (world.mirrored + requests) / 15 < 5.5
+    assert overflow < 0.4 or world.mirrored <= requests
+
+
 @pytest.mark.parametrize("speed", [0.3, 0.6])
 def test_copies_do_not_bring_requests_to_a_replica_that_stays_slower(speed):
     world = slowed(6)
