@@ -96,7 +96,7 @@ def hardly_answering(table: RoutingTable, config: BalanceConfig) -> frozenset[st
 
 
 def _slower(table: RoutingTable, config: BalanceConfig, part: float) -> dict[str, float]:
-    """Capacities may fall by so much a second only: what slows all shows at once in the live ones alone."""
+    """Those below `part` of the median, taken by live capacities where these are lower: published ones fall slowly."""
     serving = [min(row.capacity, row.live_capacity or row.capacity) for row in table.rows if row.share > 0.0]
     if len(serving) < 2 or config.rescue_fraction <= 0.0:
         return {}
