@@ -15,7 +15,7 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
 from serve_app.gateway import SESSION_HEADER, Gateway, GatewaySettings
-from serve_app.model_server import BUILT_IN, ModelInfo, ModelServer, import_folder, load_class
+from serve_app.model_server import BUILT_IN, RESUME, ModelInfo, ModelServer, import_folder, load_class
 from shadecast.config import Config
 from shadecast.errors import ConfigError
 
@@ -131,12 +131,18 @@ def build(args: AppArgs) -> Application:
 
 
 def router_config(given: dict[str, Any], info: ModelInfo) -> dict[str, Any]:
-    """The router's configuration with `trial.copy_methods` filled in; raises ConfigError when it is not valid."""
-    Config.from_mapping(given)
-    trial = dict(given.get("trial") or {})
+    """The router's configuration with what the model's class says filled in; raises ConfigError if it is not valid."""
+    asked = Config.from_mapping(given).balance.resume
+    if asked and not (info.resumes and asked == RESUME):
+        raise ConfigError(
+            f"balance.resume = {asked!r}: leave it out; a model whose `generate` has a parameter `{RESUME}` has it set"
+        )
+    sections = {name: dict(given.get(name) or {}) for name in {*given, "trial", "balance"}}
     if info.safe_to_repeat and info.infers:
-        trial.setdefault("copy_methods", list(COPY_METHODS))
-    return {**given, "trial": trial} if trial else dict(given)
+        sections["trial"].setdefault("copy_methods", list(COPY_METHODS))
+    if info.resumes:
+        sections["balance"].setdefault("resume", RESUME)
+    return {name: values for name, values in sections.items() if values}
 
 
 def _router(config: dict[str, Any]) -> RequestRouterConfig:

@@ -12,7 +12,7 @@ import importlib
 import inspect
 import sys
 import sysconfig
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,8 @@ from serve_app.protocol_error import InvalidInput
 from serve_app.tensors import Array, TensorSpec
 from shadecast.errors import ConfigError
 
+RESUME = "had"
+"""Parameter of a model's `generate` that takes the items which the client has had, where it can go on after them."""
 BUILT_IN: Mapping[str, str] = {"digits": "serve_app.digits:Digits"}
 
 
@@ -47,6 +49,8 @@ class ModelInfo:
     generates: bool = False
     safe_to_repeat: bool = True
     """Whether a request may be sent twice: copied to a replica on trial, or retried when its replica died."""
+    resumes: bool = False
+    """Whether another replica can go on with a stream after the items that it has given."""
 
     @classmethod
     def of(cls, model: type, name: str | None = None) -> Self:
@@ -67,6 +71,7 @@ class ModelInfo:
             infers=infers,
             generates=generates,
             safe_to_repeat=bool(getattr(model, "safe_to_repeat", True)),
+            resumes=_takes(getattr(model, "generate", None), RESUME),
         )
 
     def describe(self) -> dict[str, Any]:
@@ -136,7 +141,8 @@ class ModelServer:
         self._model = model
         self._infer = getattr(model, "infer", None)
         self._generate = getattr(model, "generate", None)
-        self._with_parameters = _takes_parameters(self._infer)
+        self._with_parameters = _takes(self._infer, "parameters")
+        self._resumes = _takes(self._generate, RESUME)
         self._is_async = inspect.iscoroutinefunction(self._infer)
         self._threads = ThreadPoolExecutor(max_workers=max_ongoing, thread_name_prefix="infer")
 
@@ -157,12 +163,12 @@ class ModelServer:
             return Refusal(str(error))
         return _as_arrays(outputs)
 
-    async def generate(self, request: dict[str, Any]) -> AsyncIterator[Any]:
-        """The model's stream for one request; a generator function or an asynchronous one."""
+    async def generate(self, request: dict[str, Any], had: Sequence[Any] = ()) -> AsyncIterator[Any]:
+        """The model's stream for one request, after the items `had`; a generator function or an asynchronous one."""
         if self._generate is None:
             raise TypeError("the model has no method generate")
         try:
-            produced = self._generate(request)
+            produced = self._generate(request, **({RESUME: list(had)} if self._resumes else {}))
             if inspect.isawaitable(produced):
                 produced = await produced
             if hasattr(produced, "__aiter__"):
@@ -199,10 +205,8 @@ def _as_arrays(outputs: Any) -> dict[str, Array]:
     return {str(name): np.asarray(value) for name, value in outputs.items()}
 
 
-def _takes_parameters(method: Callable[..., Any] | None) -> bool:
-    if method is None:
-        return False
-    return "parameters" in inspect.signature(method).parameters
+def _takes(method: Callable[..., Any] | None, parameter: str) -> bool:
+    return callable(method) and parameter in inspect.signature(method).parameters
 
 
 def _text(model: type, attribute: str, default: str) -> str:

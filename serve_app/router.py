@@ -23,6 +23,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+from ray.exceptions import ActorDiedError
 from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
 from ray.serve.request_router import (
     LocalityMixin,
@@ -38,6 +39,7 @@ from serve_app.control_link import keep_in_touch
 from serve_app.mirror import Mirror, key_of
 from serve_app.preferences import Preferences
 from serve_app.rescue import RESCUE_SUFFIX, Rescuable, Withdrawable
+from serve_app.resume import RESUME_SUFFIX, Begun, Resumable
 from serve_app.session_homes import SessionHomes
 from serve_app.user_functions import load_function
 from serve_app.watch import StreamWatch, was_cancelled, watch_end
@@ -45,7 +47,17 @@ from shadecast.config import Config
 from shadecast.errors import ConfigError
 from shadecast.ledger import Ledger, Started
 from shadecast.pick import PickTable, cost_table
-from shadecast.rescue import Patience, RescueBudget, Stuck, collapsed, hardly_answering, worth_rescuing
+from shadecast.rescue import (
+    Patience,
+    RescueBudget,
+    Stalled,
+    StreamPatience,
+    Stuck,
+    collapsed,
+    hardly_answering,
+    worth_rescuing,
+    worth_resuming,
+)
 from shadecast.types import RouterReport, RoutingTable
 
 logger = logging.getLogger("ray.serve")
@@ -65,6 +77,8 @@ _LONGEST_WAIT_FOR_PLACE_S = 1.0
 """Then Serve asks the replicas themselves: should a count here ever be wrong, no request must wait for it for ever."""
 _DRAWS_FOR_A_PLACE = 3
 """Of many replicas, a pick may fall on full ones while others have places."""
+_TRIES_AFTER_LOSS = 3
+"""A stream whose replica died may find others of the same node dead, too."""
 _FORGET_TABLE_S = 60.0
 """After so long without a coordinator, replicas that the last table kept out are used again."""
 
@@ -75,8 +89,18 @@ class _Stream:
 
     watch: StreamWatch
     replica_id: str
+    resumable: Resumable | None = None
     items: int = 0
     waited_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """A request that a replica has accepted."""
+
+    request: PendingRequest
+    result: ReplicaResult
+    replica_id: str
 
 
 @dataclass(slots=True)
@@ -123,7 +147,7 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         self._rescuable: dict[str, Rescuable] = {}
         self._streams: dict[str, _Stream] = {}
         self._rescues: set[asyncio.Task[None]] = set()
-        self._patience = Patience()
+        self._patience, self._stream_patience = Patience(), StreamPatience()
         self._shunned: dict[str, tuple[int, float]] = {}
         """Of replicas that did not accept: how often in a row, and until when they are left out."""
         self._stuck: frozenset[str] = frozenset()
@@ -454,6 +478,8 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         self._note_queue(replica, others + 1.0, now_s)
         if metadata.is_streaming or not metadata._by_reference:
             stream = self._watch_stream(result, request_id, replica, unary=not metadata.is_streaming)
+            if self._resumes(pending_request):
+                self._make_resumable(_Sent(pending_request, result, replica), [])
         else:
             watch_end(result, self._event_loop, lambda error: self._ended(request_id, replica, error))
             if self._mirror.copyable(pending_request, self._replicas.get(replica_id)):
@@ -489,6 +515,8 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
             cancelled = was_cancelled(error)
             if entry is not None and not cancelled:
                 entry.items, entry.first_item_s = (1, math.nan) if unary else (watch.items, watch.first_item_s)
+                if error is None:
+                    self._stream_patience.ended(entry.first_item_s, entry.items, duration_s)
                 self._ledger.record(entry, duration_s, ok=error is None)
             self._mirror.primary_done(request_id, None if cancelled else duration_s, ok=error is None)
 
@@ -642,27 +670,111 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
     async def _rescue(self, stuck: Stuck) -> None:
         """One second attempt; if it cannot be placed, the first one simply goes on."""
         held = self._rescuable.get(stuck.request_id)
-        i = self._picks.pick(self._random, self._config.balance.choices)
-        if held is None or i < 0 or self._picks.ids[i] == stuck.replica_id:
+        sent = await self._send_again(held.request, RESCUE_SUFFIX, stuck.replica_id) if held is not None else None
+        if held is None or sent is None:
             return
-        replica = self._by_index[i]
-        request_id = stuck.request_id + RESCUE_SUFFIX
-        labels = replace(held.request.metadata, internal_request_id=request_id)
-        again = PendingRequest(args=held.request.args, kwargs=held.request.kwargs, metadata=labels, resolved=True)
-        try:
-            second = replica.try_send_request(again, with_rejection=True)
-            answer = await second.get_rejection_response()
-        except Exception as error:  # the first attempt is untouched
-            logger.debug(f"shadecast: rescue of {stuck.request_id} failed: {error}")
-            return
-        if answer is None or not answer.accepted or not held.move(second):
-            second.cancel()
-            return
-        replica_id = replica.replica_id.unique_id
-        self._ledger.start(request_id, replica_id, time.monotonic(), max(answer.num_ongoing_requests - 1.0, 0.0))
-        self._ledger.rescued += 1
-        self._shift(replica_id, 1)
+        request_id, replica_id, second = key_of(sent.request), sent.replica_id, sent.result
         watch_end(second, self._event_loop, lambda error: self._ended(request_id, replica_id, error))
+        if held.move(second):
+            self._ledger.rescued += 1
+        else:
+            second.cancel()
+
+    async def _send_again(self, first: PendingRequest, suffix: str, away_from: str, **more: Any) -> _Sent | None:
+        """A second attempt, with `more` arguments, that another replica has accepted; None if it finds no place."""
+        i = self._picks.pick(self._random, self._choices, self._picks.index.get(away_from, -1))
+        if i < 0 or self._picks.ids[i] == away_from:
+            return None
+        replica, replica_id = self._by_index[i], self._picks.ids[i]
+        labels = replace(first.metadata, internal_request_id=first.metadata.internal_request_id + suffix)
+        again = PendingRequest(args=first.args, kwargs={**first.kwargs, **more}, metadata=labels, resolved=True)
+        try:
+            result = replica.try_send_request(again, with_rejection=True)
+            answer = await result.get_rejection_response()
+        except Exception as error:  # the first attempt is untouched
+            logger.debug(f"shadecast: sending {first.metadata.request_id} again failed: {error!r}")
+            if isinstance(error, ActorDiedError):
+                self.on_replica_actor_died(replica.replica_id)
+            return None
+        if answer is None or not answer.accepted:
+            result.cancel()
+            return None
+        others = max(answer.num_ongoing_requests - 1.0, 0.0)
+        self._ledger.start(key_of(again), replica_id, time.monotonic(), others, self._cost(again))
+        self._shift(replica_id, 1)
+        return _Sent(again, result, replica_id)
+
+    # ------------------------------------------------------------------ streams that go on elsewhere
+
+    def _resumes(self, request: PendingRequest) -> bool:
+        """Whether the deployment says how such a stream goes on; a body that a proxy streams cannot."""
+        labels = request.metadata
+        if not self._config.balance.resume or not labels.is_streaming or not labels._by_reference:
+            return False
+        return not (labels.is_http_request or labels.is_grpc_request)
+
+    def _make_resumable(self, sent: _Sent, had: list[Any], *, after_loss: bool = False) -> None:
+        replica_id = sent.replica_id  # not the result: it would live on when its reader has dropped it
+
+        async def lost(resumable: Resumable) -> Begun | None:
+            for _ in range(_TRIES_AFTER_LOSS):
+                begun = await self._go_on_elsewhere(resumable, list(resumable.had), replica_id, after_loss=True)
+                if begun is not None:
+                    return begun
+            return None
+
+        resumable = Resumable(sent.request, sent.result, had, self._event_loop, lost, after_loss=after_loss)
+        self._streams[key_of(sent.request)].resumable = resumable
+
+    def _resume_stalled(self, table: RoutingTable) -> None:
+        """Let streams go on elsewhere that a collapsed replica holds up, as far as the budget goes."""
+        stalled = [
+            Stalled(request_id, stream.replica_id, stream.watch.waited_s, stream.watch.items)
+            for request_id, stream in self._streams.items()
+            if stream.resumable is not None and stream.resumable.movable
+        ]
+        for each in worth_resuming(stalled, self._stream_patience, table, self._config.balance):
+            if not self._rescue_budget.take():
+                return
+            resumable = cast("Resumable", self._streams[each.request_id].resumable)
+            resumable.moving = True
+            task = self._event_loop.create_task(self._resume(resumable, each.replica_id))
+            self._rescues.add(task)
+            task.add_done_callback(self._rescues.discard)
+
+    async def _resume(self, resumable: Resumable, replica_id: str) -> None:
+        had = list(resumable.had)
+        try:
+            begun = await self._go_on_elsewhere(resumable, had, replica_id, after_loss=resumable.after_loss)
+            if begun is not None:
+                resumable.move(*begun, len(had))
+        finally:
+            resumable.moving = False
+
+    async def _go_on_elsewhere(
+        self, resumable: Resumable, had: list[Any], away_from: str, *, after_loss: bool
+    ) -> Begun | None:
+        """A second attempt on another replica, once it has given an item; None if there is none: the first goes on."""
+        after = {self._config.balance.resume: had}
+        sent = await self._send_again(resumable.request, RESUME_SUFFIX, away_from, **after)
+        if sent is None:
+            return None
+        self._ledger.rescued += 1
+        self._watch_stream(sent.result, key_of(sent.request), sent.replica_id, unary=False)
+        self._make_resumable(sent, had.copy(), after_loss=after_loss)
+        resumable.trying(sent.result)
+        try:
+            return sent.result, await sent.result.__anext__()
+        except StopAsyncIteration as end:
+            return sent.result, end
+        except BaseException as error:
+            sent.result.cancel()
+            task = asyncio.current_task()
+            if not isinstance(error, Exception) and (task is None or task.cancelling()):
+                raise  # this router's own end, or its caller's
+            if not was_cancelled(error):
+                logger.warning(f"shadecast: {self.deployment}: a stream could not go on elsewhere: {error!r}")
+            return None
 
     # ------------------------------------------------------------------ membership and tables
 
@@ -696,6 +808,7 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         self._stuck = hardly_answering(table, self._config.balance) if slow else frozenset()
         if slow:
             self._rescue_stuck(table, slow)
+            self._resume_stalled(table)
 
     def _lay_out(self) -> None:
         """Precompute the picks for the present replicas and table."""
@@ -807,6 +920,9 @@ class ObservingRouter(PredictiveRouter):
 
     def _rescue_stuck(self, table: RoutingTable, slow: Collection[str]) -> None:
         """Nothing is sent again."""
+
+    def _resumes(self, request: PendingRequest) -> bool:
+        return False
 
     def make_report(self) -> RouterReport:
         """As the parent's, marked as one of a router that only looks."""

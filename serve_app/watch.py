@@ -133,6 +133,12 @@ class StreamWatch:
         """Time to the first item; NaN if there is none or the reader was late to ask."""
         return self.times_s[0] if self.times_s else math.nan
 
+    @property
+    def waited_s(self) -> float:
+        """How long the reader has been waiting for the next item; 0 if it does not wait. From any thread."""
+        asked_s = self._asked_s
+        return max(self._now_s() - asked_s, 0.0) if asked_s is not None else 0.0
+
     def pace(self) -> tuple[int, float]:
         """Items so far, after the first, that the reader was waiting for, and the time that they took.
 

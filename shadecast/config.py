@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
+from keyword import iskeyword
 from typing import Any, Self
 
 from shadecast.errors import ConfigError
@@ -95,9 +96,19 @@ class BalanceConfig(_Section):
     cost: str = ""
     """A "module:function" of (args, kwargs) of a call that gives its cost in units of work; empty: each costs 1."""
 
+    resume: str = ""
+    """Keyword argument by which streaming methods take the items that a reader has had, to go on after them; a stream
+    that stalls on a collapsed replica, or whose replica died, so goes on elsewhere. Empty: streams stay."""
+
     def __post_init__(self) -> None:
         super(BalanceConfig, self).__post_init__()
         _check_function("balance.cost", self.cost, ("",), "it gives the cost of a call")
+        name: Any = self.resume
+        if not isinstance(name, str) or (name and (not name.isidentifier() or iskeyword(name))):
+            raise ConfigError(
+                f'balance.resume = {name!r}: must be "" or the name of a keyword argument of the deployment\'s '
+                "streaming methods (it takes the list of items that the reader has had)"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,8 @@ again helps them. Rescue is rare by construction: only idempotent requests, only
 capacity has fallen far below the others', only where starting anew elsewhere is expected to end in less than half the
 time, and within a budget of 1 % of the requests. The first attempt is cancelled: hedging that leaves both attempts
 running was unsafe in simulation.
+
+A stream is helped where it can go on elsewhere after what its reader has had (`balance.resume`).
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ _LEAST_PATIENCE_S = 0.25
 """Two and a half periods of a CPU quota: a throttled, but otherwise idle replica answers within one."""
 _PATIENCE = 10.0
 """Times the usual wait."""
+_STREAM_PATIENCE = 4.0
+"""Times what streams usually take to their next item."""
 _GAIN = 2.0
 """Starting anew must be expected to end in at most 1/_GAIN of the time that staying takes."""
 
@@ -61,6 +65,43 @@ class Patience:
     def limit_s(self) -> float:
         """Beyond this a replica counts as one that does not answer."""
         return max(_LEAST_PATIENCE_S, _PATIENCE * self._mean_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Stalled:
+    """A stream under way whose reader waits for its next item."""
+
+    request_id: str
+    replica_id: str
+    waited_s: float
+    items: int
+    """That it has given so far."""
+
+
+class StreamPatience:
+    """How long a stream may keep its reader waiting, by what streams of the same deployment take: exponential means."""
+
+    __slots__ = ("_first_s", "_gap_s")
+
+    def __init__(self) -> None:
+        self._first_s = self._gap_s = math.nan
+
+    def ended(self, first_item_s: float, items: int, duration_s: float) -> None:
+        """A stream went well; NaN where its reader was too late to show the first item's time."""
+        if not math.isfinite(first_item_s) or items < 1:
+            return
+        self._first_s = _towards(self._first_s, first_item_s)
+        if items > 1:
+            self._gap_s = _towards(self._gap_s, max(duration_s - first_item_s, 0.0) / (items - 1))
+
+    def limit_s(self, items: int) -> float:
+        """For the item after `items`; infinite while nothing is known."""
+        usual_s = self._gap_s if items else self._first_s
+        return max(_LEAST_PATIENCE_S, _STREAM_PATIENCE * usual_s) if math.isfinite(usual_s) else math.inf
+
+
+def _towards(mean_s: float, seen_s: float) -> float:
+    return mean_s + 0.05 * (seen_s - mean_s) if math.isfinite(mean_s) else seen_s
 
 
 class RescueBudget:
@@ -135,3 +176,16 @@ def worth_rescuing(
             gains.append((stay_s - anew_s, each))
     gains.sort(key=lambda pair: (-pair[0], pair[1].request_id))
     return [each for _, each in gains]
+
+
+def worth_resuming(
+    stalled: Iterable[Stalled], patience: StreamPatience, table: RoutingTable, config: BalanceConfig
+) -> list[Stalled]:
+    """Streams on collapsed replicas that wait beyond the patience, those that wait longest first.
+
+    Nothing is expected of the time that is left: the next item of a replica that hardly runs may take until its hog
+    ends, and what the stream has given so far need not be computed again elsewhere.
+    """
+    slow = collapsed(table, config)
+    found = [each for each in stalled if each.replica_id in slow and each.waited_s > patience.limit_s(each.items)]
+    return sorted(found, key=lambda each: (-each.waited_s, each.request_id))

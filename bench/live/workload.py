@@ -10,7 +10,7 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +80,12 @@ class Work:
         return self._node_id, right_answer(x) + self._wrong, len(payload)
 
     @copy_safe
-    async def stream(self, x: int, items: int, gap_s: float, cpu_s: float) -> AsyncIterator[tuple[str, int]]:
-        """Items `gap_s` apart at best, each after `cpu_s` of CPU."""
+    async def stream(
+        self, x: int, items: int, gap_s: float, cpu_s: float, had: Sequence[Any] = ()
+    ) -> AsyncIterator[tuple[str, int]]:
+        """Items `gap_s` apart at best, each after `cpu_s` of CPU; those of `had` were given by another replica."""
         due_s = time.monotonic()
-        for i in range(items):
+        for i in range(len(had), items):
             burn(cpu_s * self._slow)
             yield self._node_id, right_answer(x + i) + self._wrong
             due_s += gap_s

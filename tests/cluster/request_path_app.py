@@ -15,7 +15,7 @@ ROUTER = RequestRouterConfig(
     request_router_kwargs={
         "config": {
             "trial": {"compare": "exact", "mirror_deadline_s": 3.0, "mirror_concurrency": 8},
-            "balance": {"bootstrap_s": 3.0},
+            "balance": {"bootstrap_s": 3.0, "resume": "had"},
             "session": {"repin_ratio": 100.0},  # on a machine that all share, a hot replica is noise
         }
     },
@@ -34,6 +34,7 @@ class Model:
         self.me = serve.get_replica_context().replica_id.unique_id
         self.hung = self.wrong = False
         self.shadows = 0
+        self.pid = os.getpid()
 
     async def set(self, **values):
         self.__dict__.update(values)
@@ -57,9 +58,9 @@ class Model:
         return size + 1 if self.wrong else size
 
     @copy_safe
-    async def generate(self, n, gap_s=0.01, fail_at=None):
+    async def generate(self, n, gap_s=0.01, fail_at=None, had=()):
         self.shadows += is_shadow()
-        for i in range(n):
+        for i in range(len(had), n):
             if i == fail_at:
                 raise ValueError("user code")
             yield i

@@ -124,6 +124,7 @@ def assert_idle(handle):
             "sending": list(router._sending),
             "unsent": list(router._unsent),
             "rescuable": list(router._rescuable),
+            "streams": list(router._streams),
             "copies": mirror.under_way,
             "pairs": mirror.waiting,
             "picks": sum(router._picks.in_flight),
@@ -263,6 +264,47 @@ def test_a_hung_candidate_does_not_slow_the_primary(model):
     assert ratio < 1.3
     set_on(model, candidate, hung=False)
     assert_idle(model)
+
+
+# ---------------------------------------------------------------- streams that go on elsewhere
+
+
+async def read_streams(model, count, items, gap_s, while_they_run=None):
+    """So many streams at once, each read to its end."""
+
+    async def one():
+        return [item async for item in model.options(stream=True).generate.remote(items, gap_s=gap_s)]
+
+    reading = [asyncio.create_task(one()) for _ in range(count)]
+    if while_they_run is not None:
+        await asyncio.sleep(1.0)
+        while_they_run()
+    return await asyncio.wait_for(asyncio.gather(*reading), 60)
+
+
+def test_streams_that_a_stopped_replica_holds_up_go_on_elsewhere(model):
+    pid = get_on(model, replicas_of(model)[0], "pid")
+    router = router_of(model)
+    wait_for(lambda: router.level == "table", 15, "the driver's router has the coordinator's table")
+    for _ in range(3):  # what streams usually take
+        assert asyncio.run(read_streams(model, 9, 40, 0.05)) == [list(range(40))] * 9
+    try:
+        with recorded(router) as seen:
+            stop = lambda: os.kill(pid, signal.SIGSTOP)  # noqa: E731
+            assert asyncio.run(read_streams(model, 9, 100, 0.05, stop)) == [list(range(100))] * 9
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert 1 <= sum(report.rescued for report in seen) <= 8
+    assert sum(view.failed for report in seen for view in report.replicas) == 0
+    assert_idle(model)
+
+
+def test_streams_of_a_replica_that_dies_go_on_elsewhere(model):
+    pid = get_on(model, replicas_of(model)[0], "pid")
+    kill = lambda: os.kill(pid, signal.SIGKILL)  # noqa: E731
+    assert asyncio.run(read_streams(model, 9, 60, 0.05, kill)) == [list(range(60))] * 9
+    assert_idle(model)
+    wait_for(lambda: len(router_of(model)._by_index) == 3, 60, "Serve has started another replica")
 
 
 # ---------------------------------------------------------------- sessions, models, composition
@@ -552,5 +594,6 @@ def test_a_soak_of_cancellations_exceptions_deaths_and_abandoned_streams_ends_at
     print(dict(seen))
     for kind in ("predict", "stream", "abandon"):
         assert seen[kind, "ok"] > 20
+    assert {key for key in seen if key[0] in ("stream", "abandon")} == {("stream", "ok"), ("abandon", "ok")}
     assert seen["bad", "RayTaskError(ValueError)"] > 20
     assert_idle(model)

@@ -6,7 +6,7 @@ import asyncio
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,13 @@ class Odd:
         raise InvalidInput("no more")
 
 
+class Counter:
+    """Goes on with a stream after what another replica has given."""
+
+    def generate(self, request: dict[str, Any], had: Sequence[str] = ()) -> Iterator[str]:
+        yield from (f"{i} after {list(had)}" for i in range(len(had), request["up_to"]))
+
+
 class Slow:
     def infer(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return {"main": np.array([threading.current_thread() is threading.main_thread()])}
@@ -93,6 +100,14 @@ def path(cls: type) -> str:
         ({"config": {"balance": {"tick_s": 99}}}, "balance.tick_s = 99: must be a number from 0.1 to 5"),
         ({"config": {"balanse": {}}}, "balanse = {}: unknown section"),
         ({"config": {"trial": {"copy_methods": "infer"}}}, "must be a list of method names"),
+        (
+            {"config": {"balance": {"resume": "had"}}},
+            "balance.resume = 'had': leave it out; a model whose `generate` has",
+        ),
+        (
+            {"model": path(Counter), "config": {"balance": {"resume": "after"}}},
+            "balance.resume = 'after': leave it out; a model whose `generate` has a parameter `had` has it set",
+        ),
         ({"autoscaling": {"min_replicas": 5, "max_replicas": 2}}, "max_replicas (2) must be greater"),
         ({"model": "digit"}, "model = 'digit': must be one of digits, or 'module:Class'"),
         ({"model": "no_such_module:X"}, "no module 'no_such_module' on the import path"),
@@ -236,3 +251,13 @@ def test_streams_of_both_kinds_are_passed_on() -> None:
 
     assert asyncio.run(drain(ModelServer(path(Writer)), {"text_input": "a b"})) == ["a", "b"]
     assert asyncio.run(drain(ModelServer(path(Odd)), {})) == [1, Refusal("no more")]
+
+
+def test_a_model_whose_generate_takes_what_was_had_has_its_streams_go_on_elsewhere() -> None:
+    async def drain(**had: Any) -> list[Any]:
+        return [item async for item in ModelServer(path(Counter)).generate({"up_to": 3}, **had)]
+
+    assert asyncio.run(drain()) == [f"{i} after []" for i in range(3)]
+    assert asyncio.run(drain(had=["a", "b"])) == ["2 after ['a', 'b']"]
+    assert router_config({}, ModelInfo.of(Counter)) == {"balance": {"resume": "had"}}
+    assert router_config({"balance": {"tick_s": 1}}, ModelInfo.of(Writer)) == {"balance": {"tick_s": 1}}

@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -68,10 +69,10 @@ class Probe:
         text = f"{LABEL} {TRAINED} {serve.get_multiplexed_model_id()}".strip()
         return {"text": [text.encode()] * len(inputs["text"]), "process": [os.getpid()]}
 
-    async def generate(self, request):
-        yield {"text_output": "first "}
-        await self.gate(request["wait_for"])
-        for word in ("second ", "third"):
+    async def generate(self, request, had=()):
+        for word in ("first ", "second ", "third")[len(had):]:
+            if word != "first ":
+                await self.gate(request["wait_for"])
             yield {"text_output": word}
 
     async def gate(self, name):
@@ -311,6 +312,19 @@ def test_a_stream_arrives_item_by_item(cluster: Cluster) -> None:
         events = stream_events(response)
         assert next(events)["text_output"] == "first "
         cluster.open_gate("stream")  # nothing after the first item exists before this
+        assert [event["text_output"] for event in events] == ["second ", "third"]
+
+
+def test_a_stream_whose_replica_dies_is_finished_by_another_one(cluster: Cluster) -> None:
+    wait_until_two_replicas_answer(cluster)
+    url = f"http://{cluster.address}/user/v2/models/probe/generate_stream"
+    with httpx.stream("POST", url, json={"wait_for": "killed"}, timeout=60.0) as response:
+        events = stream_events(response)
+        assert next(events)["text_output"] == "first "
+        while not (waiting := list(cluster.folder.glob("killed.waiting.*"))):
+            threading.Event().wait(0.02)
+        os.kill(int(waiting[0].suffix[1:]), signal.SIGKILL)
+        cluster.open_gate("killed")
         assert [event["text_output"] for event in events] == ["second ", "third"]
 
 

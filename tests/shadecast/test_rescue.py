@@ -1,9 +1,11 @@
-"""Which replicas have collapsed under their requests, by a table."""
+"""Which replicas have collapsed under their requests, by a table, and which of their streams go on elsewhere."""
+
+import math
 
 import pytest
 
 from shadecast.config import BalanceConfig
-from shadecast.rescue import collapsed, hardly_answering
+from shadecast.rescue import Stalled, StreamPatience, collapsed, hardly_answering, worth_resuming
 from shadecast.types import RoutingTable, State, TableRow
 
 CONFIG = BalanceConfig()
@@ -34,3 +36,52 @@ def table(*capacities):
 def test_a_collapsed_replica_is_far_slower_than_the_others(capacities, slow, silent):
     assert set(collapsed(table(*capacities), CONFIG)) == slow
     assert hardly_answering(table(*capacities), CONFIG) == silent
+
+
+def patience(*ended):
+    made = StreamPatience()
+    for stream in ended:
+        made.ended(*stream)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("ended", "before_first_s", "after_s"),
+    [
+        ([], math.inf, math.inf),
+        ([(0.5, 11, 2.5)], 2.0, 0.8),
+        ([(0.5, 1, 0.5)], 2.0, math.inf),
+        ([(0.01, 11, 0.11)], 0.25, 0.25),
+        ([(math.nan, 11, 2.5)], math.inf, math.inf),
+        ([(0.5, 0, 0.5)], math.inf, math.inf),
+        ([(0.5, 11, 0.4)], 2.0, 0.25),
+    ],
+    ids=["nothing known", "usual", "one item", "fast", "late reader", "empty", "odd clock"],
+)
+def test_patience_follows_what_streams_usually_take(ended, before_first_s, after_s):
+    made = patience(*ended)
+    assert made.limit_s(0) == pytest.approx(before_first_s)
+    assert made.limit_s(5) == pytest.approx(after_s)
+
+
+def test_one_slow_stream_hardly_changes_the_patience():
+    made = patience(*[(0.5, 11, 2.5)] * 50)
+    before_s = made.limit_s(1)
+    made.ended(0.5, 11, 4.5)
+    assert before_s < made.limit_s(1) < 1.1 * before_s
+
+
+def test_streams_that_wait_beyond_the_patience_on_a_collapsed_replica_go_on_elsewhere_the_longest_first():
+    usual = patience((0.5, 11, 2.5))
+    stalled = [
+        Stalled("soon", "r0", 0.9, 3),
+        Stalled("patient", "r0", 0.7, 3),
+        Stalled("first item", "r0", 1.9, 0),
+        Stalled("long", "r0", 5.0, 1),
+        Stalled("elsewhere", "r1", 9.0, 1),
+    ]
+    bad = table((0.05, 0.01), (1.0, 1.0), (0.9, 1.1))
+    assert [each.request_id for each in worth_resuming(stalled, usual, bad, CONFIG)] == ["long", "soon"]
+    well = table((0.5, 0.5), (1.0, 1.0), (0.9, 1.1))
+    assert worth_resuming(stalled, usual, well, CONFIG) == []
+    assert worth_resuming(stalled, usual, bad, BalanceConfig(rescue_fraction=0.0)) == []
