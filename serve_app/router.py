@@ -734,7 +734,7 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
             if stream.resumable is not None and stream.resumable.movable
         ]
         for each in worth_resuming(stalled, self._stream_patience, table, self._config.balance):
-            if not self._rescue_budget.take():
+            if not self._rescue_budget.take_resuming():
                 return
             resumable = cast("Resumable", self._streams[each.request_id].resumable)
             resumable.moving = True
