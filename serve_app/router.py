@@ -150,6 +150,8 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         self._patience, self._stream_patience = Patience(), StreamPatience()
         self._shunned: dict[str, tuple[int, float]] = {}
         """Of replicas that did not accept: how often in a row, and until when they are left out."""
+        self._slow: Collection[str] = ()
+        """Replicas that have collapsed, by the table."""
         self._stuck: frozenset[str] = frozenset()
         """Replicas that hardly answer, by the table: sessions make a detour around them."""
         self._looking = self._want_table_back = self._has_near = False
@@ -644,11 +646,20 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
             if choice.sent is None or not choice.sent.waiting or choice.since_s > before_s:
                 continue
             i = self._picks.index.get(choice.replica_id)
-            if i is None or len(self._picks.pool) < 2 or not self._rescue_budget.take():
+            if i is None or not self._better_than_silence(i, now_s) or not self._rescue_budget.take():
                 continue
             self._shun(i, now_s)
             self._ledger.give_up(choice.replica_id, now_s - choice.since_s, choice.others, self._cost(choice.request))
             self._withdraw(request_id)
+
+    def _better_than_silence(self, i: int, now_s: float) -> bool:
+        """Whether another replica is neither silent itself nor collapsed.
+
+        At a peak all that are well are silent for a moment: what they hold would all go to the one that is not well.
+        """
+        picks = self._picks
+        others = (picks.ids[j] for j in picks.pool if j != i)
+        return any(r not in self._slow and self._shunned.get(r, (0, 0.0))[1] <= now_s for r in others)
 
     def _shun(self, i: int, now_s: float) -> None:
         """Take a replica that does not answer for full: a moment at first, longer each time until it answers."""
@@ -804,7 +815,7 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         self._table = table
         self._table_s = time.monotonic() - max(table.age_s, 0.0)
         self._lay_out()
-        slow = collapsed(table, self._config.balance)
+        self._slow = slow = collapsed(table, self._config.balance)
         self._stuck = hardly_answering(table, self._config.balance) if slow else frozenset()
         if slow:
             self._rescue_stuck(table, slow)

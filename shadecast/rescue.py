@@ -6,7 +6,7 @@ capacity has fallen far below the others', only where starting anew elsewhere is
 time, and within a budget of 1 % of the requests. The first attempt is cancelled: hedging that leaves both attempts
 running was unsafe in simulation.
 
-A stream is helped where it can go on elsewhere after what its reader has had (`balance.resume`), at a tenth of the price.
+A stream is helped where it can go on elsewhere after what its reader has had (`balance.resume`); that costs a tenth.
 """
 
 from __future__ import annotations

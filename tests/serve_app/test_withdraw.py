@@ -246,6 +246,29 @@ def test_a_silent_replica_keeps_other_requests(why):
     run(scenario())
 
 
+@pytest.mark.parametrize("why", ["the other is silent too", "the other has collapsed"])
+def test_a_silent_replica_keeps_its_requests_where_nobody_else_is_better(why):
+    """At a peak, what all that are well hold would go to the one that is not."""
+
+    async def scenario():
+        router, a, b = scene(copy_methods=["*"])
+        caller = await silent_for(router, a, 0.0)
+        if why == "the other has collapsed":
+            router.take_table(replace(table(version=4, a=1.0, b=(1.0, 0.02, 0.0)), reference_s=0.1))
+        else:
+            router._shun(router._picks.index["b"], time.monotonic())
+        for choice in router._sending.values():
+            choice.since_s -= 1.0
+        router._leave_silent(router._event_loop.time())
+        await settle()
+        assert not caller.done()
+        assert b.sent == []
+        caller.cancel()
+        await asyncio.gather(caller, return_exceptions=True)
+
+    run(scenario())
+
+
 def test_where_acceptance_takes_long_everywhere_patience_grows():
     patience = Patience()
     short_s = patience.limit_s
