@@ -266,47 +266,6 @@ def test_a_hung_candidate_does_not_slow_the_primary(model):
     assert_idle(model)
 
 
-# ---------------------------------------------------------------- streams that go on elsewhere
-
-
-async def read_streams(model, count, items, gap_s, while_they_run=None):
-    """So many streams at once, each read to its end."""
-
-    async def one():
-        return [item async for item in model.options(stream=True).generate.remote(items, gap_s=gap_s)]
-
-    reading = [asyncio.create_task(one()) for _ in range(count)]
-    if while_they_run is not None:
-        await asyncio.sleep(1.0)
-        while_they_run()
-    return await asyncio.wait_for(asyncio.gather(*reading), 60)
-
-
-def test_streams_that_a_stopped_replica_holds_up_go_on_elsewhere(model):
-    pid = get_on(model, replicas_of(model)[0], "pid")
-    router = router_of(model)
-    wait_for(lambda: router.level == "table", 15, "the driver's router has the coordinator's table")
-    for _ in range(3):  # what streams usually take
-        assert asyncio.run(read_streams(model, 9, 40, 0.05)) == [list(range(40))] * 9
-    try:
-        with recorded(router) as seen:
-            stop = lambda: os.kill(pid, signal.SIGSTOP)  # noqa: E731
-            assert asyncio.run(read_streams(model, 9, 100, 0.05, stop)) == [list(range(100))] * 9
-    finally:
-        os.kill(pid, signal.SIGCONT)
-    assert 1 <= sum(report.rescued for report in seen) <= 9
-    assert sum(view.failed for report in seen for view in report.replicas) == 0
-    assert_idle(model)
-
-
-def test_streams_of_a_replica_that_dies_go_on_elsewhere(model):
-    pid = get_on(model, replicas_of(model)[0], "pid")
-    kill = lambda: os.kill(pid, signal.SIGKILL)  # noqa: E731
-    assert asyncio.run(read_streams(model, 9, 60, 0.05, kill)) == [list(range(60))] * 9
-    assert_idle(model)
-    wait_for(lambda: len(router_of(model)._by_index) == 3, 60, "Serve has started another replica")
-
-
 # ---------------------------------------------------------------- sessions, models, composition
 
 
@@ -465,6 +424,44 @@ def test_a_slow_gcs_delays_no_request(model, cluster):
         os.kill(gcs.process.pid, signal.SIGCONT)
     assert set(seen) == {"ok"}
     assert statistics.median(latencies) < 0.5
+
+
+async def read_streams(model, count, items, gap_s, while_they_run=None):
+    """So many streams at once, each read to its end."""
+
+    async def one():
+        return [item async for item in model.options(stream=True).generate.remote(items, gap_s=gap_s)]
+
+    reading = [asyncio.create_task(one()) for _ in range(count)]
+    if while_they_run is not None:
+        await asyncio.sleep(1.0)
+        while_they_run()
+    return await asyncio.wait_for(asyncio.gather(*reading), 60)
+
+
+def test_streams_that_a_stopped_replica_holds_up_go_on_elsewhere(model):
+    pid = get_on(model, replicas_of(model)[0], "pid")
+    router = router_of(model)
+    wait_for(lambda: router.level == "table", 15, "the driver's router has the coordinator's table")
+    for _ in range(3):  # what streams usually take
+        assert asyncio.run(read_streams(model, 9, 40, 0.05)) == [list(range(40))] * 9
+    try:
+        with recorded(router) as seen:
+            stop = lambda: os.kill(pid, signal.SIGSTOP)  # noqa: E731
+            assert asyncio.run(read_streams(model, 9, 100, 0.05, stop)) == [list(range(100))] * 9
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert 1 <= sum(report.rescued for report in seen) <= 9
+    assert sum(view.failed for report in seen for view in report.replicas) == 0
+    assert_idle(model)
+
+
+def test_streams_of_a_replica_that_dies_go_on_elsewhere(model):
+    pid = get_on(model, replicas_of(model)[0], "pid")
+    kill = lambda: os.kill(pid, signal.SIGKILL)  # noqa: E731
+    assert asyncio.run(read_streams(model, 9, 60, 0.05, kill)) == [list(range(60))] * 9
+    assert_idle(model)
+    wait_for(lambda: len(router_of(model)._by_index) == 3, 60, "Serve has started another replica")
 
 
 def test_without_forecasters_requests_go_on(model):
