@@ -53,6 +53,7 @@ from shadecast.rescue import (
     Stalled,
     StreamPatience,
     Stuck,
+    better_than_silence,
     collapsed,
     hardly_answering,
     worth_rescuing,
@@ -419,7 +420,7 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         now_s = time.monotonic()
         away = self._stuck if self._laid_out_for == "table" else frozenset()
         if self._shunned:
-            away = away.union(replica_id for replica_id, (_, until_s) in self._shunned.items() if now_s < until_s)
+            away = away | self._shunned_at(now_s)
         return self._homes.home(pending_request.metadata.session_id, now_s, away, self._picks, self._table)
 
     def _migration_s(self) -> float:
@@ -646,20 +647,17 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
             if choice.sent is None or not choice.sent.waiting or choice.since_s > before_s:
                 continue
             i = self._picks.index.get(choice.replica_id)
-            if i is None or not self._better_than_silence(i, now_s) or not self._rescue_budget.take():
+            others = (self._picks.ids[j] for j in self._picks.pool if j != i)
+            if i is None or not better_than_silence(others, self._slow, self._shunned_at(now_s)):
+                continue
+            if not self._rescue_budget.take():
                 continue
             self._shun(i, now_s)
             self._ledger.give_up(choice.replica_id, now_s - choice.since_s, choice.others, self._cost(choice.request))
             self._withdraw(request_id)
 
-    def _better_than_silence(self, i: int, now_s: float) -> bool:
-        """Whether another replica is neither silent itself nor collapsed.
-
-        At a peak all that are well are silent for a moment: what they hold would all go to the one that is not well.
-        """
-        picks = self._picks
-        others = (picks.ids[j] for j in picks.pool if j != i)
-        return any(r not in self._slow and self._shunned.get(r, (0, 0.0))[1] <= now_s for r in others)
+    def _shunned_at(self, now_s: float) -> frozenset[str]:
+        return frozenset(replica_id for replica_id, (_, until_s) in self._shunned.items() if now_s < until_s)
 
     def _shun(self, i: int, now_s: float) -> None:
         """Take a replica that does not answer for full: a moment at first, longer each time until it answers."""

@@ -105,7 +105,6 @@ def _every_minute(minutes: int) -> tuple[Fault, ...]:
     return tuple(Fault("hog", (k + 1 / 6) * part, (k + 1 / 2) * part, 8) for k in range(minutes))
 
 
-_RESUMED = {"balance": {"resume": "had"}}
 _STREAMS = Scenario(
     "streams",
     "streams of 2-20 s of items every 0.2 s, a hog arrives mid-stream",
@@ -115,7 +114,7 @@ _STREAMS = Scenario(
     cpu_s=0.003,
     stream_s=(2.0, 20.0),
     slo_s=1.0,
-    settings=_RESUMED,
+    settings={"balance": {"resume": "had"}},
 )
 _ALL = (
     Scenario("calm", "four equal nodes, nothing happens"),

@@ -82,6 +82,15 @@ def sent_to(others):
     return [pair for replica in others for pair in zip(replica.sent, replica.results, strict=True)]
 
 
+async def go_on(router, others):
+    """The reader has waited too long and the table shows the collapse: the one second attempt, asked and given."""
+    stall(router)
+    router.take_table(collapsed())
+    await settle()
+    ((asked, second),) = sent_to(others)
+    return asked, second
+
+
 async def at_rest(router):
     await settle()
     gc.collect()
@@ -97,10 +106,7 @@ def test_a_stalled_stream_goes_on_elsewhere_after_what_its_reader_has_had():
         first, got, reader = await start(router)
         first.give(0, 1, 2)
         await settle()
-        stall(router)
-        router.take_table(collapsed())
-        await settle()
-        ((asked, second),) = sent_to(others)
+        asked, second = await go_on(router, others)
         assert asked.kwargs == {"had": [0, 1, 2]}
         assert (asked.args, asked.metadata.call_method) == ([1], "generate")
         assert not first.cancelled, "until the second has given something"
@@ -122,10 +128,7 @@ def test_a_stream_that_has_not_begun_is_asked_for_anew():
     async def scenario():
         router = scene(*(others := replicas("bc")), **RESUMES)
         _, _, reader = await start(router)
-        stall(router)
-        router.take_table(collapsed())
-        await settle()
-        ((asked, second),) = sent_to(others)
+        asked, second = await go_on(router, others)
         assert asked.kwargs == {"had": []}
         second.give("x")
         second.end()
@@ -141,10 +144,7 @@ def test_a_first_attempt_that_goes_on_meanwhile_is_kept():
         first, _, reader = await start(router)
         first.give(0)
         await settle()
-        stall(router)
-        router.take_table(collapsed())
-        await settle()
-        ((_, second),) = sent_to(others)
+        _, second = await go_on(router, others)
         first.give("one")
         await settle()
         assert second.cancelled
@@ -161,10 +161,7 @@ def test_items_of_both_in_the_same_moment_are_not_given_twice():
     async def scenario():
         router = scene(*(others := replicas("bc")), **RESUMES)
         first, _, reader = await start(router)
-        stall(router)
-        router.take_table(collapsed())
-        await settle()
-        ((_, second),) = sent_to(others)
+        _, second = await go_on(router, others)
         first.give("a0")
         second.give("b0", "b1")
         await settle()
@@ -210,10 +207,7 @@ def test_a_second_attempt_that_has_nothing_left_to_give_ends_the_stream():
         first, _, reader = await start(router)
         first.give(0)
         await settle()
-        stall(router)
-        router.take_table(collapsed())
-        await settle()
-        ((_, second),) = sent_to(others)
+        _, second = await go_on(router, others)
         second.end()
         assert await reader == [0]
         assert first.cancelled
@@ -340,10 +334,7 @@ def test_a_stream_may_move_again():
         first, _, reader = await start(router)
         first.give(0)
         await settle()
-        stall(router)
-        router.take_table(collapsed())
-        await settle()
-        ((asked, second),) = sent_to(others)
+        asked, second = await go_on(router, others)
         second.give(1)
         await settle()
         stall(router)
@@ -366,10 +357,7 @@ def test_a_reader_that_cancels_cancels_every_attempt():
     async def scenario():
         router = scene(*(others := replicas("bc")), **RESUMES)
         first, _, reader = await start(router)
-        stall(router)
-        router.take_table(collapsed())
-        await settle()
-        ((_, second),) = sent_to(others)
+        _, second = await go_on(router, others)
         first.cancel()
         await asyncio.gather(reader, return_exceptions=True)
         await settle()

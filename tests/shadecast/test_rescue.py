@@ -5,7 +5,7 @@ import math
 import pytest
 
 from shadecast.config import BalanceConfig
-from shadecast.rescue import Stalled, StreamPatience, collapsed, hardly_answering, worth_resuming
+from shadecast.rescue import Stalled, StreamPatience, better_than_silence, collapsed, hardly_answering, worth_resuming
 from shadecast.types import RoutingTable, State, TableRow
 
 CONFIG = BalanceConfig()
@@ -85,3 +85,12 @@ def test_streams_that_wait_beyond_the_patience_on_a_collapsed_replica_go_on_else
     well = table((0.5, 0.5), (1.0, 1.0), (0.9, 1.1))
     assert worth_resuming(stalled, usual, well, CONFIG) == []
     assert worth_resuming(stalled, usual, bad, BalanceConfig(rescue_fraction=0.0)) == []
+
+
+@pytest.mark.parametrize(
+    ("slow", "silent", "better"),
+    [((), (), True), ("b", "c", False), ("b", (), True), ((), "bc", False), ("bc", (), False), ("a", "a", True)],
+)
+def test_a_silent_replica_is_left_only_for_one_that_is_well(slow, silent, better):
+    assert better_than_silence(["b", "c"], slow, silent) is better
+    assert not better_than_silence([], slow, silent)
