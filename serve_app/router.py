@@ -53,9 +53,9 @@ from shadecast.rescue import (
     Stalled,
     StreamPatience,
     Stuck,
-    better_than_silence,
     collapsed,
     hardly_answering,
+    is_alone_silent,
     worth_rescuing,
     worth_resuming,
 )
@@ -647,8 +647,8 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
             if choice.sent is None or not choice.sent.waiting or choice.since_s > before_s:
                 continue
             i = self._picks.index.get(choice.replica_id)
-            others = (self._picks.ids[j] for j in self._picks.pool if j != i)
-            if i is None or not better_than_silence(others, self._slow, self._shunned_at(now_s)):
+            others = [self._picks.ids[j] for j in self._picks.pool if j != i]
+            if i is None or not is_alone_silent(others, self._slow, self._shunned_at(now_s)):
                 continue
             if not self._rescue_budget.take():
                 continue

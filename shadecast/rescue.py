@@ -12,7 +12,7 @@ A stream is helped where it can go on elsewhere after what its reader has had (`
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
 
@@ -154,12 +154,13 @@ def _slower(table: RoutingTable, config: BalanceConfig, part: float) -> dict[str
     return {row.replica_id: row.capacity for row in table.rows if row.capacity < limit}
 
 
-def better_than_silence(others: Iterable[str], slow: Container[str], silent: Container[str]) -> bool:
-    """Whether a replica that does not accept may be left for one that has neither collapsed nor is silent itself.
+def is_alone_silent(others: Collection[str], slow: Container[str], silent: Container[str]) -> bool:
+    """Whether most of the `others` have neither collapsed nor are silent: then it is the replica that does not accept.
 
-    At a peak all that are well are silent for a moment: what they hold would all go to the one that is not well.
+    At a peak those that are well are silent for a moment, one after the other. What is taken off them would all go to
+    the last one, or to the one that is not well.
     """
-    return any(replica_id not in slow and replica_id not in silent for replica_id in others)
+    return 2 * sum(replica_id not in slow and replica_id not in silent for replica_id in others) > len(others)
 
 
 def worth_rescuing(

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from shadecast.config import BalanceConfig
-from shadecast.rescue import Stalled, StreamPatience, better_than_silence, collapsed, hardly_answering, worth_resuming
+from shadecast.rescue import Stalled, StreamPatience, collapsed, hardly_answering, is_alone_silent, worth_resuming
 from shadecast.types import RoutingTable, State, TableRow
 
 CONFIG = BalanceConfig()
@@ -88,9 +88,19 @@ def test_streams_that_wait_beyond_the_patience_on_a_collapsed_replica_go_on_else
 
 
 @pytest.mark.parametrize(
-    ("slow", "silent", "better"),
-    [((), (), True), ("b", "c", False), ("b", (), True), ((), "bc", False), ("bc", (), False), ("a", "a", True)],
+    ("others", "slow", "silent", "alone"),
+    [
+        ("b", "", "", True),
+        ("b", "", "b", False),
+        ("bc", "", "", True),
+        ("bc", "b", "", False),
+        ("bcd", "b", "", True),
+        ("bcd", "b", "c", False),
+        ("bcd", "", "bc", False),
+        ("bcd", "a", "a", True),
+        ("bcde", "b", "c", False),
+        ("", "", "", False),
+    ],
 )
-def test_a_silent_replica_is_left_only_for_one_that_is_well(slow, silent, better):
-    assert better_than_silence(["b", "c"], slow, silent) is better
-    assert not better_than_silence([], slow, silent)
+def test_a_silent_replica_is_left_only_where_most_of_the_others_are_well(others, slow, silent, alone):
+    assert is_alone_silent(others, slow, silent) is alone
