@@ -504,7 +504,9 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
             return 1.0
         return cost if 0.0 < cost < math.inf else 1.0
 
-    def _watch_stream(self, result: ReplicaResult, request_id: str, replica: str, *, unary: bool) -> StreamWatch:
+    def _watch_stream(
+        self, result: ReplicaResult, request_id: str, replica: str, *, unary: bool, resumed: bool = False
+    ) -> StreamWatch:
         entry: Started | None = None
 
         def freed() -> None:
@@ -515,7 +517,8 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
             self._shift(replica, -1)
 
         def ended(error: BaseException | None, duration_s: float) -> None:
-            cancelled = was_cancelled(error)
+            # one that cannot go on says that the method does not take what was had, not that the replica is bad
+            cancelled = was_cancelled(error) or (resumed and error is not None and not watch.items)
             if entry is not None and not cancelled:
                 entry.items, entry.first_item_s = (1, math.nan) if unary else (watch.items, watch.first_item_s)
                 if error is None:
@@ -769,7 +772,7 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         if sent is None:
             return None
         self._ledger.rescued += 1
-        self._watch_stream(sent.result, key_of(sent.request), sent.replica_id, unary=False)
+        self._watch_stream(sent.result, key_of(sent.request), sent.replica_id, unary=False, resumed=True)
         self._make_resumable(sent, had.copy(), after_loss=after_loss)
         resumable.trying(sent.result)
         try:
