@@ -504,7 +504,9 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
             return 1.0
         return cost if 0.0 < cost < math.inf else 1.0
 
-    def _watch_stream(self, result: ReplicaResult, request_id: str, replica: str, *, unary: bool) -> StreamWatch:
+    def _watch_stream(
+        self, result: ReplicaResult, request_id: str, replica: str, *, unary: bool, resumed: bool = False
+    ) -> StreamWatch:
         entry: Started | None = None
 
         def freed() -> None:
@@ -515,7 +517,8 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
             self._shift(replica, -1)
 
         def ended(error: BaseException | None, duration_s: float) -> None:
-            cancelled = was_cancelled(error)
+            # one that cannot go on says that the method does not take what was had, not that the replica is bad
+            cancelled = was_cancelled(error) or (resumed and error is not None and not watch.items)
             if entry is not None and not cancelled:
                 entry.items, entry.first_item_s = (1, math.nan) if unary else (watch.items, watch.first_item_s)
                 if error is None:
@@ -642,9 +645,15 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
             self._look_at(loop_s + max(next_s, _LOOK_S))
         if loop_s > due_s + _LOOK_S:
             return  # this process was stuck itself: answers may lie unread
-        before_s = now_s - limit_s
-        for request_id, choice in list(self._sending.items()):
-            if choice.sent is None or not choice.sent.waiting or choice.since_s > before_s:
+        late = [
+            (request_id, choice)
+            for request_id, choice in self._sending.items()
+            if choice.sent is not None and choice.sent.waiting and now_s - choice.since_s > limit_s
+        ]
+        heard_s = self._heard_s() if late else {}
+        for request_id, choice in late:
+            waited_s = now_s - choice.since_s
+            if not self._patience.is_over(waited_s, now_s - heard_s.get(choice.replica_id, -math.inf)):
                 continue
             i = self._picks.index.get(choice.replica_id)
             others = [self._picks.ids[j] for j in self._picks.pool if j != i]
@@ -653,8 +662,15 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
             if not self._rescue_budget.take():
                 continue
             self._shun(i, now_s)
-            self._ledger.give_up(choice.replica_id, now_s - choice.since_s, choice.others, self._cost(choice.request))
+            self._ledger.give_up(choice.replica_id, waited_s, choice.others, self._cost(choice.request))
             self._withdraw(request_id)
+
+    def _heard_s(self) -> dict[str, float]:
+        """When streams of each replica last gave an item."""
+        last_s: dict[str, float] = {}
+        for stream in self._streams.values():
+            last_s[stream.replica_id] = max(last_s.get(stream.replica_id, -math.inf), stream.watch.last_item_s)
+        return last_s
 
     def _shunned_at(self, now_s: float) -> frozenset[str]:
         return frozenset(replica_id for replica_id, (_, until_s) in self._shunned.items() if now_s < until_s)
@@ -769,7 +785,7 @@ class PredictiveRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         if sent is None:
             return None
         self._ledger.rescued += 1
-        self._watch_stream(sent.result, key_of(sent.request), sent.replica_id, unary=False)
+        self._watch_stream(sent.result, key_of(sent.request), sent.replica_id, unary=False, resumed=True)
         self._make_resumable(sent, had.copy(), after_loss=after_loss)
         resumable.trying(sent.result)
         try:

@@ -134,6 +134,11 @@ class StreamWatch:
         return self.times_s[0] if self.times_s else math.nan
 
     @property
+    def last_item_s(self) -> float:
+        """When its reader got the last item; that never was if it is minus infinite."""
+        return self._last_s if self.items else -math.inf
+
+    @property
     def waited_s(self) -> float:
         """How long the reader has been waiting for the next item; 0 if it does not wait. From any thread."""
         asked_s = self._asked_s

@@ -28,6 +28,8 @@ _LEAST_PATIENCE_S = 0.25
 """Two and a half periods of a CPU quota: a throttled, but otherwise idle replica answers within one."""
 _PATIENCE = 10.0
 """Times the usual wait."""
+_WHILE_HEARD = 3.0
+"""Times that patience, with a replica whose streams go on: it is busy, not starved."""
 _STREAM_PATIENCE = 4.0
 """Times what streams usually take to their next item."""
 _RESUMING = 0.1
@@ -67,6 +69,11 @@ class Patience:
     def limit_s(self) -> float:
         """Beyond this a replica counts as one that does not answer."""
         return max(_LEAST_PATIENCE_S, _PATIENCE * self._mean_s)
+
+    def is_over(self, waited_s: float, heard_ago_s: float) -> bool:
+        """Whether to leave a replica that has not accepted for so long; its streams gave the last item so long ago."""
+        limit_s = self.limit_s
+        return waited_s > (limit_s if heard_ago_s > limit_s else _WHILE_HEARD * limit_s)
 
 
 @dataclass(frozen=True, slots=True)

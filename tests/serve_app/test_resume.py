@@ -196,6 +196,7 @@ def test_where_no_other_replica_takes_it_the_first_attempt_goes_on(why):
         first.end()
         assert await reader == [0]
         assert not first.cancelled
+        assert sum(view.failed for view in router.make_report().replicas) == 0, "the method's fault, not a replica's"
         await at_rest(router)
 
     run(scenario())

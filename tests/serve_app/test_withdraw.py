@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from shadecast.rescue import Patience
-from tests.serve_app.router_fakes import FakeReplica, FakeResult, make_router, request, table
+from tests.serve_app.router_fakes import FakeReplica, FakeResult, FakeStream, make_router, request, table
 
 
 class SilentResult(FakeResult):
@@ -263,6 +263,30 @@ def test_a_silent_replica_keeps_its_requests_where_nobody_else_is_better(why):
         await settle()
         assert not caller.done()
         assert b.sent == []
+        caller.cancel()
+        await asyncio.gather(caller, return_exceptions=True)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("waited_s", "item_ago_s", "left"), [(0.5, 0.0, False), (0.5, 1.0, True), (0.5, None, True), (1.0, 0.0, True)]
+)
+def test_a_replica_whose_streams_go_on_is_busy_and_is_left_later(waited_s, item_ago_s, left):
+    async def scenario():
+        router, a, b = scene(copy_methods=["*"])
+        stream = FakeStream()
+        router.on_request_routed(request("s", "generate", is_streaming=True), a.replica_id, stream)
+        if item_ago_s is not None:
+            stream.give("item")
+            assert await stream.__anext__() == "item"
+            (watched,) = router._streams.values()
+            watched.watch._last_s -= item_ago_s
+        caller = await silent_for(router, a, waited_s)
+        router._leave_silent(router._event_loop.time())
+        await settle()
+        assert caller.done() is left
+        assert len(b.sent) == left
         caller.cancel()
         await asyncio.gather(caller, return_exceptions=True)
 
