@@ -24,8 +24,8 @@ from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequ
 from ray.serve.config import RequestRouterConfig
 
 from bench.results import interval
-from serve_app.control_plane import start_control_plane
-from serve_app.local import LocalCluster
+from serve_app.launch.control_plane import start_control_plane
+from serve_app.launch.local import LocalCluster
 
 _REPLICAS = 4
 _CONCURRENCY = 16

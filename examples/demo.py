@@ -30,8 +30,8 @@ from sklearn.datasets import load_digits
 from bench.simulate.workload import TraceRow
 from examples import demo_model
 from examples.trace import arrivals
-from serve_app.control_plane import find_coordinator, start_control_plane
-from serve_app.local import LocalCluster
+from serve_app.launch.control_plane import find_coordinator, start_control_plane
+from serve_app.launch.local import LocalCluster
 
 console = Console(width=max(Console().width, 110))
 HEALTHY = 4

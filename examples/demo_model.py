@@ -13,8 +13,8 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
-from serve_app.digits import Digits
-from serve_app.tensors import TensorSpec
+from serve_app.gateway.digits import Digits
+from serve_app.gateway.tensors import TensorSpec
 
 NAMESPACE = "shadecast-demo"
 ROLES = "roles"

@@ -1,5 +1,5 @@
 """`python -m serve_app`: the same as `shadecast`."""
 
-from serve_app.cli import main
+from serve_app.launch.cli import main
 
 main()

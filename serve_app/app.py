@@ -14,8 +14,8 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
-from serve_app.gateway import SESSION_HEADER, Gateway, GatewaySettings
-from serve_app.model_server import BUILT_IN, RESUME, ModelInfo, ModelServer, import_folder, load_class
+from serve_app.gateway.ingress import SESSION_HEADER, Gateway, GatewaySettings
+from serve_app.gateway.model_server import BUILT_IN, RESUME, ModelInfo, ModelServer, import_folder, load_class
 from shadecast.config import Config
 from shadecast.errors import ConfigError
 

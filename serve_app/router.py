@@ -35,14 +35,14 @@ from ray.serve.request_router import (
     RunningReplica,
 )
 
-from serve_app.control_link import keep_in_touch
-from serve_app.mirror import Mirror, key_of
-from serve_app.preferences import Preferences
-from serve_app.rescue import RESCUE_SUFFIX, Rescuable, Withdrawable
-from serve_app.resume import RESUME_SUFFIX, Begun, Resumable
-from serve_app.session_homes import SessionHomes
-from serve_app.user_functions import load_function
-from serve_app.watch import StreamWatch, was_cancelled, watch_end
+from serve_app.routing.link import keep_in_touch
+from serve_app.routing.mirror import Mirror, key_of
+from serve_app.routing.preferences import Preferences
+from serve_app.routing.rescue import RESCUE_SUFFIX, Rescuable, Withdrawable
+from serve_app.routing.resume import RESUME_SUFFIX, Begun, Resumable
+from serve_app.routing.session_homes import SessionHomes
+from serve_app.routing.user_functions import load_function
+from serve_app.routing.watch import StreamWatch, was_cancelled, watch_end
 from shadecast.config import Config
 from shadecast.errors import ConfigError
 from shadecast.ledger import Ledger, Started

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import psutil
 
-from serve_app.local import LocalCluster
+from serve_app.launch.local import LocalCluster
 
 T = TypeVar("T")
 

@@ -223,7 +223,7 @@ class UnisolatedWorld(World):
 
     def __init__(self, workers: int, on_progress: Callable[[str], None] = lambda _: None) -> None:
         super().__init__(on_progress)
-        from serve_app.local import LocalCluster  # noqa: PLC0415 - imports Ray, which the isolated variant need not
+        from serve_app.launch.local import LocalCluster  # noqa: PLC0415 - imports Ray, which the isolated variant need not
 
         self._cluster = LocalCluster(workers, on_progress=on_progress)
 

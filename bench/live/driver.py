@@ -29,8 +29,8 @@ from bench.live import gateway_model
 from bench.live.arms import ARMS
 from bench.live.journal import Journal, plain
 from bench.live.workload import Work, exchange_folder, right_answer
-from serve_app.control_plane import find_coordinator, start_control_plane
-from serve_app.retry import RetryBudget
+from serve_app.gateway.retry import RetryBudget
+from serve_app.launch.control_plane import find_coordinator, start_control_plane
 
 MARK = "@@"
 HTTP_PORT = 8018

@@ -9,7 +9,7 @@ import numpy as np
 import ray
 
 from bench.live.workload import burn, right_answer
-from serve_app.tensors import TensorSpec
+from serve_app.gateway.tensors import TensorSpec
 
 
 class Burn:

@@ -16,8 +16,8 @@ from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
-from serve_app.control_plane import start_control_plane
-from serve_app.local import LocalCluster
+from serve_app.launch.control_plane import start_control_plane
+from serve_app.launch.local import LocalCluster
 from tests.ray_start import started
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from models.registry import Registry
-from serve_app.control_plane import ControlPlaneError, announce, forecaster_states, start_control_plane
-from serve_app.local import LocalCluster
+from serve_app.launch.control_plane import ControlPlaneError, announce, forecaster_states, start_control_plane
+from serve_app.launch.local import LocalCluster
 from tests.cluster.conftest import status, wait_for
 from tests.ray_start import started
 

@@ -20,8 +20,8 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
 from serve_app.app import AppArgs
-from serve_app.control_plane import start_control_plane
 from serve_app.http_guard import proxy_middlewares
+from serve_app.launch.control_plane import start_control_plane
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {"shadecast", "actors", "models", "serve_app", "train"}

@@ -15,9 +15,9 @@ import pytest
 import yaml
 
 from serve_app.app import ROUTER_CLASS, AppArgs, ArgumentError, build, router_config
-from serve_app.model_server import ModelInfo, ModelServer, Refusal, load_class
+from serve_app.gateway.model_server import ModelInfo, ModelServer, Refusal, load_class
+from serve_app.gateway.tensors import TensorSpec
 from serve_app.protocol_error import InvalidInput
-from serve_app.tensors import TensorSpec
 from shadecast.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -183,7 +183,7 @@ def test_the_example_config_file_is_valid() -> None:
 def test_the_gateway_and_the_application_load_no_torch_and_no_foreign_names() -> None:
     """A user's application may have folders named `models` and `train` of its own."""
     code = (
-        "import sys; import serve_app.gateway, serve_app.app; "
+        "import sys; import serve_app.gateway.ingress, serve_app.app; "
         "print([m for m in ('torch', 'models', 'train', 'actors', 'sklearn') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

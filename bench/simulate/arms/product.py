@@ -183,7 +183,7 @@ class Product(Arm):
     # ------------------------------------------------------------------ clocks
 
     def _pace(self, router: _Router) -> None:
-        """What `serve_app.watch` sees of streams: items since the last report and the time in which they came."""
+        """What `serve_app.routing.watch` sees of streams: items since the last report and the time they took."""
         now_s = self.sim.now_s
         for number, (request, items, since_s) in router.streams.items():
             got = int(self.sim.replicas[request.replica].received_s(request) / TOKEN_S)

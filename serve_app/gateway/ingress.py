@@ -1,0 +1,358 @@
+"""The thin ingress: reads HTTP requests of the Open Inference Protocol v2 and calls the model through its handle.
+
+A router cannot copy a request whose body still streams through Serve's proxy; a request that this gateway has read is a
+plain method call on the next hop, where `PredictiveRouter` picks and mirrors. No torch here, no user code: what reaches
+a replica has been checked against the model's declared tensors, so bad input never counts as a replica's failure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from ray import serve
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.types import Receive, Scope, Send
+
+from serve_app.gateway import openapi
+from serve_app.gateway.model_call import CallOptions, ModelCaller, Stream
+from serve_app.gateway.model_server import ModelInfo
+from serve_app.gateway.oip import HEADER_LENGTH, decode_request, encode_response, parse_json_object
+from serve_app.gateway.retry import RetryBudget
+from serve_app.http_guard import ID_HEADERS, BodyReader, HeaderGuard, RequestIds
+from serve_app.protocol_error import ProtocolError
+
+logger = logging.getLogger("ray.serve")
+
+SERVER_NAME = "shadecast"
+EXTENSIONS = ("binary_tensor_data", "parameters", "generate")
+TIMEOUT_HEADER = "x-request-timeout-seconds"
+"""Serve's own header; its proxy stops waiting after that time with a 408."""
+_PROXY_MARGIN_S = 0.05
+SESSION_HEADER = "x-session-id"
+"""Serve's default; `RAY_SERVE_SESSION_ID_HEADER_KEY` changes it for Serve and for the gateway."""
+
+
+@dataclass(frozen=True, slots=True)
+class GatewaySettings:
+    """Limits of the gateway, validated by `serve_app.app.AppArgs`."""
+
+    max_body_bytes: int = 16 * 2**20
+    max_total_body_bytes: int = 512 * 2**20
+    body_idle_timeout_s: float = 10.0
+    request_timeout_s: float = 60.0
+    queue_timeout_s: float = 10.0
+    retry_fraction: float = 0.2
+    session_header: str = SESSION_HEADER
+    session_cookie: str = ""
+
+
+Ready = Callable[[], Awaitable[bool]]
+
+
+class InferenceApi:
+    """The protocol's endpoints over a `ModelCaller`: requests in, responses out."""
+
+    def __init__(self, caller: ModelCaller, info: ModelInfo, settings: GatewaySettings, ready: Ready) -> None:
+        self._caller = caller
+        self.info = info
+        self._settings = settings
+        self._ready = ready
+        self.session_header = settings.session_header
+        self.bodies = BodyReader(
+            settings.max_body_bytes,
+            settings.max_total_body_bytes,
+            settings.body_idle_timeout_s,
+            settings.request_timeout_s,
+        )
+
+    # ------------------------------------------------ health and metadata
+
+    async def live(self, _: Request) -> Response:
+        """The process answers."""
+        return JSONResponse({"live": True})
+
+    async def ready(self, _: Request) -> Response:
+        """A replica of the model runs."""
+        if not await self._ready():
+            raise ProtocolError(503, "no replica of the model is running yet", {"Retry-After": "1"})
+        return JSONResponse({"ready": True})
+
+    async def server_metadata(self, _: Request) -> Response:
+        """Name, version and extensions of the server."""
+        return JSONResponse({"name": SERVER_NAME, "version": openapi.VERSION, "extensions": list(EXTENSIONS)})
+
+    async def model_metadata(self, request: Request) -> Response:
+        """The model's tensors."""
+        self._check_model(request)
+        return JSONResponse(self.info.describe())
+
+    async def model_ready(self, request: Request) -> Response:
+        """A replica of this model runs."""
+        self._check_model(request)
+        if not await self._ready():
+            raise ProtocolError(503, f"no replica of model {self.info.name!r} is running yet", {"Retry-After": "1"})
+        return JSONResponse({"name": self.info.name, "ready": True})
+
+    # ------------------------------------------------ inference
+
+    async def infer(self, request: Request) -> Response:
+        """One inference, JSON or binary."""
+        self._check_model(request)
+        if not self.info.infers:
+            raise ProtocolError(400, f"model {self.info.name!r} has no infer: POST its /generate")
+        async with self._body(request) as body:
+            asked = decode_request(body, request.headers.get(HEADER_LENGTH), self.info.inputs, self.info.outputs)
+            options = self._options(request, asked.parameters)
+            outputs = await self._caller.infer(asked.inputs, dict(asked.parameters), options)
+            answer = encode_response(asked, outputs, self.info.name, self.info.version)
+        if answer.header_length is None:
+            response = Response(answer.body, media_type="application/json")
+        else:
+            response = Response(answer.body, media_type="application/octet-stream")
+            response.headers[HEADER_LENGTH] = str(answer.header_length)
+        return self._with_cookie(response, request, options)
+
+    async def generate(self, request: Request) -> Response:
+        """One generation as one JSON object: texts joined, the last value of everything else."""
+        stream, asked, options = await self._open(request)
+        merged: dict[str, Any] = {}
+        try:
+            async for item in stream.items():
+                for key, value in self._event(item, asked).items():
+                    joined = key == "text_output" and isinstance(merged.get(key), str) and isinstance(value, str)
+                    merged[key] = merged[key] + value if joined else value
+        finally:
+            stream.close()
+        return self._with_cookie(Response(_dumps(merged), media_type="application/json"), request, options)
+
+    async def generate_stream(self, request: Request) -> Response:
+        """One generation as server-sent events, each with a JSON object."""
+        stream, asked, options = await self._open(request)
+        return self._with_cookie(EventStream(stream, lambda item: _dumps(self._event(item, asked))), request, options)
+
+    async def _open(self, request: Request) -> tuple[Stream, dict[str, Any], CallOptions]:
+        self._check_model(request)
+        if not self.info.generates:
+            raise ProtocolError(400, f"model {self.info.name!r} has no generate: POST its /infer")
+        async with self._body(request) as body:
+            asked = parse_json_object(body)
+            parameters = asked.get("parameters")
+            if not isinstance(parameters, dict | None):
+                raise ProtocolError(400, "'parameters' of the request must be an object")
+            if not isinstance(asked.get("id"), str | None):
+                raise ProtocolError(400, "'id' must be a string")
+            options = self._options(request, parameters or {})
+            return await self._caller.stream(asked, options), asked, options
+
+    def _event(self, item: Any, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """An item of the model's stream as the object that goes to the client."""
+        event = {"model_name": self.info.name, "model_version": self.info.version}
+        if isinstance(asked.get("id"), str):
+            event["id"] = asked["id"]
+        if isinstance(item, Mapping):
+            return event | {str(key): value for key, value in item.items()}
+        if isinstance(item, str):
+            return event | {"text_output": item}
+        raise ProtocolError(500, f"the model's stream gave {type(item).__name__}; it must give dicts or strings")
+
+    # ------------------------------------------------ what a request brings
+
+    def _check_model(self, request: Request) -> None:
+        model, version = request.path_params["model"], request.path_params.get("version")
+        if model != self.info.name:
+            raise ProtocolError(404, f"unknown model {model[:80]!r}; this server serves {self.info.name!r}")
+        if version is not None and version != self.info.version:
+            raise ProtocolError(404, f"unknown version {version[:80]!r} of {model!r}; there is {self.info.version!r}")
+
+    def _body(self, request: Request) -> Any:
+        media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if media not in ("", "application/json", "application/octet-stream") and not media.endswith("+json"):
+            raise ProtocolError(415, f"Content-Type {media[:80]!r}: send application/json or application/octet-stream")
+        headers = request.headers
+        return self.bodies.read(request.receive, headers.get("content-length"), headers.get("content-encoding", ""))
+
+    def _options(self, request: Request, parameters: Mapping[str, Any]) -> CallOptions:
+        limits = [self._settings.request_timeout_s]
+        header = request.headers.get(TIMEOUT_HEADER)
+        if header is not None:
+            limits.append(max(_seconds(header) - _PROXY_MARGIN_S, 0.001))
+        timeout_us = parameters.get("timeout")
+        if timeout_us is not None:
+            if type(timeout_us) is not int or timeout_us <= 0:
+                raise ProtocolError(400, "parameter 'timeout' must be a whole number of microseconds above 0")
+            limits.append(timeout_us / 1e6)
+        return CallOptions(
+            timeout_s=min(limits),
+            session_id=self._session(request),
+            multiplexed_model_id=_multiplexed_model_id(),
+            whole_stream=len(limits) > 1,
+        )
+
+    def _session(self, request: Request) -> str:
+        """The session's id: Serve's header (`-` and `_` alike), else the cookie, else a new one for the cookie."""
+        header = self.session_header
+        session_id = request.headers.get(header) or request.headers.get(header.replace("-", "_"), "")
+        if session_id or not self._settings.session_cookie:
+            return session_id
+        cookie = request.cookies.get(self._settings.session_cookie, "")
+        usable = 0 < len(cookie) <= 128 and cookie.isascii() and cookie.isprintable()
+        return cookie if usable else uuid.uuid4().hex
+
+    def _with_cookie(self, response: Response, request: Request, options: CallOptions) -> Response:
+        name = self._settings.session_cookie
+        has_header = request.headers.get(self.session_header)
+        if name and not has_header and request.cookies.get(name) != options.session_id:
+            response.set_cookie(name, options.session_id, httponly=True, samesite="lax")
+        return response
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events from a model's stream; the call is cancelled when the client leaves."""
+
+    def __init__(self, stream: Stream, encode: Callable[[Any], str]) -> None:
+        super().__init__(self._events(stream, encode), media_type="text/event-stream")
+        self.headers["Cache-Control"] = "no-cache"
+        self._stream = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI entry."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._stream.close()
+
+    @staticmethod
+    async def _events(stream: Stream, encode: Callable[[Any], str]) -> AsyncIterator[str]:
+        try:
+            async for item in stream.items():
+                yield f"data: {encode(item)}\n\n"
+        except ProtocolError as error:  # the status line is gone already: the error is an event
+            yield f"data: {json.dumps({'error': error.reason})}\n\n"
+
+
+def make_app(api: InferenceApi) -> FastAPI:
+    """The HTTP application around `api`: routes, error bodies, header limits, request ids."""
+    app = FastAPI(title="Open Inference Protocol v2", version=openapi.VERSION, redirect_slashes=False, redoc_url=None)
+    routes: list[tuple[str, str, Callable[..., Awaitable[Response]]]] = [
+        ("GET", "/v2", api.server_metadata),
+        ("GET", "/v2/health/live", api.live),
+        ("GET", "/v2/health/ready", api.ready),
+    ]
+    for base in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
+        routes += [
+            ("GET", base, api.model_metadata),
+            ("GET", f"{base}/ready", api.model_ready),
+            ("POST", f"{base}/infer", api.infer),
+            ("POST", f"{base}/generate", api.generate),
+            ("POST", f"{base}/generate_stream", api.generate_stream),
+        ]
+    for method, path, endpoint in routes:
+        app.add_api_route(path, endpoint, methods=[method], **openapi.describe(method, path, api.info))
+    app.add_exception_handler(ProtocolError, _refused)
+    app.add_exception_handler(HTTPException, _not_routed)
+    app.add_exception_handler(Exception, _failed)
+    app.add_middleware(HeaderGuard, id_headers=(*ID_HEADERS, api.session_header.encode()))
+    app.add_middleware(RequestIds)
+    return app
+
+
+async def _refused(_: Request, error: Exception) -> Response:
+    refusal = cast(ProtocolError, error)
+    return JSONResponse({"error": refusal.reason}, status_code=refusal.status, headers=refusal.headers)
+
+
+async def _not_routed(request: Request, error: Exception) -> Response:
+    missed = cast(HTTPException, error)
+    reason = f"{request.method[:20]} {request.url.path[:200]}: {missed.detail}; the API is described at /docs"
+    return JSONResponse({"error": reason}, status_code=missed.status_code, headers=missed.headers)
+
+
+async def _failed(_: Request, error: Exception) -> Response:
+    return JSONResponse({"error": f"the gateway failed: {type(error).__name__}"}, status_code=500)
+
+
+class Readiness:
+    """Whether the model has a running replica, asked of Serve's controller at most once a second.
+
+    While the controller does not answer, what was known last holds: readiness must not fail with it.
+    """
+
+    def __init__(self, app_name: str, deployment: str, now_s: Callable[[], float] = time.monotonic) -> None:
+        self._app_name = app_name
+        self._deployment = deployment
+        self._now_s = now_s
+        self._asked_s = -math.inf
+        self._running = False
+
+    async def __call__(self) -> bool:
+        """Whether requests would be answered."""
+        if self._now_s() - self._asked_s >= 1.0:
+            self._asked_s = self._now_s()
+            with suppress(Exception):
+                self._running = await asyncio.wait_for(asyncio.to_thread(self._ask), timeout=2.0)
+        return self._running
+
+    def _ask(self) -> bool:
+        application = serve.status().applications[self._app_name]
+        states = application.deployments[self._deployment].replica_states
+        return any(count > 0 for state, count in states.items() if str(state).endswith("RUNNING"))
+
+
+@serve.ingress()
+class Gateway:
+    """The class of Serve's ingress deployment. `model` is the handle of the `ModelServer` deployment."""
+
+    def __init__(self, model: Any, info: ModelInfo, settings: GatewaySettings) -> None:
+        budget = RetryBudget(settings.retry_fraction)
+        caller = ModelCaller(model, time.monotonic, settings.queue_timeout_s, info.safe_to_repeat, budget)
+        self._api = InferenceApi(caller, info, settings, Readiness(model.app_name, model.deployment_name))
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """The application of this replica, made once it is constructed."""
+        return make_app(self._api)
+
+
+def _multiplexed_model_id() -> str:
+    """The model id that Serve read from the request's header; empty outside a replica."""
+    with suppress(Exception):
+        return str(serve.get_multiplexed_model_id())
+    return ""
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not value > 0:
+        raise ProtocolError(400, f"header {TIMEOUT_HEADER} = {text[:40]!r}: must be seconds above 0")
+    return value
+
+
+def _dumps(value: Any) -> str:
+    """JSON without NaN; arrays and numpy numbers as lists and numbers. Raises ProtocolError (500)."""
+    try:
+        return json.dumps(value, allow_nan=False, default=_plain, separators=(",", ":"))
+    except (TypeError, ValueError) as error:
+        raise ProtocolError(500, f"the model's answer does not fit into JSON: {error}") from None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    if isinstance(value, bytes):
+        return value.decode()
+    raise TypeError(f"{type(value).__name__} is not JSON")

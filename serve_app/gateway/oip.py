@@ -1,0 +1,263 @@
+"""Codec of the Open Inference Protocol v2 (REST): request bytes to arrays, arrays to response bytes.
+
+Plain JSON and the binary-data extension (`Inference-Header-Content-Length`, `binary_data_size`, `binary_data`,
+`binary_data_output`). Pure: bytes and arrays in, bytes and arrays out; every refusal is a `ProtocolError`.
+Specification: kserve/open-inference-protocol `specification/protocol/inference_rest.md` and Triton's
+`extension_binary_data.md`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from serve_app.gateway.tensors import (
+    DTYPES,
+    Array,
+    TensorSpec,
+    check_finite,
+    check_shape,
+    check_spec,
+    datatype_of,
+    from_bytes,
+    from_json,
+    to_bytes,
+    to_json,
+)
+from serve_app.protocol_error import ProtocolError
+
+HEADER_LENGTH = "Inference-Header-Content-Length"
+_MAX_TENSORS = 256
+_MAX_NAME = 256
+_UNSUPPORTED = ("shared_memory_region", "shared_memory_offset", "shared_memory_byte_size", "classification")
+
+
+@dataclass(frozen=True, slots=True)
+class RequestedOutput:
+    """One entry of a request's `outputs`."""
+
+    name: str
+    binary: bool
+
+
+@dataclass(frozen=True, slots=True)
+class InferRequest:
+    """A decoded inference request. `outputs` is None when the client wants all of them."""
+
+    inputs: dict[str, Array]
+    id: str | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    outputs: tuple[RequestedOutput, ...] | None = None
+    binary_by_default: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedResponse:
+    """Response body; `header_length` is set when binary data follows the JSON part."""
+
+    body: bytes
+    header_length: int | None = None
+
+
+def parse_json_object(text: bytes | memoryview) -> dict[str, Any]:
+    """A JSON object from UTF-8 bytes. Raises ProtocolError (400); NaN and Infinity are not JSON."""
+    try:
+        value = json.loads(str(text, "utf-8"), parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise ProtocolError(400, f"the body is not UTF-8 at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise ProtocolError(400, f"the body is not JSON: {error.msg} at character {error.pos}") from None
+    except RecursionError:
+        raise ProtocolError(400, "the body is not acceptable JSON: nested too deeply") from None
+    except ValueError as error:  # integers of thousands of digits
+        raise ProtocolError(400, f"the body is not acceptable JSON: {str(error)[:120]}") from None
+    if not isinstance(value, dict):
+        raise ProtocolError(400, "the body must be a JSON object")
+    return value
+
+
+def _refuse_constant(constant: str) -> NoReturn:
+    raise ProtocolError(
+        400, f"the body is not JSON: {constant} is not a JSON number; NaN and infinity need binary data"
+    )
+
+
+def decode_request(
+    body: bytes, header_length: str | None = None, inputs: Sequence[TensorSpec] = (), outputs: Sequence[TensorSpec] = ()
+) -> InferRequest:
+    """Decodes one request. `inputs` and `outputs` are what the model declares; empty means anything goes.
+
+    Raises ProtocolError (400) with a reason for everything that does not fit.
+    """
+    view = memoryview(body)
+    split = _header_length(header_length, len(body))
+    request = parse_json_object(view[:split])
+    parameters = _parameters(request, "the request")
+    request_id = request.get("id")
+    if request_id is not None and not isinstance(request_id, str):
+        raise ProtocolError(400, "'id' must be a string")
+    arrays = _decode_inputs(request, view[split:], {spec.name: spec for spec in inputs})
+    binary_by_default = _flag(parameters, "binary_data_output", "the request")
+    return InferRequest(
+        inputs=arrays,
+        id=request_id,
+        parameters=parameters,
+        outputs=_requested_outputs(request, binary_by_default, outputs),
+        binary_by_default=binary_by_default,
+    )
+
+
+def _header_length(given: str | None, size: int) -> int:
+    if given is None:
+        return size
+    text = given.strip()
+    if not (text.isascii() and text.isdigit() and len(text) < 20) or int(text) > size:
+        raise ProtocolError(
+            400, f"{HEADER_LENGTH} = {given[:40]!r}: must be a whole number up to the body's {size} bytes"
+        )
+    return int(text)
+
+
+def _decode_inputs(request: Mapping[str, Any], tail: memoryview, specs: Mapping[str, TensorSpec]) -> dict[str, Array]:
+    entries = request.get("inputs")
+    if not isinstance(entries, list) or not entries:
+        raise ProtocolError(400, "'inputs' must be a list with at least one tensor")
+    if len(entries) > _MAX_TENSORS:
+        raise ProtocolError(400, f"'inputs' holds {len(entries)} tensors; at most {_MAX_TENSORS} are taken")
+    arrays: dict[str, Array] = {}
+    used = 0
+    for entry in entries:
+        name, datatype, shape = _announced(entry)
+        if name in arrays:
+            raise ProtocolError(400, f"input {name!r} is given twice")
+        if specs and name not in specs:
+            raise ProtocolError(400, f"unknown input {name!r}; the model takes {', '.join(map(repr, specs))}")
+        if specs:
+            check_spec(specs[name], datatype, shape)
+        size = _binary_size(name, entry, len(tail) - used)
+        if size is None:
+            arrays[name] = from_json(name, datatype, shape, entry["data"])
+        else:
+            arrays[name] = from_bytes(name, datatype, shape, tail[used : used + size])
+            used += size
+        if specs and specs[name].finite:
+            check_finite(name, arrays[name])
+    if used != len(tail):
+        raise ProtocolError(400, f"{len(tail) - used} bytes after the JSON part belong to no input")
+    missing = [name for name in specs if name not in arrays]
+    if missing:
+        raise ProtocolError(400, f"missing input {', '.join(map(repr, missing))}")
+    return arrays
+
+
+def _binary_size(name: str, entry: Mapping[str, Any], left: int) -> int | None:
+    """Bytes that the input takes from the binary part, which has `left` of them; None for data in JSON."""
+    size = _parameters(entry, f"input {name!r}").get("binary_data_size")
+    if size is None:
+        if "data" not in entry:
+            raise ProtocolError(400, f"input {name!r}: needs 'data', or the parameter 'binary_data_size'")
+        return None
+    if "data" in entry:
+        raise ProtocolError(400, f"input {name!r}: has both 'data' and 'binary_data_size'")
+    if type(size) is not int or not 0 <= size <= left:
+        raise ProtocolError(400, f"input {name!r}: binary_data_size = {str(size)[:40]}, but {left} bytes are left")
+    return size
+
+
+def _announced(entry: Any) -> tuple[str, str, tuple[int, ...]]:
+    """Name, datatype and shape of one entry of `inputs`."""
+    if not isinstance(entry, dict):
+        raise ProtocolError(400, "each entry of 'inputs' must be an object")
+    name = _name(entry, "input")
+    datatype = entry.get("datatype")
+    if not isinstance(datatype, str) or datatype not in DTYPES:
+        raise ProtocolError(400, f"input {name!r}: datatype {str(datatype)[:40]!r} is not one of {', '.join(DTYPES)}")
+    return name, datatype, check_shape(name, entry.get("shape"))
+
+
+def _requested_outputs(
+    request: Mapping[str, Any], binary_by_default: bool, specs: Sequence[TensorSpec]
+) -> tuple[RequestedOutput, ...] | None:
+    entries = request.get("outputs")
+    if entries is None or entries == []:
+        return None
+    if not isinstance(entries, list) or len(entries) > _MAX_TENSORS:
+        raise ProtocolError(400, f"'outputs' must be a list of at most {_MAX_TENSORS} tensors")
+    known = {spec.name for spec in specs}
+    requested: dict[str, RequestedOutput] = {}
+    for entry in entries:
+        if not isinstance(entry, dict):
+            raise ProtocolError(400, "each entry of 'outputs' must be an object")
+        name = _name(entry, "output")
+        if known and name not in known:
+            raise ProtocolError(400, f"unknown output {name!r}; the model gives {', '.join(map(repr, sorted(known)))}")
+        parameters = _parameters(entry, f"output {name!r}")
+        binary = _flag(parameters, "binary_data", f"output {name!r}", default=binary_by_default)
+        requested[name] = RequestedOutput(name, binary)
+    return tuple(requested.values())
+
+
+def _name(entry: Mapping[str, Any], what: str) -> str:
+    name = entry.get("name")
+    if not isinstance(name, str) or not 0 < len(name) <= _MAX_NAME:
+        raise ProtocolError(400, f"'name' of an {what} must be a string of 1 to {_MAX_NAME} characters")
+    return name
+
+
+def _parameters(entry: Mapping[str, Any], what: str) -> Mapping[str, Any]:
+    parameters = entry.get("parameters")
+    if parameters is None:
+        return {}
+    if not isinstance(parameters, dict):
+        raise ProtocolError(400, f"'parameters' of {what} must be an object")
+    for name in _UNSUPPORTED:
+        if name in parameters:
+            raise ProtocolError(400, f"parameter {name!r} of {what}: this server does not offer that extension")
+    return parameters
+
+
+def _flag(parameters: Mapping[str, Any], name: str, what: str, default: bool = False) -> bool:
+    value = parameters.get(name, default)
+    if not isinstance(value, bool):
+        raise ProtocolError(400, f"parameter {name!r} of {what} must be true or false")
+    return value
+
+
+# ---------------------------------------------------------------- response
+
+
+def encode_response(
+    request: InferRequest, outputs: Mapping[str, Array], model_name: str, model_version: str
+) -> EncodedResponse:
+    """Encodes a model's outputs as the request asked for them.
+
+    Raises ProtocolError: 400 for an output that the model did not give, 500 for one that cannot be carried.
+    """
+    wanted = request.outputs
+    if wanted is None:
+        wanted = tuple(RequestedOutput(name, request.binary_by_default) for name in outputs)
+    entries: list[dict[str, Any]] = []
+    tail: list[bytes] = []
+    for want in wanted:
+        array = outputs.get(want.name)
+        if array is None:
+            raise ProtocolError(
+                400, f"unknown output {want.name!r}; the model gave {', '.join(map(repr, outputs)) or 'none'}"
+            )
+        entry: dict[str, Any] = {"name": want.name, "datatype": datatype_of(array), "shape": list(array.shape)}
+        if want.binary:
+            raw = to_bytes(array)
+            entry["parameters"] = {"binary_data_size": len(raw)}
+            tail.append(raw)
+        else:
+            entry["data"] = to_json(want.name, array)
+        entries.append(entry)
+    response: dict[str, Any] = {"model_name": model_name, "model_version": model_version, "outputs": entries}
+    if request.id is not None:
+        response["id"] = request.id
+    header = json.dumps(response, separators=(",", ":")).encode()
+    if not tail:
+        return EncodedResponse(header)
+    return EncodedResponse(b"".join([header, *tail]), header_length=len(header))

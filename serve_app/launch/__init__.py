@@ -1,0 +1,1 @@
+"""Command line, control plane and local cluster: processes of our own."""

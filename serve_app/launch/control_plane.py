@@ -1,0 +1,139 @@
+"""Starts and stops the control plane on a Ray cluster: coordinator, node forecasters, live page.
+
+It runs as a job of its own, with this project's packages, apart from the applications that it balances.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray._common.constants import HEAD_NODE_RESOURCE_NAME
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from actors.coordinator import Coordinator
+from actors.forecaster_actor import ForecasterFleet, ForecasterSettings, actor_name
+from serve_app.launch.packages import check_packages
+from serve_app.names import COORDINATOR, NAMESPACE, PAGE
+from serve_app.page.server import Page
+from shadecast.errors import ShadecastError
+
+_ON_THE_HEAD = {HEAD_NODE_RESOURCE_NAME: 0.001}
+"""Where Serve's controller is, too. Ray puts an actor that asks for nothing anywhere, whatever its soft affinity: on a
+node that is starved, the coordinator could not tell routers to leave it."""
+
+
+class ControlPlaneError(ShadecastError):
+    """The control plane is not there, or did not come up."""
+
+
+@dataclass(frozen=True, slots=True)
+class ControlPlane:
+    """What is needed to talk to a running control plane."""
+
+    coordinator: Any
+    page_url: str
+    token: str
+
+
+class _CoordinatorActor(Coordinator):
+    """The coordinator as an actor: makes its supervisor in its own process, also after a restart."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        check_packages()  # the import path of the actor's process counts, not only the starter's
+        super().__init__(supervise=ForecasterFleet(settings))
+
+
+def start_control_plane(
+    settings: Mapping[str, Any] | None = None, page_host: str = "127.0.0.1", page_port: int = 8266
+) -> ControlPlane:
+    """Start what is not running yet on the connected cluster; blocks until the coordinator answers.
+
+    Raises ShadowedPackageError before anything is started if another package hides one of ours,
+    ConfigError on a wrong forecaster setting.
+    """
+    check_packages()
+    ForecasterSettings.from_mapping(settings or {})
+    here = ray.get_runtime_context().get_node_id()
+    only_here = NodeAffinitySchedulingStrategy(here, soft=False)  # the page's address is this node's loopback
+    common = {"namespace": NAMESPACE, "lifetime": "detached", "num_cpus": 0, "get_if_exists": True}
+    coordinator = (
+        ray.remote(_CoordinatorActor)
+        .options(name=COORDINATOR, max_restarts=-1, resources=_ON_THE_HEAD, **common)
+        .remote(dict(settings or {}))
+    )
+    ray.get(coordinator.status.remote(), timeout=60)
+    token = os.environ.get("SHADECAST_TOKEN") or secrets.token_urlsafe(16)
+    url = ""
+    if page_port:
+        page = (
+            ray.remote(Page)
+            .options(name=PAGE, max_restarts=3, scheduling_strategy=only_here, **common)
+            .remote(page_host, page_port, token)
+        )
+        url, token = ray.get([page.start.remote(), page.token.remote()], timeout=60)
+    return ControlPlane(coordinator, url, token)
+
+
+def find_coordinator() -> Any:
+    """The running coordinator. Raises ControlPlaneError, saying how to start one."""
+    try:
+        return ray.get_actor(COORDINATOR, namespace=NAMESPACE)
+    except ValueError as error:
+        raise ControlPlaneError(
+            "no Shadecast control plane on this cluster: start one with `shadecast up`, or `make serve` for a local one"
+        ) from error
+
+
+def forecasters() -> dict[str, Any]:
+    """The running forecasters by the beginning of their node's id."""
+    names = [e["name"] for e in ray.util.list_named_actors(all_namespaces=True) if e["namespace"] == NAMESPACE]
+    prefix = actor_name("")
+    return {name.removeprefix(prefix): ray.get_actor(name, NAMESPACE) for name in names if name.startswith(prefix)}
+
+
+def forecaster_states(timeout_s: float = 30.0) -> dict[str, dict[str, Any]]:
+    """What each node's forecaster says of itself: versions with live skill, failures, the last refusal. By node."""
+    found = forecasters()
+    return dict(zip(found, ray.get([a.status.remote() for a in found.values()], timeout=timeout_s), strict=True))
+
+
+def announce(node_id: str, starts_in_s: float, lasts_s: float, strength: float) -> str:
+    """Tell a node's forecaster of a known load. Raises ControlPlaneError without such a node, or on nonsense."""
+    found = {name: actor for name, actor in forecasters().items() if name.startswith(node_id[:16]) and node_id}
+    if len(found) != 1:
+        known = ", ".join(forecasters()) or "none"
+        raise ControlPlaneError(f"node {node_id!r}: fits {len(found)} forecasters; there are {known}")
+    (name,) = found
+    try:
+        ray.get(found[name].announce.remote(starts_in_s, lasts_s, strength), timeout=30)
+    except ray.exceptions.RayTaskError as error:
+        raise ControlPlaneError(str(error.cause)) from None
+    return name
+
+
+def stop_control_plane() -> int:
+    """Stop coordinator, page and all node forecasters; routers fall back to power of two choices. How many stopped."""
+    stopped = 0
+    for entry in ray.util.list_named_actors(all_namespaces=True):
+        if entry["namespace"] == NAMESPACE and entry["name"].startswith("shadecast-"):
+            ray.kill(ray.get_actor(entry["name"], namespace=NAMESPACE), no_restart=True)
+            stopped += 1
+    return stopped
+
+
+def wait_until_forecasting(coordinator: Any, nodes: int, timeout_s: float, on_progress: Callable[[str], None]) -> bool:
+    """Wait until that many nodes report telemetry; False after `timeout_s` (routing works without)."""
+    deadline_s = time.monotonic() + timeout_s
+    while time.monotonic() < deadline_s:
+        heard = len(ray.get(coordinator.status.remote(), timeout=30)["nodes"])
+        on_progress(f"{heard} of {nodes} nodes report")
+        if heard >= nodes:
+            return True
+        time.sleep(0.5)
+    return False

@@ -1,0 +1,1 @@
+"""The live page: HTML, JSON, metrics."""

@@ -1,0 +1,367 @@
+"""The live page of the control plane: HTML, JSON and Prometheus metrics; orders to drain and release with a token.
+
+Reading is open, so the page binds to loopback unless told otherwise, and answers only to host names of its own: a web
+page elsewhere whose name is made to resolve to this address (DNS rebinding) gets nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import errno
+import hashlib
+import hmac
+import ipaddress
+import json
+import logging
+import re
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+from urllib.parse import urlsplit
+
+import ray
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from ray.exceptions import RayActorError
+from starlette.exceptions import HTTPException
+
+from serve_app.http_guard import App, Receive, Scope, Send, send_error
+from serve_app.names import COORDINATOR, NAMESPACE
+from serve_app.page.metrics import prometheus_text
+from serve_app.page.watch import ControlPlaneAwayError, Watch, one_line
+from serve_app.protocol_error import ProtocolError
+from shadecast.errors import ShadecastError
+
+logger = logging.getLogger(__name__)
+
+_MAX_BODY_BYTES = 4096
+_COORDINATOR_ANSWER_S = 3.0
+_HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+
+
+class PageError(ShadecastError):
+    """The page cannot listen at the address given."""
+
+
+class Target(BaseModel):
+    """Body of an order: a replica id, or a node id for all replicas on it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    target: str = Field(min_length=1, max_length=512)
+
+
+def make_app(
+    status: Callable[[], Awaitable[dict[str, Any]]],
+    command: Callable[[str, bool], Awaitable[int]],
+    token: str,
+    *,
+    hosts: Iterable[str] = (),
+    now_s: Callable[[], float] = time.monotonic,
+) -> FastAPI:
+    """The page's application.
+
+    `status()` is the coordinator's status; it may raise anything while that is away. `command(target, drain)`
+    returns the number of connections concerned. Without a `token` no order is taken. `hosts` are names, beside
+    loopback and the address that the request arrived at, that clients may call the page by.
+    """
+    watch = Watch(status, now_s)
+    html = resources.files("serve_app.page").joinpath("page.html").read_text(encoding="utf-8")
+    page_headers = {**_HEADERS, "Content-Security-Policy": _content_policy(html)}
+
+    @contextlib.asynccontextmanager
+    async def watching(_: FastAPI) -> AsyncIterator[None]:
+        task = asyncio.get_running_loop().create_task(watch.run())
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    app = FastAPI(title="Shadecast", lifespan=watching, openapi_url=None, docs_url=None, redoc_url=None)
+    app.state.watch = watch
+    app.add_middleware(_HostGuard, hosts=frozenset(name.lower() for name in hosts))
+
+    @app.exception_handler(ControlPlaneAwayError)
+    async def away(_: Request, error: Exception) -> Response:
+        return _json({"error": f"control plane away: {error}"}, 503, {"Retry-After": "1"})
+
+    @app.exception_handler(HTTPException)
+    async def refused(_: Request, error: HTTPException) -> Response:
+        return _json({"error": error.detail}, error.status_code, dict(error.headers or {}))
+
+    @app.get("/")
+    async def page() -> Response:
+        return Response(html, media_type="text/html", headers=page_headers)
+
+    @app.get("/api/status")
+    async def latest() -> Response:
+        return _json(await watch.latest())
+
+    @app.get("/api/history")
+    async def history() -> Response:
+        return _json(watch.history())
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        try:
+            text = prometheus_text(await watch.latest())
+        except ControlPlaneAwayError:
+            text = prometheus_text(None)
+        return Response(text, media_type="text/plain; version=0.0.4", headers=_HEADERS)
+
+    async def order(request: Request, drain: bool) -> Response:
+        _authorise(request.headers.get("authorization", ""), token)
+        target = await _read_target(request)
+        concerned = await command(target, drain)
+        if concerned == 0:
+            raise HTTPException(404, f"no replica or node has the id {target!r}; /api/status lists them")
+        return _json({"target": target, "drain": drain, "concerned": concerned})
+
+    @app.post("/api/drain")
+    async def drain(request: Request) -> Response:
+        return await order(request, drain=True)
+
+    @app.post("/api/release")
+    async def release(request: Request) -> Response:
+        return await order(request, drain=False)
+
+    return app
+
+
+def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    body = json.dumps(content, allow_nan=False, separators=(",", ":"))
+    return Response(body, status, {**_HEADERS, **(headers or {})}, "application/json")
+
+
+def _content_policy(html: str) -> str:
+    """Only the page's own script and style run, and it talks to nobody but its own server."""
+
+    def hashed(tag: str) -> str:
+        found = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+        digests = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in found)
+        return " ".join(f"'sha256-{digest}'" for digest in digests)
+
+    return (
+        f"default-src 'none'; script-src {hashed('script')}; style-src {hashed('style')}; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+def _authorise(header: str, token: str) -> None:
+    """Raises HTTPException unless the header is `Bearer <token>`, in time that does not depend on where they differ."""
+    if not token:
+        raise HTTPException(403, "this page was started without a token: it shows, and takes no orders")
+    scheme, _, given = header.partition(" ")
+    challenge = {"WWW-Authenticate": "Bearer"}
+    if scheme.lower() != "bearer" or not given.strip():
+        reason = "orders need the header `Authorization: Bearer <token>`; the control plane printed the token at start"
+        raise HTTPException(401, reason, challenge)
+    if not hmac.compare_digest(given.strip().encode(errors="replace"), token.encode(errors="replace")):
+        raise HTTPException(401, "the token is not the one that the control plane printed at start", challenge)
+
+
+async def _read_target(request: Request) -> str:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > _MAX_BODY_BYTES:
+            raise HTTPException(413, f"the body has more than {_MAX_BODY_BYTES} bytes")
+    try:
+        return Target.model_validate_json(bytes(body)).target
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        where = ".".join(map(str, first["loc"])) or "body"
+        raise HTTPException(422, f'{where}: {first["msg"]}. Send {{"target": "<replica or node id>"}}') from error
+
+
+class _HostGuard:
+    """Refuses requests (421) whose Host is neither loopback, nor the address they arrived at, nor in `hosts`."""
+
+    def __init__(self, app: App, hosts: frozenset[str]) -> None:
+        self._app = app
+        self._hosts = hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI entry."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"host"), "")
+        if self._allowed(_host_name(given), scope.get("server")):
+            await self._app(scope, receive, send)
+        else:
+            reason = f"Host {given[:100]!r} is not a name of this page; use its address, or start it with that host"
+            await send_error(ProtocolError(421, reason), send)
+
+    def _allowed(self, name: str, server: Any) -> bool:
+        if name == "localhost" or name in self._hosts or (server and name == server[0]):
+            return True
+        try:
+            return ipaddress.ip_address(name).is_loopback
+        except ValueError:
+            return False
+
+
+def _host_name(header: str) -> str:
+    """The name in a Host header, without port and brackets; empty if there is none."""
+    try:
+        return urlsplit(f"//{header}").hostname or ""
+    except ValueError:
+        return ""
+
+
+# ---------------------------------------------------------------- the actor
+
+
+class Page:
+    """The page as an async actor: wrap with `ray.remote`, then call `start` (again after a failure, if you like)."""
+
+    def __init__(
+        self,
+        host: str = "127.0.0.1",
+        port: int = 8266,
+        token: str = "",
+        find: Callable[[], Any] | None = None,
+    ) -> None:
+        """Port 0 takes any free one. `find` returns the coordinator's handle or raises; it may block."""
+        self._host = host
+        self._port = port
+        self._token = token
+        self._find = find if find is not None else find_coordinator
+        self._coordinator: Any = None
+        self._running: _Running | None = None
+        _start_again_after_restart()
+
+    async def start(self) -> str:
+        """Listen, and return the address, `http://host:port`; at once where it listens already. Raises PageError."""
+        running = self._running = self._running or self._listen()
+        ready = asyncio.ensure_future(running.server.ready.wait())
+        await asyncio.wait({ready, running.serving}, return_when=asyncio.FIRST_COMPLETED)
+        ready.cancel()
+        if running.serving.done():
+            self._running = None
+            raise PageError(f"page at {running.address}: the server stopped; its log says why")
+        return running.address
+
+    async def serve_forever(self) -> None:
+        """Start, and return only when the server has ended."""
+        await self.start()
+        if self._running is not None:
+            await asyncio.shield(self._running.serving)
+
+    async def token(self) -> str:
+        """What orders need, for a starter that found this page running; who can call the actor may order anyway."""
+        return self._token
+
+    async def stop(self) -> None:
+        """Stop listening, and wait until that is done."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.server.should_exit = True
+            await running.serving
+
+    def _listen(self) -> _Running:
+        listener = _listen(self._host, self._port)
+        shown = f"[{self._host}]" if ":" in self._host else self._host
+        app = make_app(self._status, self._command, self._token, hosts=(self._host, socket.gethostname()))
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            ws="none",
+            timeout_graceful_shutdown=2,
+        )
+        server = _Server(config)
+        serving = asyncio.get_running_loop().create_task(server.serve(sockets=[listener]))
+        return _Running(server, serving, f"http://{shown}:{listener.getsockname()[1]}")
+
+    async def _status(self) -> dict[str, Any]:
+        status: dict[str, Any] = await self._call("status")
+        return status
+
+    async def _command(self, target: str, drain: bool) -> int:
+        return int(await self._call("command", target, drain))
+
+    async def _call(self, method: str, *args: Any) -> Any:
+        """Ask the coordinator, found anew after it did not answer. Raises ControlPlaneAwayError."""
+        try:
+            async with asyncio.timeout(_COORDINATOR_ANSWER_S):
+                if self._coordinator is None:
+                    self._coordinator = await asyncio.to_thread(self._find)
+                return await getattr(self._coordinator, method).remote(*args)
+        except TimeoutError as error:
+            self._coordinator = None
+            reason = f"the coordinator did not answer within {_COORDINATOR_ANSWER_S:g} s"
+            raise ControlPlaneAwayError(reason) from error
+        except RayActorError as error:
+            self._coordinator = None
+            raise ControlPlaneAwayError(f"the coordinator is down or restarting ({one_line(error)})") from error
+
+
+def find_coordinator() -> Any:
+    """The coordinator's handle. Blocks. Raises ControlPlaneAwayError while there is none."""
+    try:
+        return ray.get_actor(COORDINATOR, namespace=NAMESPACE)
+    except ValueError as error:
+        raise ControlPlaneAwayError(f"no actor {COORDINATOR!r} on this cluster; `shadecast up` starts one") from error
+
+
+def _start_again_after_restart() -> None:
+    """Where Ray has restarted this actor, nobody else would call `start`: queue that call for after the constructor."""
+    if not ray.is_initialized():
+        return
+    context = ray.get_runtime_context()
+    if context.get_actor_id() is not None and context.was_current_actor_reconstructed:
+        context.current_actor.start.remote()
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    server: _Server
+    serving: asyncio.Task[None]
+    address: str
+
+
+class _Server(uvicorn.Server):
+    """uvicorn inside somebody else's event loop: leaves signals alone, says when it listens."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.ready = asyncio.Event()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals belong to Ray's worker."""
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, then say so."""
+        await super().startup(sockets)
+        self.ready.set()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises PageError, one line that names host, port and what to do."""
+    where = f"page at {host}:{port}"
+    if not 0 <= port <= 65535:
+        raise PageError(f"{where}: the port must be from 0 (any free one) to 65535")
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        match error.errno:
+            case errno.EADDRINUSE:
+                advice = "the port is taken: stop the program that listens there, or choose another port for the page"
+            case errno.EACCES:
+                advice = "this user may not listen there: choose a port from 1024 on"
+            case _:
+                advice = f"{error.strerror or error}: choose an address of this machine, such as 127.0.0.1"
+        raise PageError(f"{where}: {advice}") from error

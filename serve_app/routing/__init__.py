@@ -1,0 +1,1 @@
+"""What runs in users' processes beside the router: light imports only."""

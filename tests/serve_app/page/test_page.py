@@ -1,0 +1,447 @@
+"""The page as an application and as a plain object: who may read, who may order, what is shown while nobody answers."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import re
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import Awaitable, Callable
+from importlib import resources
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from ray.exceptions import RayActorError
+
+from serve_app.page import server as page
+from serve_app.page import watch as page_watch
+from serve_app.page.server import Page, PageError, make_app
+from serve_app.page.watch import ControlPlaneAwayError, Watch
+
+HTML = resources.files("serve_app.page").joinpath("page.html").read_text(encoding="utf-8")
+STATUS = {"schema": 1, "epoch": 1, "uptime_s": 1.5, "nodes": [], "deployments": [], "transitions": []}
+TOKEN = "correct horse"
+BEARER = {"Authorization": f"Bearer {TOKEN}"}
+
+
+class Plane:
+    """A control plane: counts questions, records orders, fails when told to."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.orders: list[tuple[str, bool]] = []
+        self.error: Exception | None = None
+        self.known = {"r1": 1, "node": 3}
+
+    async def status(self) -> dict[str, Any]:
+        self.asked += 1
+        await asyncio.sleep(0)
+        if self.error is not None:
+            raise self.error
+        return {**STATUS, "asked": self.asked}
+
+    async def command(self, target: str, drain: bool) -> int:
+        if self.error is not None:
+            raise self.error
+        self.orders.append((target, drain))
+        return self.known.get(target, 0)
+
+
+def ask(app: FastAPI, method: str, path: str, **kwargs: Any) -> httpx.Response:
+    async def go() -> httpx.Response:
+        async with client_of(app) as client:
+            return await client.request(method, path, **kwargs)
+
+    return asyncio.run(go())
+
+
+def client_of(app: FastAPI) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1:8266")
+
+
+def app_of(plane: Plane, **kwargs: Any) -> FastAPI:
+    return make_app(plane.status, plane.command, TOKEN, **kwargs)
+
+
+# ---------------------------------------------------------------- the file
+
+
+def test_the_page_loads_nothing_from_elsewhere() -> None:
+    addresses = set(re.findall(r"https?://[^\"'\s)]+", HTML))
+    assert addresses == {"http://www.w3.org/2000/svg"}  # a name, not fetched
+    assert not re.search(r"<script[^>]+src|<link[^>]+stylesheet|@import|\burl\(", HTML)
+
+
+def test_the_page_puts_text_in_as_text_only() -> None:
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|<[^>]*\son\w+=", HTML
+    )
+
+
+def test_every_element_that_the_script_looks_up_is_there_once() -> None:
+    wanted = set(re.findall(r"\$\(\"([\w-]+)\"\)", HTML))
+    there = re.findall(r"\bid=\"([\w-]+)\"", HTML)
+    assert len(wanted) > 15
+    assert wanted <= set(there)
+    assert len(set(there)) == len(there)
+
+
+def test_state_names_are_written_and_not_only_coloured() -> None:
+    glyphs = re.search(r"const GLYPH = \{(.*?)\}", HTML)
+    assert glyphs is not None
+    assert re.findall(r"(\w+):", glyphs[1]) == ["active", "shifting", "shadowing", "draining", "inactive"]
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed: the script is not parsed here")
+def test_the_script_parses(tmp_path: Path) -> None:
+    (script,) = re.findall(r"<script>(.*?)</script>", HTML, re.DOTALL)
+    (tmp_path / "page.js").write_text(script)
+    subprocess.run(["node", "--check", tmp_path / "page.js"], check=True, timeout=60)
+
+
+def test_the_content_policy_lets_only_the_pages_own_script_and_style_run() -> None:
+    response = ask(app_of(Plane()), "GET", "/")
+    assert response.status_code == 200
+    assert response.text == HTML
+    policy = response.headers["content-security-policy"]
+    for tag in ("script", "style"):
+        (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>", response.text, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy
+    assert "unsafe" not in policy
+    assert "frame-ancestors 'none'" in policy  # nobody can lay the Drain button under their own
+
+
+# ---------------------------------------------------------------- reading
+
+
+def test_however_many_look_the_coordinator_is_asked_once() -> None:
+    plane = Plane()
+
+    async def look() -> list[httpx.Response]:
+        async with client_of(app_of(plane, now_s=lambda: 10.0)) as client:
+            return await asyncio.gather(*(client.get("/api/status") for _ in range(50)))
+
+    responses = asyncio.run(look())
+    assert {r.status_code for r in responses} == {200}
+    assert {r.json()["asked"] for r in responses} == {1}
+
+
+def test_a_status_older_than_half_a_second_is_asked_for_again() -> None:
+    plane, clock = Plane(), [0.0]
+    watch = Watch(plane.status, lambda: clock[0])
+
+    async def look() -> list[int]:
+        seen = []
+        for clock[0] in (1.0, 1.4, 1.6):
+            seen.append((await watch.latest())["asked"])
+        return seen
+
+    assert asyncio.run(look()) == [1, 1, 2]
+
+
+def test_a_control_plane_that_is_away_gives_503_with_the_reason_and_comes_back() -> None:
+    plane, clock = Plane(), [0.0]
+    app = app_of(plane, now_s=lambda: clock[0])
+    plane.error = RuntimeError("the actor died\nlong trace")
+    away = ask(app, "GET", "/api/status")
+    assert away.status_code == 503
+    assert away.json() == {"error": "control plane away: asking the coordinator failed: RuntimeError: the actor died"}
+    assert away.headers["retry-after"] == "1"
+    assert ask(app, "GET", "/").status_code == 200
+    plane.error, clock[0] = None, 1.0
+    assert ask(app, "GET", "/api/status").status_code == 200
+
+
+def test_a_coordinator_that_hangs_does_not_hang_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_watch, "_ANSWER_S", 0.02)
+
+    async def hang() -> dict[str, Any]:
+        await asyncio.Event().wait()
+        return {}
+
+    response = ask(make_app(hang, Plane().command, TOKEN), "GET", "/api/status")
+    assert response.status_code == 503
+    assert "did not answer within" in response.json()["error"]
+
+
+def test_metrics_of_a_control_plane_that_is_away_say_so_and_still_scrape() -> None:
+    plane = Plane()
+    plane.error = ControlPlaneAwayError("gone")
+    response = ask(app_of(plane), "GET", "/metrics")
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert response.text.strip().splitlines()[-1] == "shadecast_up 0.0"
+
+
+def test_history_is_collected_while_nobody_looks() -> None:
+    plane, looked = Plane(), asyncio.Event()
+
+    async def status() -> dict[str, Any]:
+        looked.set()
+        return await plane.status()
+
+    async def run() -> None:
+        app = make_app(status, plane.command, TOKEN)
+        async with app.router.lifespan_context(app):
+            await asyncio.wait_for(looked.wait(), 10)
+        assert len(asyncio.all_tasks()) == 1  # nothing pending at the end
+
+    asyncio.run(run())
+
+
+def test_an_unknown_path_or_method_is_refused_as_json() -> None:
+    app = app_of(Plane())
+    assert ask(app, "GET", "/nothing").json() == {"error": "Not Found"}
+    assert ask(app, "GET", "/api/drain").status_code == 405
+    assert ask(app, "GET", "/docs").status_code == 404  # FastAPI's own comes from a CDN
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1:8266", 200),
+        ("localhost", 200),
+        ("LOCALHOST:9", 200),
+        ("[::1]:8266", 200),
+        ("127.8.8.8", 200),
+        ("gpu-box", 200),
+        ("10.0.0.5:8266", 200),
+        ("evil.example", 421),
+        ("evil.example:8266", 421),
+        ("127.0.0.1.evil.example", 421),
+        ("localhost.evil.example", 421),
+        ("10.0.0.6", 421),
+        ("", 421),
+        ("[::1", 421),
+    ],
+)
+def test_only_names_of_the_page_itself_are_answered(host: str, status: int) -> None:
+    app = app_of(Plane(), hosts=["GPU-box", "10.0.0.5"])
+    assert ask(app, "GET", "/metrics", headers={"Host": host}).status_code == status
+
+
+def test_the_address_that_a_request_arrived_at_is_a_name_of_the_page() -> None:
+    async def go(host: str) -> int:
+        transport = httpx.ASGITransport(app_of(Plane()))
+        async with httpx.AsyncClient(transport=transport, base_url="http://192.0.2.7:80") as client:
+            return (await client.get("/api/status", headers={"Host": host})).status_code
+
+    assert asyncio.run(go("192.0.2.7")) == 200
+    assert asyncio.run(go("192.0.2.8")) == 421
+
+
+# ---------------------------------------------------------------- orders
+
+
+@pytest.mark.parametrize(("path", "drain"), [("/api/drain", True), ("/api/release", False)])
+def test_an_order_with_the_token_reaches_the_coordinator(path: str, drain: bool) -> None:
+    plane = Plane()
+    response = ask(app_of(plane), "POST", path, json={"target": "node"}, headers=BEARER)
+    assert response.status_code == 200
+    assert response.json() == {"target": "node", "drain": drain, "concerned": 3}
+    assert plane.orders == [("node", drain)]
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "",
+        "Bearer",
+        "Bearer ",
+        "Bearer wrong",
+        "Basic " + TOKEN,
+        TOKEN,
+        "Bearer correct",
+        "Bearer correct horse 2",
+        "Bearer é",
+    ],
+)
+def test_an_order_without_the_token_is_refused_before_its_body_is_read(header: str) -> None:
+    plane = Plane()
+    headers = {"Authorization": header.encode()} if header else {}
+    response = ask(app_of(plane), "POST", "/api/drain", content=b"{not json", headers=headers)
+    assert response.status_code == 401
+    assert "token" in response.json()["error"]
+    assert response.headers["www-authenticate"] == "Bearer"
+    assert TOKEN not in response.text
+    assert plane.orders == []
+
+
+@pytest.mark.parametrize("header", ["", "Bearer ", "Bearer x"])
+def test_a_page_without_a_token_takes_no_orders(header: str) -> None:
+    plane = Plane()
+    app = make_app(plane.status, plane.command, "")
+    response = ask(app, "POST", "/api/drain", json={"target": "r1"}, headers={"Authorization": header})
+    assert response.status_code == 403
+    assert plane.orders == []
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"", 422),
+        (b"{", 422),
+        (b"[]", 422),
+        (b'{"target": 5}', 422),
+        (b'{"target": ""}', 422),
+        (b'{"target": null}', 422),
+        (b'{"target": "r1", "force": true}', 422),
+        (b'{"target": "' + b"r" * 513 + b'"}', 422),
+        (b"\xff\xfe", 422),
+        (b" " * 5000, 413),
+    ],
+)
+def test_a_malformed_order_is_refused_in_one_line(body: bytes, status: int) -> None:
+    plane = Plane()
+    response = ask(app_of(plane), "POST", "/api/drain", content=body, headers=BEARER)
+    assert response.status_code == status
+    assert "\n" not in response.json()["error"]
+    assert plane.orders == []
+
+
+def test_an_order_for_an_id_that_nobody_has_is_answered_with_404() -> None:
+    response = ask(app_of(Plane()), "POST", "/api/drain", json={"target": "nobody"}, headers=BEARER)
+    assert response.status_code == 404
+    assert "'nobody'" in response.json()["error"]
+
+
+def test_an_order_while_the_control_plane_is_away_says_that_it_was_not_carried_out() -> None:
+    plane = Plane()
+    plane.error = ControlPlaneAwayError("restarting")
+    response = ask(app_of(plane), "POST", "/api/drain", json={"target": "r1"}, headers=BEARER)
+    assert response.status_code == 503
+    assert response.json() == {"error": "control plane away: restarting"}
+
+
+# ---------------------------------------------------------------- the actor, as a plain object
+
+
+class Method:
+    """`handle.method.remote(...)`, as Ray has it."""
+
+    def __init__(self, call: Callable[..., Awaitable[Any]]) -> None:
+        self.remote = call
+
+
+def handle_of(plane: Plane) -> Any:
+    return SimpleNamespace(status=Method(plane.status), command=Method(plane.command))
+
+
+async def get(address: str, path: str, **kwargs: Any) -> httpx.Response:
+    async with httpx.AsyncClient(trust_env=False) as client:
+        return await client.get(address + path, **kwargs)
+
+
+def test_the_page_listens_serves_and_stops() -> None:
+    plane = Plane()
+
+    async def run() -> None:
+        served = Page("127.0.0.1", 0, TOKEN, find=lambda: handle_of(plane))
+        before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+        address = await served.start()
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+", address)
+        assert await served.start() == address  # a second start finds the first
+        assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+        assert "Shadecast" in (await get(address, "/")).text
+        assert (await get(address, "/api/status")).json()["epoch"] == 1
+        assert (await get(address, "/", headers={"Host": "evil.example"})).status_code == 421
+        async with httpx.AsyncClient(trust_env=False) as client:
+            sent = await client.post(f"{address}/api/drain", json={"target": "r1"}, headers=BEARER)
+        assert sent.json()["concerned"] == 1
+        forever = asyncio.ensure_future(served.serve_forever())
+        await asyncio.wait_for(served.stop(), 10)
+        await asyncio.wait_for(forever, 10)
+        with pytest.raises(httpx.ConnectError):
+            await get(address, "/")
+        assert len(asyncio.all_tasks()) == 1  # nothing pending at the end
+
+    asyncio.run(run())
+
+
+def test_a_coordinator_that_restarted_is_found_again() -> None:
+    old, new, found = Plane(), Plane(), []
+    old.error = RayActorError()
+
+    def find() -> Any:
+        found.append(1)
+        if len(found) == 2:
+            raise ControlPlaneAwayError("not yet")
+        return handle_of(old if len(found) == 1 else new)
+
+    async def run() -> None:
+        served = Page("127.0.0.1", 0, TOKEN, find=find)
+        for reason in ("down or restarting", "not yet"):
+            with pytest.raises(ControlPlaneAwayError, match=reason):
+                await served._status()
+        assert (await served._status())["epoch"] == 1
+        assert await served._command("node", False) == 3
+        assert len(found) == 3  # and kept while it answers
+
+    asyncio.run(run())
+
+
+def test_a_coordinator_that_does_not_answer_is_looked_for_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "_COORDINATOR_ANSWER_S", 0.02)
+    found = []
+
+    async def hang() -> None:
+        await asyncio.Event().wait()
+
+    def find() -> Any:
+        found.append(1)
+        return SimpleNamespace(status=Method(hang))
+
+    async def run() -> None:
+        served = Page("127.0.0.1", 0, TOKEN, find=find)
+        for _ in range(2):
+            with pytest.raises(ControlPlaneAwayError, match="did not answer within"):
+                await served._status()
+
+    asyncio.run(run())
+    assert len(found) == 2
+
+
+def test_a_taken_port_is_one_error_that_names_it_and_says_what_to_do() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(PageError) as caught:
+            asyncio.run(Page("127.0.0.1", port, TOKEN, find=lambda: None).start())
+    message = str(caught.value)
+    assert f"127.0.0.1:{port}" in message
+    assert "choose another port" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "reason"),
+    [("127.0.0.1", 70000, "from 0"), ("127.0.0.1", -1, "from 0"), ("192.0.2.1", 0, "address")],
+)
+def test_an_address_that_cannot_be_is_refused_by_name(host: str, port: int, reason: str) -> None:
+    with pytest.raises(PageError, match=reason) as caught:
+        asyncio.run(Page(host, port, TOKEN, find=lambda: None).start())
+    assert f"{host}:{port}" in str(caught.value)
+
+
+def test_a_starter_that_finds_the_page_running_learns_its_token() -> None:
+    assert asyncio.run(Page("127.0.0.1", 0, TOKEN, find=lambda: None).token()) == TOKEN
+
+
+def test_a_failed_start_may_be_tried_again() -> None:
+    async def run() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            served = Page("127.0.0.1", other.getsockname()[1], TOKEN, find=lambda: handle_of(Plane()))
+            with pytest.raises(PageError):
+                await served.start()
+        assert (await get(await served.start(), "/")).status_code == 200
+        await served.stop()
+
+    asyncio.run(run())
