@@ -22,6 +22,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from shadecast.errors import ConfigError, ShadecastError
+from shadecast.inbox import node_message
 from shadecast.types import NodeReport
 
 logger = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ class CoordinatorLink:
         handle = self._handle
         if handle is None or not self._settled():
             return
-        self._pending.append(handle.report_node.remote(report))
+        self._pending.append(handle.node.remote(node_message(report)))
 
     def _settled(self) -> bool:
         """Whether few enough reports are under way; an actor that died for good is let go of."""

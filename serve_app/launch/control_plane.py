@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.coordinator import Coordinator
@@ -21,9 +20,11 @@ from actors.forecaster_actor import ForecasterFleet, ForecasterSettings, actor_n
 from serve_app.launch.packages import check_packages
 from serve_app.names import COORDINATOR, NAMESPACE, PAGE
 from serve_app.page.server import Page
+from serve_app.ray_api import HEAD_NODE_RESOURCE, deployed_router
+from shadecast.config import sections
 from shadecast.errors import ShadecastError
 
-_ON_THE_HEAD = {HEAD_NODE_RESOURCE_NAME: 0.001}
+_ON_THE_HEAD = {HEAD_NODE_RESOURCE: 0.001}
 """Where Serve's controller is, too. Ray puts an actor that asks for nothing anywhere, whatever its soft affinity: on a
 node that is starved, the coordinator could not tell routers to leave it."""
 
@@ -46,7 +47,20 @@ class _CoordinatorActor(Coordinator):
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         check_packages()  # the import path of the actor's process counts, not only the starter's
-        super().__init__(supervise=ForecasterFleet(settings))
+        super().__init__(supervise=ForecasterFleet(settings), deployed=_deployed)
+
+
+def _deployed(deployment: str) -> tuple[bool, Any] | None:
+    """Whether the router that a deployment was last deployed with only observes, and its settings.
+
+    Where that is Serve's own, the routers of ours that Serve has kept do as Serve does.
+    """
+    app_name, _, name = deployment.rpartition("/")
+    found = deployed_router(app_name, name)
+    if found is None:
+        return None
+    path, router_kwargs = found
+    return not path or path.endswith("ObservingRouter"), sections(router_kwargs)
 
 
 def start_control_plane(
