@@ -8,7 +8,7 @@ import logging
 import os
 import random
 import weakref
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayActorError
@@ -19,7 +19,9 @@ from shadecast.config import REPORT_S
 from shadecast.errors import MessageError
 from shadecast.messages import SCHEMA, check
 from shadecast.tables import read_table
-from shadecast.types import RoutingTable
+
+if TYPE_CHECKING:
+    from serve_app.routing.request_router import Router
 
 logger = logging.getLogger("ray.serve")
 
@@ -29,42 +31,7 @@ _SHUTDOWN_S = 5.0
 """Ray has shut down for sure after so long."""
 
 
-class Linked(Protocol):
-    """A router, as far as its link to the coordinator needs it."""
-
-    deployment: str
-
-    @property
-    def table(self) -> RoutingTable | None:
-        """The table that it goes by."""
-        ...
-
-    def has_replicas(self) -> bool:
-        """Whether there is anything to route to."""
-        ...
-
-    def make_report(self) -> dict[str, Any]:
-        """Everything since the last report that was acknowledged."""
-        ...
-
-    def reported(self, acknowledged: int, *, table_wanted: bool) -> None:
-        """The coordinator has taken a report; after a restart it asks for the table that the router holds."""
-        ...
-
-    def take_table(self, table: RoutingTable) -> None:
-        """Go by this table if it is newer."""
-        ...
-
-    def use_settings(self, observing: bool, settings: Any) -> None:
-        """Go by these settings."""
-        ...
-
-    def use_secret(self, secret: bytes | None) -> None:
-        """What the cluster's routers place sessions by; None if it will not be known."""
-        ...
-
-
-async def keep_in_touch(router: weakref.ref[Linked]) -> None:
+async def keep_in_touch(router: weakref.ref[Router]) -> None:
     """Report and take tables until the router or Ray is gone. Never raises.
 
     A router without replicas says so once and is quiet then: Serve keeps the routers of applications that were deleted
@@ -96,7 +63,7 @@ async def keep_in_touch(router: weakref.ref[Linked]) -> None:
 class _Link:
     """One router's connection to one coordinator after the other."""
 
-    def __init__(self, router: weakref.ref[Linked]) -> None:
+    def __init__(self, router: weakref.ref[Router]) -> None:
         self._router = router
         self._coordinator: Any = None
         self._taken: Any = None
@@ -115,7 +82,7 @@ class _Link:
         if self._poll is not None:
             self._poll.cancel()
 
-    async def report(self, router: Linked) -> None:
+    async def report(self, router: Router) -> None:
         """One report, if somebody is there to take it."""
         loop, empty = asyncio.get_running_loop(), not router.has_replicas()
         self._quiet = self._quiet and empty
@@ -178,7 +145,7 @@ class _Link:
             if not ray.is_initialized():
                 await asyncio.sleep(_SHUTDOWN_S)  # as `keep_in_touch` does, for what was asked last
 
-    async def _take(self, router: Linked, received: Any) -> bool:
+    async def _take(self, router: Router, received: Any) -> bool:
         """Go by a table and the settings that come with it; False if it builds on another one than the router's."""
         try:
             found = check(received, "table")

@@ -17,15 +17,17 @@ from typing import Any, cast
 from ray.serve.request_router import PendingRequest, RunningReplica
 
 from serve_app.ray_api import is_by_reference, reserved_slot
-from serve_app.routing.mirror import Mirror, Pair
+from serve_app.routing.ends import http_status, tell, was_cancelled, watch_end
+from serve_app.routing.mirror import Mirror
 from serve_app.routing.places import Places
-from serve_app.routing.reading import Reading, tell, was_cancelled, watch_end
 from serve_app.routing.routes import Routes
 from serve_app.routing.second_attempts import SecondAttempts
 from serve_app.routing.watched_result import WatchedReplica, WatchedResult
 from shadecast.calls import TRANSITIONS, Call, Calls, Do, Event, Phase
 from shadecast.config import Config
 from shadecast.ledger import Ledger
+from shadecast.pairs import Pair
+from shadecast.reading import MARK, Reading
 
 logger = logging.getLogger("ray.serve")
 
@@ -46,6 +48,8 @@ class LiveCall(Call):
     """Safe to be sent again."""
     had: list[Any] | None = None
     """All items that the reader of a stream that may go on elsewhere has had."""
+    pinned = False
+    """Meant for that very replica: reserved there, or broadcast to all."""
     is_second = False
     """An attempt of the router's own, beside or in place of another one."""
     after_loss = False
@@ -187,17 +191,18 @@ class LiveCalls:
         if call.phase is Phase.CHOSEN:
             self.drop(call)
 
-    def sending(self, pending: PendingRequest, replica_id: str) -> LiveCall:
-        """A request is about to be sent to a replica: chosen for it, reserved on it, or broadcast to all."""
+    def sending(self, pending: PendingRequest, replica_id: str, *, pinned: bool) -> LiveCall:
+        """A request is about to be sent to a replica: chosen for it, or (`pinned`) meant for that very one."""
         token = reserved_slot(pending)
         call = self._reserved.pop(token, None) if token is not None else None
         if call is not None:
-            call.pending, call.cost = pending, self._cost(pending)
+            call.pending, call.cost, call.pinned = pending, self._cost(pending), True
             return call
         call = self.open(pending)
         self.choose_by_id(call, replica_id)
         self.tell(call, Event.SEND)
-        if not call.is_second and self.may_be_repeated(pending, replica_id):
+        call.pinned = pinned
+        if not pinned and not call.is_second and self.may_be_repeated(pending, replica_id):
             call.retriable, call.context = True, contextvars.copy_context()
             self.second.watch_acceptance()
         return call
@@ -251,7 +256,7 @@ class LiveCalls:
         self._watch(call, pending, result)
         if not call.is_second:
             self.second.earn()
-            if not self.observing:
+            if not self.observing and not call.pinned:
                 self._copy(call, pending, result)
         if not call.retriable and call.had is None:
             call.pending = None  # its arguments are not needed any more
@@ -262,8 +267,8 @@ class LiveCalls:
         if not metadata.is_streaming and is_by_reference(pending):
             watch_end(inner, loop, lambda error: self._ended(call, error))
             return
-        call.reading = Reading(lambda: tell(loop, self._marked, call), http=metadata.is_http_request)
-        if self.second.resumes(pending):
+        call.reading = Reading(time.monotonic())
+        if not call.pinned and self.second.resumes(pending):
             call.had = [] if call.had is None else call.had
             call.context = call.context or contextvars.copy_context()
         inner.add_done_callback(
@@ -272,11 +277,11 @@ class LiveCalls:
 
     # ------------------------------------------------------------------ ends
 
-    def _ended(self, call: LiveCall, error: BaseException | None) -> None:
+    def _ended(self, call: LiveCall, error: BaseException | None, *, ok: bool = True) -> None:
         if was_cancelled(error):
             self.drop(call)
         else:
-            self.tell(call, Event.END, ok=error is None)
+            self.tell(call, Event.END, ok=ok and error is None)
 
     def _produced(self, call: LiveCall, error: BaseException | None) -> None:
         """The replica is done with a stream; how it went is known if that failed, or nobody reads it any more."""
@@ -292,13 +297,22 @@ class LiveCalls:
         if call.is_second and error is not None and not reading.items:
             self.drop(call)  # a stream that cannot go on says that its method does not take what was had
         else:
-            self._ended(call, error or reading.error)
+            self._ended(call, error, ok=reading.status < 500)
 
     def reader_gone(self, call: LiveCall, reading: Reading) -> None:
         """Nobody holds the result any more: complete, or never to be."""
         reading.dropped = True
         if call.phase is Phase.PRODUCED:
-            self.tell(call, Event.END, ok=reading.error is None)
+            self.tell(call, Event.END, ok=reading.status < 500)
+
+    def got(self, call: LiveCall, item: Any, asked_s: float) -> None:
+        """The reader of a stream has an item; in its thread."""
+        reading = cast("Reading", call.reading)
+        reading.got(item, asked_s, time.monotonic())
+        if reading.items == 1 and call.metadata.is_http_request:
+            reading.status = http_status(item)
+        elif reading.items == MARK and call.pair is not None:
+            tell(self.loop, self._marked, call)
 
     def _marked(self, call: LiveCall) -> None:
         if call.pair is not None and call.reading is not None:
@@ -308,9 +322,7 @@ class LiveCalls:
         """Tell the ledger how a stream has gone on since the last time: the pace of its replica."""
         reading = call.reading
         if reading is not None and call.metadata.is_streaming:
-            (items, waited_s), (items_told, waited_told_s) = reading.pace(), reading.reported
-            self.ledger.pace(call.replica_id, items - items_told, waited_s - waited_told_s)
-            reading.reported = (items, waited_s)
+            self.ledger.pace(call.replica_id, *reading.pace(time.monotonic()))
 
     # ------------------------------------------------------------------ copies
 
@@ -349,9 +361,9 @@ class LiveCalls:
         i = self.routes.picks.index.get(replica_id)
         return self.routes.replicas[i].max_ongoing_requests if i is not None else 1
 
-    def after_death(self, call: LiveCall) -> Coroutine[Any, Any, Any] | None:
+    def after_death(self, call: LiveCall, error: BaseException) -> Coroutine[Any, Any, Any] | None:
         """How a stream goes on whose replica has died; None if it does not."""
-        return self.second.after_death(call) if call.had is not None and not call.after_loss else None
+        return self.second.after_death(call, error) if call.had is not None and not call.after_loss else None
 
     def report(self, **more: Any) -> dict[str, Any]:
         """This second's report."""

@@ -10,20 +10,21 @@ import asyncio
 import functools
 import itertools
 import logging
-import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaResult, RunningReplica
 
 from serve_app.copying import METADATA_KEY
 from serve_app.ray_api import current_request_id, is_by_reference, serialise_lazily, when_completed
-from serve_app.routing.reading import MARK, Reading, watch_end
+from serve_app.routing.ends import watch_end
 from serve_app.routing.user_functions import load_function
 from shadecast.compare import answers_equal
 from shadecast.config import TrialConfig
+from shadecast.pairs import MISSING, Pair
+from shadecast.reading import MARK, Reading
 from shadecast.types import PairedSample
 
 logger = logging.getLogger("ray.serve")
@@ -31,62 +32,11 @@ logger = logging.getLogger("ray.serve")
 SHADOW_SUFFIX = "-shadow"
 _LARGE_BYTES = 1_000_000
 """Larger arguments are serialised in a thread: the router's loop has other requests to send meanwhile."""
-_MISSING = object()
 
 
 def is_shadow() -> bool:
     """Whether the request that is being handled is a copy, whose answer is thrown away. For use in user code."""
     return current_request_id().endswith(SHADOW_SUFFIX)
-
-
-@dataclass(slots=True, eq=False)
-class Pair:
-    """Both halves of a mirrored request; complete when both are known.
-
-    Of streams the first items are compared: `reading` is the primary's, `times_s` are the copy's.
-    """
-
-    candidate_id: str
-    primary_id: str
-    primary_in_flight: float
-    done: Callable[[Pair], None]
-    reading: Reading | None = None
-    shadow_in_flight: float = 0.0
-    primary_s: float | None = None
-    shadow_s: float | None = None
-    primary_ok: bool = True
-    shadow_ok: bool = True
-    void: bool = False
-    """A half says nothing: the primary was cancelled, or the candidate was full."""
-    times_s: list[float] = field(default_factory=list)
-    primary_answer: Any = _MISSING
-    shadow_answer: Any = _MISSING
-
-    def primary_done(self, duration_s: float | None, *, ok: bool) -> None:
-        """The primary has ended; a duration of None (cancelled, moved) voids the pair.
-
-        Of a stream also called at item `MARK`, which is as far as it is compared; the first call counts.
-        """
-        if self.primary_s is None and not self.void:
-            self.void = duration_s is None
-            self.primary_s, self.primary_ok = duration_s, ok
-            self.done(self)
-
-    def compared(self) -> tuple[float, float] | None:
-        """Seconds on the primary and on the copy for the same work; None if that cannot be told."""
-        primary_s, shadow_s = self.primary_s, self.shadow_s
-        if primary_s is None or shadow_s is None:
-            return None
-        if self.reading is None or not (self.primary_ok and self.shadow_ok):
-            return primary_s, shadow_s
-        if not self.reading.items and not self.times_s:
-            return primary_s, shadow_s
-        both = zip(self.reading.times_s, self.times_s, strict=False)
-        return next((pair for pair in reversed(list(both)) if not math.isnan(pair[0])), None)
-
-    def answers(self) -> tuple[Any, Any]:
-        """Both answers; of streams the first items."""
-        return (self.reading.answers if self.reading is not None else self.primary_answer), self.shadow_answer
 
 
 class Mirror:
@@ -177,10 +127,6 @@ class Mirror:
             logger.debug("shadecast: the answer of %s cannot be compared", pair.primary_id)
 
     def _complete(self, pair: Pair) -> None:
-        if pair.void or pair.primary_s is None or pair.shadow_s is None:
-            return
-        if pair.reading is not None and pair.reading.items and not pair.times_s:
-            pair.shadow_ok = False  # an empty stream where the primary's was not
         if self._equal is None or not (pair.primary_ok and pair.shadow_ok):
             self._emit(pair, None)
         else:
@@ -192,31 +138,18 @@ class Mirror:
         try:
             for _ in range(50):  # the answer and its end arrive in any order
                 primary, shadow = pair.answers()
-                if primary is not _MISSING:
+                if primary is not MISSING:
                     break
                 await asyncio.sleep(0.02)
-            if primary is not _MISSING and shadow is not _MISSING:
+            if primary is not MISSING and shadow is not MISSING:
                 verdict = bool(await asyncio.get_running_loop().run_in_executor(None, equal, primary, shadow))
         except Exception as error:  # the user's function, or answers that cannot be compared
             logger.warning("shadecast: trial.compare = %r failed: %r", self._config.compare, error)
         self._emit(pair, verdict)
 
     def _emit(self, pair: Pair, equal: bool | None) -> None:
-        durations = pair.compared()
-        if durations is None:
-            return
-        self._on_pair(
-            PairedSample(
-                pair.candidate_id,
-                pair.primary_id,
-                *durations,
-                pair.primary_in_flight,
-                pair.shadow_in_flight,
-                pair.primary_ok,
-                pair.shadow_ok,
-                equal,
-            )
-        )
+        if (sample := pair.sample(equal)) is not None:
+            self._on_pair(sample)
 
     # ------------------------------------------------------------------ copies
 
@@ -265,11 +198,7 @@ class Mirror:
                 del self._under_way[pair.candidate_id]
             if result is not None and (request.metadata.is_streaming or not (judged and pair.shadow_ok)):
                 result.cancel()
-            if judged:
-                pair.shadow_s = time.monotonic() - started_s
-                self._complete(pair)
-            else:
-                pair.void = True
+            pair.shadow_done(time.monotonic() - started_s if judged else None)
 
     async def _drain(self, result: ReplicaResult, pair: Pair, started_s: float) -> None:
         """Read the first items of a copied stream and when they came."""

@@ -11,7 +11,7 @@ import logging
 import time
 import uuid
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 from ray.serve.request_router import PendingRequest, ReplicaID, ReplicaResult, RunningReplica
@@ -121,10 +121,9 @@ class Router(ServeRouter):
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> Sequence[list[RunningReplica]]:
-        """One choice, as ranks: the picked replica alone, then a second pick in case the first one is full.
+        """One choice. A request that comes back, because that replica is full, is offered others, the best first.
 
-        A request that comes back is offered the others one by one, the best first, with Serve's own growing pauses in
-        between. One that nobody has asked to be sent (a pick for another way) never waits.
+        One that nobody has asked to be sent (a pick for another way) never waits.
         """
         calls, routes = self.calls, self._routes
         if calls.observing:
@@ -149,7 +148,7 @@ class Router(ServeRouter):
         if call is None:
             return self._pick_only(pending_request, pool)
         if pool is None and (again or call.replica_id):
-            return [[routes.replicas[i]] for i in routes.next_best(call.replica_id)]
+            return routes.next_best(call.replica_id)
         first = routes.picks.pick(routes.random, CHOICES, -1, pool)
         if first < 0 or not routes.picks.has_place(first):
             first = routes.pick(pool)
@@ -159,9 +158,9 @@ class Router(ServeRouter):
         if first < 0 and routes.picks.pool:
             first = await calls.places.wait(routes.pick)
         if first < 0:
-            return [[routes.replicas[i]] for i in routes.next_best("")]
+            return routes.next_best("")
         calls.choose(call, first, now_s)
-        return _Ranks(self, routes.replicas[first], pool)
+        return [[routes.replicas[first]]]
 
     def _pick_only(self, pending_request: PendingRequest, pool: Sequence[int] | None) -> list[list[RunningReplica]]:
         routes = self._routes
@@ -325,31 +324,3 @@ class Router(ServeRouter):
     def use_secret(self, secret: bytes | None) -> None:
         """What all routers of the cluster place sessions by; None if it will not be known."""
         self._routes.sessions.use_secret(secret)
-
-
-class _Ranks(Sequence[list[RunningReplica]]):
-    """The first choice, and a second that is made only if somebody asks for it."""
-
-    __slots__ = ("_first", "_picks", "_pool", "_router")
-
-    def __init__(self, router: Router, first: RunningReplica, pool: Sequence[int] | None) -> None:
-        self._router, self._first, self._pool, self._picks = router, first, pool, router._routes.picks
-
-    def __len__(self) -> int:
-        return 2
-
-    def __iter__(self) -> Iterator[list[RunningReplica]]:
-        yield [self._first]
-        yield self[1]
-
-    def __getitem__(self, rank: Any) -> Any:
-        if rank == 0:
-            return [self._first]
-        if rank != 1:
-            raise IndexError(rank)
-        routes = self._router._routes
-        pool = self._pool if routes.picks is self._picks else None
-        second = routes.picks.pick(
-            routes.random, CHOICES, routes.picks.index.get(self._first.replica_id.unique_id, -1), pool
-        )
-        return [routes.replicas[second]] if second >= 0 else []

@@ -18,6 +18,7 @@ from ray.serve.request_router import PendingRequest, RunningReplica
 
 from shadecast.calls import Calls
 from shadecast.config import CHOICES, LOCAL_ONLY_AGE_S, TABLE_TTL_S, Config
+from shadecast.locality import Locality
 from shadecast.pick import PickTable, cost_table, table_scores
 from shadecast.rescue import VERY_SLOW, Ejections, slow_replicas
 from shadecast.sessions import SessionMap
@@ -31,6 +32,8 @@ _SECRET_WAIT_S = 0.5
 _DRAWS_FOR_A_PLACE = 3
 """Of many replicas, a pick may fall on full ones while others have places."""
 _LONGEST_WAIT_FOR_AFFINITY_S = 1.0
+_OFFERED = 16
+"""Replicas that a request which has come back is offered."""
 
 
 class Routes:
@@ -104,6 +107,8 @@ class Routes:
             self._dead.add(replica_id)
             self.picks.remove(i)
             self._locality.remove(i)
+            if not self.picks.pool:
+                self.lay_out()  # whoever is left
 
     def count(self, replica_id: str) -> bool:
         """The number of calls on a replica has changed; whether it has a place."""
@@ -206,7 +211,7 @@ class Routes:
 
     def preferred(self, pending_request: PendingRequest) -> Sequence[int] | None:
         """Replicas to pick from first; None if all are alike. Each preference is tried once per request."""
-        return self._locality.pool(pending_request)
+        return self._locality.pool(pending_request.metadata.multiplexed_model_id, pending_request.routing_context)
 
     def pick(self, pool: Sequence[int] | None = None, without: int = -1) -> int:
         """A pick that has a place; -1 if some draws found none.
@@ -221,29 +226,28 @@ class Routes:
                 return i
         return -1
 
-    def next_best(self, tried: str) -> list[int]:
-        """For a request that has come back from `tried`: all eligible replicas by score, that one last.
+    def next_best(self, tried: str) -> list[list[RunningReplica]]:
+        """Ranks for a request that has come back from `tried`: the best, a few more that are well, then all others.
 
-        Those that are slow or ejected are behind the others, those without a place behind these.
+        Not well are those that have no place, are ejected or slow. Serve asks a rank's replicas for their queues at
+        the same time.
         """
-        picks, slow = self.picks, self.slow
-        pool: Sequence[int] = picks.pool
-        if time.monotonic() - self._table_s > _FORGET_TABLE_S:
-            pool = range(len(picks.ids))
-
-        def order(i: int) -> tuple[bool, bool, bool, float, float]:
-            replica_id = picks.ids[i]
-            return replica_id == tried, not picks.has_place(i), replica_id in slow, picks.scores[i], self.random()
-
-        return sorted(pool, key=order)
+        picks, replicas = self.picks, self.replicas
+        drawn = sorted(_sample(self._allowed(), _OFFERED), key=lambda i: (picks.scores[i], self.random()))
+        away = {tried, *self.slow}
+        well = [i for i in drawn if picks.has_place(i) and picks.ids[i] not in away]
+        ranks = (well[:1], well[1:CHOICES], [i for i in drawn if i not in well])
+        return [[replicas[i] for i in rank] for rank in ranks if rank]
 
     def two_random(self) -> list[int]:
         """What Serve's own rule looks at, of those that the last table has not kept out."""
-        pool: Sequence[int] = self.picks.pool
-        if time.monotonic() - self._table_s > _FORGET_TABLE_S:
-            pool = range(len(self.picks.ids))
-        pool = [i for i in pool if self.picks.has_place(i)] or pool
-        return list(pool) if len(pool) <= 2 else random.sample(pool, 2)
+        allowed = self._allowed()
+        return _sample([i for i in allowed if self.picks.has_place(i)] or allowed, 2)
+
+    def _allowed(self) -> Sequence[int]:
+        """What the table has not kept out; all, if that is long ago."""
+        forgotten = time.monotonic() - self._table_s > _FORGET_TABLE_S
+        return range(len(self.picks.ids)) if forgotten else self.picks.pool
 
     def affinity(self, session_id: str) -> int:
         """Index of the replica that has a session, or of a fallback for it; -1 if none takes traffic."""
@@ -259,68 +263,8 @@ class Routes:
         return min(self._config.session.migration_cost * reference_s, _LONGEST_WAIT_FOR_AFFINITY_S)
 
 
-class Locality:
-    """Serve's own preferences within what is eligible: replicas with a multiplexed model, on this node, in this zone.
-
-    Laid out for one table and membership.
-    """
-
-    __slots__ = ("_eligible", "_near_node", "_near_zone", "_replicas", "_with_model")
-
-    def __init__(
-        self, eligible: Sequence[int], replicas: Sequence[RunningReplica], node: str | None, zone: str | None
-    ) -> None:
-        """`eligible` are indices into `replicas`. `node` and `zone` are this process's own, None where indifferent."""
-        self._eligible, self._replicas = eligible, replicas
-        self._near_node = [i for i in eligible if replicas[i].node_id == node] if node is not None else []
-        self._near_zone = [i for i in eligible if replicas[i].availability_zone == zone] if zone is not None else []
-        self._with_model: dict[str, list[int]] = {}
-
-    @property
-    def any_near(self) -> bool:
-        """Whether some eligible replica is nearer than others."""
-        return bool(self._near_node or self._near_zone)
-
-    def remove(self, i: int) -> None:
-        """The replica at index `i` is gone."""
-        for pool in (self._near_node, self._near_zone, *self._with_model.values()):
-            if i in pool:
-                pool.remove(i)
-
-    def pool(self, pending_request: PendingRequest) -> Sequence[int] | None:
-        """Those to pick from first: replicas that have the multiplexed model, else those with the fewest models; or
-        the same node, then the same zone. None if all are alike.
-        """
-        context, model_id = pending_request.routing_context, pending_request.metadata.multiplexed_model_id
-        if model_id:
-            if not context.tried_first_multiplexed_models:
-                context.tried_first_multiplexed_models = True
-                if pool := self._pool_with_model(model_id):
-                    return pool
-            if not context.tried_fewest_multiplexed_models:
-                context.tried_fewest_multiplexed_models = True
-                return self._pool_with_model("") or None
-            return None
-        if self._near_node and not context.tried_same_node:
-            context.tried_same_node = True
-            return self._near_node
-        if self._near_zone and not context.tried_same_az:
-            context.tried_same_az = True
-            return self._near_zone
-        return None
-
-    def _pool_with_model(self, model_id: str) -> list[int]:
-        """Eligible replicas that have the model, or with "" those with the fewest."""
-        pool = self._with_model.get(model_id)
-        if pool is None:
-            replicas, eligible = self._replicas, self._eligible
-            if model_id:
-                pool = [i for i in eligible if model_id in replicas[i].multiplexed_model_ids]
-            else:
-                fewest = min((len(replicas[i].multiplexed_model_ids) for i in eligible), default=0)
-                pool = [i for i in eligible if len(replicas[i].multiplexed_model_ids) == fewest]
-            self._with_model[model_id] = pool
-        return pool
+def _sample(pool: Sequence[int], most: int) -> list[int]:
+    return list(pool) if len(pool) <= most else random.sample(pool, most)
 
 
 class Sessions:

@@ -19,7 +19,7 @@ from ray.exceptions import ActorDiedError
 from ray.serve.request_router import PendingRequest, ReplicaID
 
 from serve_app.ray_api import is_by_reference
-from serve_app.routing.reading import was_cancelled
+from serve_app.routing.ends import was_cancelled
 from shadecast.calls import Phase
 from shadecast.config import Config
 from shadecast.rescue import (
@@ -145,7 +145,7 @@ class SecondAttempts:
             elif self._budget.take():
                 self._start(call, self._move(call))
         stalled = [
-            Stalled(call, call.reading.waited_s, call.reading.items)
+            Stalled(call, call.reading.waited_s(now_s), call.reading.items)
             for call in held
             if call.had is not None and call.reading is not None and self._movable(call)
         ]
@@ -195,13 +195,19 @@ class SecondAttempts:
         except Exception as error:  # the first attempt is untouched
             logger.debug(f"shadecast: sending {labels.request_id} again failed: {error!r}")
             if isinstance(error, ActorDiedError):
-                self.on_died(routes.replicas[i].replica_id)
+                self._dead(call.replica_id)
             return None
         if answer is not None and not answer.accepted:
             result.cancel()
             calls.drop(call)
             return None
         return result
+
+    def _dead(self, replica_id: str) -> None:
+        """An attempt has found a replica dead, perhaps before Serve has."""
+        i = self._calls.routes.picks.index.get(replica_id)
+        if i is not None:
+            self.on_died(self._calls.routes.replicas[i].replica_id)
 
     # ------------------------------------------------------------------ streams
 
@@ -242,9 +248,11 @@ class SecondAttempts:
                 logger.warning(f"shadecast: a stream could not go on elsewhere: {error!r}")
             return None
 
-    async def after_death(self, call: LiveCall) -> Begun | None:
+    async def after_death(self, call: LiveCall, error: BaseException) -> Begun | None:
         """A stream whose replica has died, once: a request that kills replicas must not kill them all."""
         call.after_loss = True
+        if isinstance(error, ActorDiedError):
+            self._dead(call.replica_id)
         for _ in range(_TRIES_AFTER_LOSS):
             begun = await self._go_on(call)
             if begun is not None:

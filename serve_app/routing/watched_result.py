@@ -10,6 +10,7 @@ A result holds its call, never the other way round: when its reader drops it, it
 from __future__ import annotations
 
 import asyncio
+import time
 import weakref
 from collections.abc import Awaitable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -18,11 +19,12 @@ from ray.exceptions import RayActorError
 from ray.serve.request_router import PendingRequest, ReplicaResult, RunningReplica
 
 from serve_app.ray_api import QueueInfo
-from serve_app.routing.reading import tell
+from serve_app.routing.ends import tell
 from shadecast.calls import Event
 
 if TYPE_CHECKING:
     from serve_app.routing.live_calls import LiveCall, LiveCalls
+    from shadecast.reading import Reading
 
 T = TypeVar("T")
 
@@ -89,12 +91,13 @@ class WatchedReplica:
 
     def try_send_request(self, pr: PendingRequest, with_rejection: bool) -> WatchedResult:
         """Send, as the replica itself does, what was chosen for it, reserved on it, or is broadcast to all."""
-        call = self._calls.sending(pr, self.replica_id.unique_id)
+        call = self._calls.sending(pr, self.replica_id.unique_id, pinned=not with_rejection)
         try:
-            result = WatchedResult(self._replica.try_send_request(pr, with_rejection=with_rejection), call, self._calls)
+            inner = self._replica.try_send_request(pr, with_rejection=with_rejection)
         except BaseException:
             self._calls.drop(call)
             raise
+        result = WatchedResult(inner, call, self._calls)
         if not with_rejection:
             self._calls.accepted(call, result, None)
         return result
@@ -116,8 +119,8 @@ class WatchedReplica:
         return cast("int", await self._replica.release_slot(slot_token))
 
 
-class WatchedResult(ReplicaResult):
-    """Serve's result of one attempt, as its caller has it."""
+class WatchedResult:
+    """Serve's result of one attempt, as its caller has it; what is not here is Serve's own, and of this attempt."""
 
     def __init__(self, inner: ReplicaResult, call: LiveCall, calls: LiveCalls) -> None:
         self._inner, self._call, self._calls = inner, call, calls
@@ -162,22 +165,6 @@ class WatchedResult(ReplicaResult):
             self._calls.tell(self._call, Event.REJECT)
         return cast("QueueInfo | None", info)
 
-    def add_done_callback(self, callback: Any) -> None:
-        """Of this attempt, not of one that takes over: Serve counts attempts."""
-        self._inner.add_done_callback(callback)
-
-    def to_object_ref(self) -> Any:
-        """The answer's object; a call whose answer is passed on as an object stays where it is."""
-        return self._inner.to_object_ref()
-
-    async def to_object_ref_async(self) -> Any:
-        """As `to_object_ref`."""
-        return await self._inner.to_object_ref_async()
-
-    def to_object_ref_gen(self) -> Any:
-        """The stream of objects, unwatched."""
-        return self._inner.to_object_ref_gen()
-
     # ------------------------------------------------------------------ the caller's side
 
     async def get_async(self) -> Any:
@@ -211,8 +198,8 @@ class WatchedResult(ReplicaResult):
                 return await self._read(self._inner.__anext__())
             except InterruptedWaitError:
                 pass
-            except RayActorError:
-                begun = await self._after_death()
+            except RayActorError as error:
+                begun = await self._after_death(error)
                 if begun is None:
                     raise
                 self._take(*begun)
@@ -235,7 +222,7 @@ class WatchedResult(ReplicaResult):
         call, reading = self._call, self._call.reading
         if reading is None:
             return await awaitable
-        asked_s = reading.ask()
+        reading.asked_s = asked_s = time.monotonic()
         try:
             item = await (self._wait.until(awaitable) if call.had is not None else awaitable)
         except InterruptedWaitError:
@@ -249,7 +236,7 @@ class WatchedResult(ReplicaResult):
         except BaseException:  # the reader gave up; it may ask again
             self._stay()
             raise
-        reading.got(item, asked_s)
+        self._calls.got(call, item, asked_s)
         self._stay()
         if call.had is not None:
             call.had.append(item)
@@ -258,8 +245,8 @@ class WatchedResult(ReplicaResult):
         return item
 
     def _read_blocking(self, read: Any, *, whole: bool = False) -> Any:
-        reading = self._call.reading
-        asked_s = reading.ask()  # type: ignore[union-attr]
+        reading = cast("Reading", self._call.reading)
+        reading.asked_s = asked_s = time.monotonic()
         try:
             item = read()
         except StopIteration:
@@ -270,7 +257,7 @@ class WatchedResult(ReplicaResult):
         except Exception as error:
             self._read_end(error)
             raise
-        reading.got(item, asked_s)  # type: ignore[union-attr]
+        self._calls.got(self._call, item, asked_s)
         if self._call.had is not None:
             self._call.had.append(item)
         if whole:
@@ -278,7 +265,7 @@ class WatchedResult(ReplicaResult):
         return item
 
     def _read_end(self, error: BaseException | None) -> None:
-        self._call.reading.asked_s = None  # type: ignore[union-attr]
+        cast("Reading", self._call.reading).asked_s = None
         self._stay()
         tell(self._calls.loop, self._calls.read_to_the_end, self._call, error)
 
@@ -331,9 +318,9 @@ class WatchedResult(ReplicaResult):
             return False
         return True
 
-    async def _after_death(self) -> tuple[WatchedResult, Any] | None:
+    async def _after_death(self, error: RayActorError) -> tuple[WatchedResult, Any] | None:
         """The replica has died under a stream: another attempt that begins after what was read, and its first item."""
-        lost = self._calls.after_death(self._call)
+        lost = self._calls.after_death(self._call, error)
         if lost is None:
             return None
         try:

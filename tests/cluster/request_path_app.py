@@ -8,7 +8,7 @@ from ray import serve
 from ray.serve.config import RequestRouterConfig
 
 from serve_app.copying import copy_safe
-from serve_app.routing.mirror import is_shadow
+from serve_app.mirror import is_shadow
 
 ROUTER = RequestRouterConfig(
     request_router_class="serve_app.router:PredictiveRouter",

@@ -1,11 +1,13 @@
 """The request path on a real cluster: streams, copies, sessions, composition, full replicas, what may fail; soak."""
 
 import asyncio
+import itertools
 import os
 import random
 import shutil
 import signal
 import statistics
+import threading
 import time
 from collections import Counter, defaultdict
 from contextlib import contextmanager
@@ -19,6 +21,7 @@ from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError, RequestCancelledError
 from ray.serve.schema import ServeDeploySchema
 
+from shadecast.inbox import Inbox
 from shadecast.types import RoutingTable, State, TableRow
 from tests.cluster.conftest import deployment_status, status, wait_for
 
@@ -65,7 +68,7 @@ def folder(cluster, tmp_path_factory):
 def model(folder):
     handle = serve.get_deployment_handle("Model", "path")
     handle.who.remote().result(timeout_s=30)
-    wait_for(lambda: len(router_of(handle)._by_index) >= 2, 20, "the router knows the replicas")
+    wait_for(lambda: len(replicas_of(handle)) >= 2, 20, "the router knows the replicas")
     return handle
 
 
@@ -79,28 +82,46 @@ def on_loop(router, call):
     async def run():
         return call()
 
-    return asyncio.run_coroutine_threadsafe(run(), router._event_loop).result(10)
+    return asyncio.run_coroutine_threadsafe(run(), router.loop).result(10)
 
 
 @contextmanager
 def table(handle, shares, mirrors=None):
     """Have the driver's router go by this table {replica_id: share}, whatever the coordinator says."""
     router = router_of(handle)
-    number = time.time_ns() * 2
     rows = tuple(
         TableRow(r, "", State.ACTIVE if share else State.SHADOWING, share, 1.0, 0.0, (mirrors or {}).get(r, 0.0))
         for r, share in shares.items()
     )
-    made = RoutingTable("path/Model", number, 1, 1, rows)
-    on_loop(router, lambda: (router.take_table(made), setattr(router, "_table_s", time.monotonic() + 1000)))
+    take, versions, done = router.take_table, itertools.count(1), threading.Event()
+
+    def renew():
+        held = router.table
+        take(RoutingTable("path/Model", held.epoch if held is not None else 1, 10**9 + next(versions), 1, rows))
+
+    def keep():
+        while not done.wait(1.0):
+            on_loop(router, renew)
+
+    def release():
+        router.calls.routes.table = None
+        router.calls.routes.lay_out()
+        del router.take_table
+
+    router.take_table = lambda _: None
+    on_loop(router, renew)
+    keeping = threading.Thread(target=keep)
+    keeping.start()
     try:
         yield router
     finally:
-        on_loop(router, lambda: (setattr(router, "_table", None), router._lay_out()))
+        done.set()
+        keeping.join()
+        on_loop(router, release)
 
 
 def replicas_of(handle):
-    return [r.replica_id.unique_id for r in router_of(handle)._by_index]
+    return [r.replica_id.unique_id for r in router_of(handle).calls.routes.replicas]
 
 
 def set_on(handle, replica, **values):
@@ -118,16 +139,10 @@ def assert_idle(handle):
     router = router_of(handle)
 
     def busy():
-        mirror = router._mirror
         held = {
-            "ledger": router._ledger.all_in_flight(),
-            "sending": list(router._sending),
-            "unsent": list(router._unsent),
-            "rescuable": list(router._rescuable),
-            "streams": list(router._streams),
-            "copies": mirror.under_way,
-            "pairs": mirror.waiting,
-            "picks": sum(router._picks.in_flight),
+            "calls": router.calls.book.open_calls,
+            "copies": router.calls.mirror.under_way,
+            "picks": sum(router.calls.routes.picks.in_flight),
         }
         return {name: value for name, value in held.items() if value}
 
@@ -140,23 +155,26 @@ def assert_idle(handle):
     )
 
 
-def reports(router):
-    """Outcomes and pairs since the last report of the driver's router, taken before it reports."""
-    return on_loop(router, router.make_report)
-
-
 @contextmanager
 def recorded(router):
-    """Everything that the router reports meanwhile."""
-    seen = []
+    """Everything that the router reports meanwhile, as the coordinator reads it."""
+    seen, inbox = [], Inbox()
     make = router.make_report
 
     def keep():
-        report = make()
-        seen.append(report)
-        return report
+        message = make()
+        report, _ = inbox.take(message, 0.0)
+        if report is not None:
+            seen.append(report)
+        return message
 
-    router.make_report = keep
+    def begin():
+        router.reported(0, table_wanted=False)  # with a full one
+        keep()
+        seen.clear()
+        router.make_report = keep
+
+    on_loop(router, begin)
     try:
         yield seen
     finally:
@@ -258,7 +276,7 @@ def test_a_hung_candidate_does_not_slow_the_primary(model):
                     assert model.predict.remote(1).result(timeout_s=30) == 1
                     times.append(time.monotonic() - started_s)
     router = router_of(model)
-    assert on_loop(router, lambda: router._mirror.under_way) <= 8
+    assert on_loop(router, lambda: router.calls.mirror.under_way) <= 8
     ratio = statistics.median(mirrored) / statistics.median(without)
     print(f"primary with a mirror to a hung replica: {ratio:.2f} times the latency without")
     assert ratio < 1.3
@@ -303,7 +321,9 @@ def test_a_multiplexed_model_stays_where_it_is_loaded(model):
     home = handle.which.remote().result(timeout_s=30)
     router = router_of(model)
     wait_for(
-        lambda: any("m1" in r.multiplexed_model_ids for r in router._by_index), 10, "Serve tells where the model is"
+        lambda: any("m1" in r.multiplexed_model_ids for r in router.calls.routes.replicas),
+        10,
+        "Serve tells where the model is",
     )
     assert {handle.which.remote().result(timeout_s=30) for _ in range(20)} == {home}
 
@@ -339,7 +359,7 @@ def test_usual_requests_need_no_task_of_serves(model):
 
 def test_serves_limit_of_waiting_requests_holds(model, folder):
     deploy(folder, 3, max_queued_requests=5)
-    wait_for(lambda: router_of(model)._by_index, 20, "the router knows the replicas")
+    wait_for(lambda: replicas_of(model), 20, "the router knows the replicas")
 
     async def crowd():
         calls = []
@@ -461,7 +481,7 @@ def test_streams_of_a_replica_that_dies_go_on_elsewhere(model):
     kill = lambda: os.kill(pid, signal.SIGKILL)  # noqa: E731
     assert asyncio.run(read_streams(model, 9, 60, 0.05, kill)) == [list(range(60))] * 9
     assert_idle(model)
-    wait_for(lambda: len(router_of(model)._by_index) == 3, 60, "Serve has started another replica")
+    wait_for(lambda: len(replicas_of(model)) == 3, 60, "Serve has started another replica")
 
 
 def test_without_forecasters_requests_go_on(model):
@@ -501,7 +521,7 @@ def test_a_rolling_update_under_load_fails_no_request(model, folder):
     seen = asyncio.run(change())
     assert set(seen) == {"ok"}, seen
     assert seen["ok"] > 100
-    wait_for(lambda: len(router_of(model)._by_index) == 3, 20, "three replicas")
+    wait_for(lambda: len(replicas_of(model)) == 3, 20, "three replicas")
     assert before.isdisjoint(replicas_of(model))
     assert_idle(model)
 
