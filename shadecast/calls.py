@@ -85,7 +85,7 @@ TRANSITIONS: Mapping[tuple[Phase, Event], tuple[Phase, tuple[Do, ...]]] = {
     (Phase.SENT, Event.DROP): (Phase.DROPPED, _LEAVE),
     (Phase.ACCEPTED, Event.PRODUCE): (Phase.PRODUCED, _COUNT),
     (Phase.ACCEPTED, Event.END): (Phase.ENDED, (Do.COUNT, Do.RECORD, Do.CLOSE)),
-    (Phase.ACCEPTED, Event.MOVE): (Phase.MOVED, (Do.COUNT, Do.EVIDENCE, Do.CLOSE)),
+    (Phase.ACCEPTED, Event.MOVE): (Phase.MOVED, (Do.EVIDENCE,)),
     (Phase.ACCEPTED, Event.DROP): (Phase.DROPPED, _LEAVE),
     (Phase.PRODUCED, Event.END): (Phase.ENDED, (Do.RECORD, Do.CLOSE)),
     (Phase.PRODUCED, Event.DROP): (Phase.DROPPED, _CLOSE),

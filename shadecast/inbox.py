@@ -28,6 +28,10 @@ from shadecast.types import (
     Unfinished,
 )
 
+_Counted = tuple[int, int, int, int, float]
+"""Started, finished, failed, items, stream-seconds."""
+_NOTHING: _Counted = (0, 0, 0, 0, 0.0)
+
 
 @dataclass(slots=True)
 class _Router:
@@ -35,7 +39,7 @@ class _Router:
 
     seq: int
     heard_s: float
-    replicas: dict[str, tuple[int, int, int, int, float]] = field(default_factory=dict)
+    replicas: dict[str, _Counted] = field(default_factory=dict)
     totals: list[Any] = field(default_factory=list)
 
 
@@ -46,102 +50,104 @@ class Inbox:
         self._routers: dict[str, _Router] = {}
 
     def take(self, received: Any, now_s: float) -> tuple[RouterReport | None, dict[str, Any]]:
-        """The report, None if it cannot be used, and the answer to its router. Raises MessageError."""
+        """The report, None if it cannot be used, and the answer to its router.
+
+        Raises MessageError, and keeps nothing of it, if it cannot be read.
+        """
         report = check(received, "report")
-        seq, base, interval_s, waiting, epoch = numbers(report, ("seq", "base", "interval_s", "waiting", "table_epoch"))
-        router_id, deployment = report.get("router_id"), report.get("deployment")
-        if not isinstance(router_id, str) or not isinstance(deployment, str):
-            raise MessageError(f"report: router_id = {router_id!r}, deployment = {deployment!r}: must be text")
+        seq, base = (int(number) for number in numbers(report, ("seq", "base")))
+        router_id = report.get("router_id")
         self._forget(now_s)
-        known = self._routers.get(router_id)
+        known = self._routers.get(router_id) if isinstance(router_id, str) else None
         if base and (known is None or base > known.seq):
             return None, answer(acknowledged=0)
         if known is not None and seq <= known.seq:
             return None, answer(acknowledged=known.seq)
-        read = self._read(report, known, int(seq))
-        if known is None:
-            known = self._routers[router_id] = _Router(int(seq), now_s)
-        counted = known.totals or ([0.0] * len(TOTALS) if seq == 1 else read.totals)
-        mirrored, dropped, uncopyable, rescued, *observed = (
-            max(new - old, 0.0) for new, old in zip(read.totals, counted, strict=True)
-        )
-        known.seq, known.heard_s, known.totals = int(seq), now_s, read.totals
-        if not base:
-            known.replicas = {}
+        try:
+            read = self._read(report, known, seq, base)
+        except (TypeError, ValueError, LookupError, OverflowError) as error:
+            version = report.get("version", "?")
+            raise MessageError(f"a report of Shadecast {version} cannot be read: {error!r}") from None
+        if known is None or not base:
+            known = self._routers[read.report.router_id] = _Router(seq, now_s)
+        known.seq, known.heard_s, known.totals = seq, now_s, read.totals
         known.replicas.update(read.counted)
-        gone = tuple(as_list(report.get("gone", ()), "gone"))
-        for replica_id in gone:
+        for replica_id in read.report.gone:
             known.replicas.pop(replica_id, None)
-        held = report.get("held_table")
-        return RouterReport(
-            router_id,
-            deployment,
-            int(seq),
-            interval_s,
-            read.views,
-            read.pairs,
-            int(mirrored),
-            int(dropped),
-            int(uncopyable),
-            int(rescued),
-            int(epoch),
-            str(report.get("level", "")),
-            Observed(int(observed[0]), observed[1], observed[2]),
-            read_table(held, None) if held is not None else None,
-            bool(base),
-            gone,
-            int(waiting),
-        ), answer(acknowledged=int(seq))
+        return read.report, answer(acknowledged=seq)
 
     def _forget(self, now_s: float) -> None:
         """Routers that were not heard of for so long are no more in the balancer's counts either."""
         for router_id in [k for k, router in self._routers.items() if now_s - router.heard_s > LOST_AFTER_S]:
             del self._routers[router_id]
 
-    def _read(self, report: Mapping[str, Any], known: _Router | None, seq: int) -> _Read:
-        rows = from_columns(ReplicaTotals, report.get("replicas", {}))
+    def _read(self, message: Mapping[str, Any], known: _Router | None, seq: int, base: int) -> _Read:
+        rows = from_columns(ReplicaTotals, message.get("replicas", {}))
         since = known.seq if known is not None else 0
-        outcomes = _of_replicas(Outcome, report.get("outcomes", {}), len(rows), since)
-        unfinished = _of_replicas(Unfinished, report.get("unfinished", {}), len(rows), None)
-        read = _Read(
-            pairs=tuple(pair for pair in _new(PairedSample, report.get("pairs", {}), since)),
-            totals=numbers(report.get("totals", {}), TOTALS),
-        )
-        views = []
+        outcomes = _of_replicas(Outcome, message.get("outcomes", {}), len(rows), since)
+        unfinished = _of_replicas(Unfinished, message.get("unfinished", {}), len(rows), None)
+        counted, views = {}, []
         for at, row in enumerate(rows):
-            now = (row.started, row.finished, row.failed, row.items, row.stream_s)
+            now = (int(row.started), int(row.finished), int(row.failed), int(row.items), float(row.stream_s))
             before = known.replicas.get(row.replica_id) if known is not None else None
             if before is None:  # a router's first second counts; what a router did before we knew it does not
-                before = now if known is None and seq > 1 else (0, 0, 0, 0, 0.0)
-            started, finished, failed, items, stream_s = (
-                max(new - old, 0) for new, old in zip(now, before, strict=True)
-            )
-            read.counted[row.replica_id] = now
+                before = now if known is None and seq > 1 else _NOTHING
+            started, finished, failed, items, stream_s = (max(b - a, 0) for a, b in zip(before, now, strict=True))
+            counted[str(row.replica_id)] = now
             views.append(
                 ReplicaReport(
-                    row.replica_id,
-                    row.node_id,
-                    row.max_ongoing,
-                    row.in_flight,
+                    str(row.replica_id),
+                    str(row.node_id),
+                    int(row.max_ongoing),
+                    int(row.in_flight),
                     int(started),
                     int(finished),
                     int(failed),
                     tuple(outcomes[at]),
                     tuple(unfinished[at]),
                     int(items),
-                    stream_s,
+                    float(stream_s),
                 )
             )
-        read.views = tuple(views)
-        return read
+        totals = numbers(message.get("totals", {}), TOTALS)
+        was = known.totals if known is not None and known.totals else ([0.0] * len(TOTALS) if seq == 1 else totals)
+        mirrored, dropped, uncopyable, rescued, *observed = (max(b - a, 0.0) for a, b in zip(was, totals, strict=True))
+        interval_s, waiting, epoch = numbers(message, ("interval_s", "waiting", "table_epoch"))
+        held = message.get("held_table")
+        report = RouterReport(
+            _text(message, "router_id"),
+            _text(message, "deployment"),
+            seq,
+            float(interval_s),
+            tuple(views),
+            tuple(_new(PairedSample, message.get("pairs", {}), since)),
+            int(mirrored),
+            int(dropped),
+            int(uncopyable),
+            int(rescued),
+            int(epoch),
+            str(message.get("level", "")),
+            Observed(int(observed[0]), observed[1], observed[2]),
+            read_table(held, None) if held is not None else None,
+            bool(base),
+            tuple(str(replica_id) for replica_id in as_list(message.get("gone", ()), "gone")),
+            int(waiting),
+        )
+        return _Read(report, totals, counted)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Read:
-    pairs: tuple[PairedSample, ...]
+    report: RouterReport
     totals: list[Any]
-    views: tuple[ReplicaReport, ...] = ()
-    counted: dict[str, tuple[int, int, int, int, float]] = field(default_factory=dict)
+    counted: dict[str, _Counted]
+
+
+def _text(message: Mapping[str, Any], name: str) -> str:
+    value = message.get(name)
+    if not isinstance(value, str):
+        raise MessageError(f"report: {name} = {value!r}: must be text")
+    return value
 
 
 def answer(*, acknowledged: int, **more: Any) -> dict[str, Any]:

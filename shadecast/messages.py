@@ -10,11 +10,12 @@ Many objects of one kind travel as columns, {field: [value of each]}; a column o
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from shadecast import __version__
 from shadecast.errors import MessageError
+from shadecast.version import VERSION
 
 SCHEMA = 2
 """1 was Shadecast 0.1, which sent its dataclasses as they are; see `shadecast.former`."""
@@ -27,25 +28,25 @@ _FIELDS: dict[type[Any], tuple[tuple[str, Any], ...]] = {}
 
 def message(kind: str, **values: Any) -> dict[str, Any]:
     """A message of this version."""
-    return {"kind": kind, "schema": SCHEMA, "needs": NEEDS, "version": __version__, **values}
+    return {"kind": kind, "schema": SCHEMA, "needs": NEEDS, "version": VERSION, **values}
 
 
 def check(received: Any, kind: str) -> Mapping[str, Any]:
     """The message if it can be read; raises MessageError, one line that names both versions."""
     if not isinstance(received, Mapping) or not isinstance(received.get("schema"), int):
         raise MessageError(
-            f"a {type(received).__name__} where Shadecast {__version__} (schema {SCHEMA}) expects a {kind}: "
+            f"a {type(received).__name__} where Shadecast {VERSION} (schema {SCHEMA}) expects a {kind}: "
             "its sender is of another version; upgrade the older one"
         )
     version, schema, needs = received.get("version", "?"), received["schema"], received.get("needs", SCHEMA)
     if needs > SCHEMA:
         raise MessageError(
-            f"a {kind} of Shadecast {version} (schema {schema}) cannot be read by Shadecast {__version__} "
+            f"a {kind} of Shadecast {version} (schema {schema}) cannot be read by Shadecast {VERSION} "
             f"(schema {SCHEMA}, needed: {needs}): upgrade the latter"
         )
     if received.get("kind") != kind:
         raise MessageError(
-            f"a {received.get('kind')!r} of Shadecast {version} (schema {schema}) where Shadecast {__version__} "
+            f"a {received.get('kind')!r} of Shadecast {version} (schema {schema}) where Shadecast {VERSION} "
             f"(schema {SCHEMA}) expects a {kind}"
         )
     return received
@@ -122,10 +123,12 @@ def as_list(values: Any, what: str) -> list[Any]:
     return list(values)
 
 
-def numbers(message: Mapping[str, Any], names: Iterable[str]) -> list[Any]:
+def numbers(message: Any, names: Iterable[str]) -> list[Any]:
     """Numbers of a message by name, 0 where they are missing; raises MessageError."""
+    if not isinstance(message, Mapping):
+        raise MessageError(f"{', '.join(names)}: a mapping is expected, not {type(message).__name__}")
     found = [message.get(name, 0) for name in names]
     for name, value in zip(names, found, strict=True):
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
             raise MessageError(f"{name} = {value!r}: a number is expected")
     return found
