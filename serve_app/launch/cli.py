@@ -23,8 +23,8 @@ from rich.table import Table
 from serve_app.launch.control_plane import (
     ControlPlane,
     announce,
-    find_coordinator,
     forecaster_states,
+    running_coordinator,
     start_control_plane,
     stop_control_plane,
     wait_until_forecasting,
@@ -111,7 +111,7 @@ def serve(  # noqa: PLR0917 - options of a command are named by the user
                 url = _deploy(application, port)
                 _done("Application", f"{replicas} replicas of {model}", started_s)
                 nodes = workers + 1
-                heard = wait_until_forecasting(find_coordinator(), nodes, 90.0, lambda t: progress(f"Nodes: {t}"))
+                heard = wait_until_forecasting(running_coordinator(), nodes, 90.0, lambda t: progress(f"Nodes: {t}"))
                 _done("Forecasters", "all nodes report" if heard else "not all nodes report yet", started_s)
                 status.stop()
                 _print_addresses(plane, f"{url}/v2/models/{name}/infer", cluster.address)
@@ -184,7 +184,7 @@ def status(
 ) -> None:
     """Show nodes with current and predicted resources, replicas with state, share and KPIs, and the table's age."""
     with _connected(address):
-        state = ray.get(find_coordinator().status.remote(), timeout=30)
+        state = ray.get(running_coordinator().status.remote(), timeout=30)
     if as_json:
         print(json.dumps(_finite(state), indent=2))
         return
@@ -289,7 +289,7 @@ def forecaster_rollback(registry: RegistryOption = "") -> None:
 
 def _command(address: str, target: str, out: bool) -> None:
     with _connected(address):
-        concerned = ray.get(find_coordinator().command.remote(target, out), timeout=30)
+        concerned = ray.get(running_coordinator().command.remote(target, out), timeout=30)
     if not concerned:
         raise ShadecastError(f"no replica or node {target!r}: see `shadecast status` for those that exist")
     console.print(f"{'Draining' if out else 'Released'} {concerned} connections.")

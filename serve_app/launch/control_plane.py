@@ -18,11 +18,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.coordinator import Coordinator
 from actors.forecaster_actor import ForecasterFleet, ForecasterSettings, actor_name
+from serve_app.coordinator import COORDINATOR, NAMESPACE, find_coordinator
 from serve_app.launch.packages import check_packages
-from serve_app.names import COORDINATOR, NAMESPACE, PAGE
 from serve_app.page.server import Page
 from shadecast.errors import ShadecastError
 
+PAGE = "shadecast-page"
 _ON_THE_HEAD = {HEAD_NODE_RESOURCE_NAME: 0.001}
 """Where Serve's controller is, too. Ray puts an actor that asks for nothing anywhere, whatever its soft affinity: on a
 node that is starved, the coordinator could not tell routers to leave it."""
@@ -80,14 +81,13 @@ def start_control_plane(
     return ControlPlane(coordinator, url, token)
 
 
-def find_coordinator() -> Any:
-    """The running coordinator. Raises ControlPlaneError, saying how to start one."""
-    try:
-        return ray.get_actor(COORDINATOR, namespace=NAMESPACE)
-    except ValueError as error:
+def running_coordinator() -> Any:
+    """The coordinator's handle. Raises ControlPlaneError, saying how to start one."""
+    if (found := find_coordinator()) is None:
         raise ControlPlaneError(
             "no Shadecast control plane on this cluster: start one with `shadecast up`, or `make serve` for a local one"
-        ) from error
+        )
+    return found
 
 
 def forecasters() -> dict[str, Any]:

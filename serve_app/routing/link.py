@@ -18,7 +18,7 @@ import ray
 from ray.exceptions import RayActorError
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
-from serve_app.names import COORDINATOR, NAMESPACE
+from serve_app.coordinator import NAMESPACE, find_coordinator
 from shadecast.types import RouterReport, RoutingTable
 
 logger = logging.getLogger("ray.serve")
@@ -87,7 +87,7 @@ async def keep_in_touch(router: weakref.ref[Linked]) -> None:
                 empty = not this.has_replicas()
                 silent = silent and empty
                 if coordinator is None and not silent:
-                    coordinator = await loop.run_in_executor(None, _find_coordinator)
+                    coordinator = await loop.run_in_executor(None, find_coordinator)
                 if coordinator is not None and not silent:
                     if poll is None or poll.done():
                         poll = loop.create_task(_poll_tables(router, coordinator))
@@ -135,11 +135,3 @@ def _cluster_secret() -> bytes:
     _internal_kv_put(_SECRET_KEY, os.urandom(16), overwrite=False, namespace=NAMESPACE.encode())
     secret: bytes = _internal_kv_get(_SECRET_KEY, namespace=NAMESPACE.encode())
     return secret
-
-
-def _find_coordinator() -> Any:
-    """The coordinator's handle, or None while there is none. Blocks: call it in a thread."""
-    try:
-        return ray.get_actor(COORDINATOR, namespace=NAMESPACE)
-    except ValueError:
-        return None
