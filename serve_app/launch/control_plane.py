@@ -16,11 +16,9 @@ import ray
 from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.coordinator import Coordinator
-from actors.forecaster_actor import ForecasterFleet, ForecasterSettings, actor_name
 from serve_app.coordinator import COORDINATOR, NAMESPACE, find_coordinator
 from serve_app.launch.packages import check_packages
-from serve_app.page.server import Page
+from serve_app.launch.processes import CoordinatorProcess, PageProcess, forecaster_name
 from shadecast.errors import ShadecastError
 
 PAGE = "shadecast-page"
@@ -42,14 +40,6 @@ class ControlPlane:
     token: str
 
 
-class _CoordinatorActor(Coordinator):
-    """The coordinator as an actor: makes its supervisor in its own process, also after a restart."""
-
-    def __init__(self, settings: Mapping[str, Any]) -> None:
-        check_packages()  # the import path of the actor's process counts, not only the starter's
-        super().__init__(supervise=ForecasterFleet(settings))
-
-
 def start_control_plane(
     settings: Mapping[str, Any] | None = None, page_host: str = "127.0.0.1", page_port: int = 8266
 ) -> ControlPlane:
@@ -59,12 +49,12 @@ def start_control_plane(
     ConfigError on a wrong forecaster setting.
     """
     check_packages()
-    ForecasterSettings.from_mapping(settings or {})
+    _check(settings or {})
     here = ray.get_runtime_context().get_node_id()
     only_here = NodeAffinitySchedulingStrategy(here, soft=False)  # the page's address is this node's loopback
     common = {"namespace": NAMESPACE, "lifetime": "detached", "num_cpus": 0, "get_if_exists": True}
     coordinator = (
-        ray.remote(_CoordinatorActor)
+        ray.remote(CoordinatorProcess)
         .options(name=COORDINATOR, max_restarts=-1, resources=_ON_THE_HEAD, **common)
         .remote(dict(settings or {}))
     )
@@ -73,12 +63,20 @@ def start_control_plane(
     url = ""
     if page_port:
         page = (
-            ray.remote(Page)
+            ray.remote(PageProcess)
             .options(name=PAGE, max_restarts=3, scheduling_strategy=only_here, **common)
             .remote(page_host, page_port, token)
         )
         url, token = ray.get([page.start.remote(), page.token.remote()], timeout=60)
     return ControlPlane(coordinator, url, token)
+
+
+def _check(settings: Mapping[str, Any]) -> None:
+    """Raises ConfigError on a wrong forecaster setting."""
+    if settings:
+        from actors.forecaster_actor import ForecasterSettings  # noqa: PLC0415 - a driver may have an `actors` of its own
+
+        ForecasterSettings.from_mapping(settings)
 
 
 def running_coordinator() -> Any:
@@ -93,7 +91,7 @@ def running_coordinator() -> Any:
 def forecasters() -> dict[str, Any]:
     """The running forecasters by the beginning of their node's id."""
     names = [e["name"] for e in ray.util.list_named_actors(all_namespaces=True) if e["namespace"] == NAMESPACE]
-    prefix = actor_name("")
+    prefix = forecaster_name("")
     return {name.removeprefix(prefix): ray.get_actor(name, NAMESPACE) for name in names if name.startswith(prefix)}
 
 
