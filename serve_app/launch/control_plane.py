@@ -17,7 +17,6 @@ from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from serve_app.coordinator import COORDINATOR, NAMESPACE, find_coordinator
-from serve_app.launch.packages import check_packages
 from serve_app.launch.processes import CoordinatorProcess, PageProcess, forecaster_name
 from shadecast.errors import ShadecastError
 
@@ -45,10 +44,8 @@ def start_control_plane(
 ) -> ControlPlane:
     """Start what is not running yet on the connected cluster; blocks until the coordinator answers.
 
-    Raises ShadowedPackageError before anything is started if another package hides one of ours,
-    ConfigError on a wrong forecaster setting.
+    Raises ConfigError on a wrong forecaster setting, before anything is started.
     """
-    check_packages()
     _check(settings or {})
     here = ray.get_runtime_context().get_node_id()
     only_here = NodeAffinitySchedulingStrategy(here, soft=False)  # the page's address is this node's loopback

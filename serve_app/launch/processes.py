@@ -1,7 +1,8 @@
 """The control plane's actors as Ray starts them, each in a process of its own: coordinator, node forecasters, page.
 
-Each class makes the object that does the work in the actor's process, also after a restart, and hands every call on to
-it. Whoever starts these actors needs neither `actors` nor `models`.
+Ray imports this module in the actor's process before any code of ours runs there, so it imports none of our packages
+that a user's may hide. Each class then puts our own installation first and hands every call on to the object that does
+the work. Whoever starts these actors needs neither `actors` nor `models`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from serve_app.coordinator import NAMESPACE, find_coordinator
-from serve_app.launch.packages import check_packages
+from serve_app.launch import own_installation
 
 if TYPE_CHECKING:
     from shadecast.types import NodeReport, RouterReport, RoutingTable
@@ -24,8 +25,8 @@ class CoordinatorProcess:
     """`actors.coordinator.Coordinator` with a supervisor that keeps a forecaster on every node."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
-        check_packages()  # the import path of the actor's process counts, not only the starter's
-        from actors.coordinator import Coordinator  # noqa: PLC0415 - the starter does not need it
+        own_installation.put_first()
+        from actors.coordinator import Coordinator  # noqa: PLC0415 - not before our installation is first
         from actors.forecaster_actor import ForecasterFleet  # noqa: PLC0415
 
         self._coordinator = Coordinator(supervise=ForecasterFleet(functools.partial(start_forecaster, settings)))
@@ -55,7 +56,8 @@ class ForecasterProcess:
     """`actors.forecaster_actor.ForecasterActor` of one node."""
 
     def __init__(self, node_id: str, settings: Mapping[str, Any], node_cpus: float) -> None:
-        from actors.forecaster_actor import ForecasterActor  # noqa: PLC0415 - as above
+        own_installation.put_first()
+        from actors.forecaster_actor import ForecasterActor  # noqa: PLC0415 - not before our installation is first
 
         self._forecaster = ForecasterActor(node_id, find_coordinator, settings, node_cpus)
 
@@ -76,7 +78,8 @@ class PageProcess:
     """`serve_app.page.server.Page` on the starter's node."""
 
     def __init__(self, host: str, port: int, token: str) -> None:
-        from serve_app.page.server import Page  # noqa: PLC0415 - as above
+        own_installation.put_first()
+        from serve_app.page.server import Page  # noqa: PLC0415 - not before our installation is first
 
         self._page = Page(host, port, token)
 
