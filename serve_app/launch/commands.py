@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import runpy
 import signal
 import socket
 import sys
@@ -206,6 +207,13 @@ def drain(target: Annotated[str, typer.Argument(help="Replica or node id.")], ad
 def release(target: Annotated[str, typer.Argument(help="Replica or node id.")], address: AddressOption = "") -> None:
     """Let a drained replica or node back in, through a trial."""
     _command(address, target, False)
+
+
+@cli.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def train(context: typer.Context) -> None:
+    """Retrain the forecaster, as `python -m train` does where no other `train` hides ours; `--help` has the options."""
+    sys.argv[1:] = context.args
+    runpy.run_module("train", run_name="__main__", alter_sys=True)
 
 
 forecaster = typer.Typer(no_args_is_help=True, help="Versions of the node forecasters' model.")

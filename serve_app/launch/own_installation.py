@@ -50,6 +50,10 @@ def put_first(home: Path = HOME) -> None:
                 del sys.modules[name]
 
 
+SETUP_HOOK = f"{put_first.__module__}.{put_first.__qualname__}"
+"""For the runtime environment of a job of ours: Ray calls it as each worker starts."""
+
+
 def _lies_in(module: ModuleType, home: Path) -> bool:
     places = [Path(place).resolve() for place in getattr(module, "__path__", ())]
     return places == [(home / module.__name__).resolve()]
