@@ -11,14 +11,18 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from actors.serving_load import ServingLoad
+from shadecast import former
 from shadecast.balancer import Balancer, Command, TickInput, TickOutput
-from shadecast.config import Config
-from shadecast.errors import ConfigError
+from shadecast.config import TICK_JITTER, TICK_S, Config
+from shadecast.errors import ConfigError, MessageError
+from shadecast.inbox import Inbox, read_node
+from shadecast.messages import check
+from shadecast.tables import Publisher
 from shadecast.types import HORIZONS_S, NodeReport, Observed, RouterReport, RoutingTable, Transition
 
 logger = logging.getLogger(__name__)
@@ -28,6 +32,10 @@ _RESTORE_WAIT_S = 2.5
 _FORGET_S = 60.0
 """A deployment that no router has reported for so long is forgotten."""
 _SUPERVISE_S = 2.0
+_LOOK_AT_SETTINGS_S = 1.0
+
+Deployed = Callable[[str], tuple[bool, Any] | None]
+"""Whether a deployment's newest router only observes, and its settings; None where that cannot be told. Blocks."""
 
 
 @dataclass(slots=True)
@@ -35,9 +43,15 @@ class _Deployment:
     """One deployment's balancer and what arrived for it since its last tick."""
 
     balancer: Balancer
-    settings: Mapping[str, Any]
     created_s: float
     heard_s: float
+    settings: Any = None
+    """The newest, whether they are valid or not."""
+    observing: bool = False
+    settings_of: float = -1.0
+    """When the router was started whose settings they are, by its clock; infinite if they are Serve's own word."""
+    inbox: Inbox = field(default_factory=Inbox)
+    publisher: Publisher = field(default_factory=Publisher)
     routers: list[RouterReport] = field(default_factory=list)
     nodes: list[NodeReport] = field(default_factory=list)
     commands: list[Command] = field(default_factory=list)
@@ -47,6 +61,7 @@ class _Deployment:
     made_s: float = 0.0
     published: asyncio.Event = field(default_factory=asyncio.Event)
     seen: dict[str, tuple[float, str]] = field(default_factory=dict)
+    """When each router was heard, and its level."""
     mirrored: int = 0
     mirror_dropped: int = 0
     rescued: int = 0
@@ -64,11 +79,16 @@ class Coordinator:
         epoch: int | None = None,
         supervise: Callable[[], Iterable[str]] | None = None,
         uniform: Callable[[float, float], float] = random.uniform,
+        deployed: Deployed | None = None,
     ) -> None:
-        """`supervise` starts and stops node forecasters and returns the ids of the nodes that are alive (blocking)."""
+        """`supervise` starts and stops node forecasters and returns the ids of the nodes that are alive (blocking).
+
+        `deployed` tells what a deployment was last deployed with; without it the router that started last says so.
+        """
         self._now_s = now_s
         self._epoch = epoch if epoch is not None else time.time_ns()
-        self._supervise = supervise
+        self._supervise, self._deployed = supervise, deployed
+        self._warned: set[str] = set()
         self._uniform = uniform
         self._started_s = now_s()
         self._deployments: dict[str, _Deployment] = {}
@@ -79,14 +99,104 @@ class Coordinator:
 
     # ------------------------------------------------------------------ calls from routers and forecasters
 
-    async def report_router(self, report: RouterReport, settings: Mapping[str, Any]) -> bool:
-        """Take a router's report; True asks it to send the table that it holds with the next one."""
+    async def report(self, received: Any) -> dict[str, Any]:
+        """Take a router's report; the answer says which one was taken, and what is wanted. Raises MessageError."""
         self._wake()
         now_s = self._now_s()
-        known = self._deployments.get(report.deployment)
-        if known is None or known.settings != settings:
-            known = self._configure(report.deployment, settings, known, now_s)
+        try:
+            found = check(received, "report")
+            known = self._known(str(found.get("deployment", "")), now_s)
+            report, reply = known.inbox.take(found, now_s)
+        except MessageError as error:
+            self._warn(str(error))
+            raise
         known.heard_s = now_s
+        started = found.get("started_wall_s", 0.0)
+        if isinstance(started, (int, float)) and started > known.settings_of:
+            known.settings_of = float(started)
+            self._settle(known, bool(found.get("observes")), found.get("settings"))
+        if report is not None:
+            self._take(known, report, now_s)
+        return {**reply, "table_wanted": not known.restored and known.output is None}
+
+    async def table(self, deployment: str, held: tuple[int, int], timeout_s: float) -> dict[str, Any] | None:
+        """What makes the newest table of the one held, (epoch, version), and the settings; None after `timeout_s`."""
+        known = await self._newer(deployment, held := (held[0], held[1]), timeout_s)
+        if known is None:
+            return None
+        message = known.publisher.message(held)
+        age_s = self._now_s() - known.made_s
+        return {**message, "age_s": age_s, "settings": known.settings, "observing": known.observing}
+
+    async def node(self, received: Any) -> tuple[float, float]:
+        """Take a node's telemetry and forecast; what Serve has there: (requests in flight, arrivals per second)."""
+        try:
+            return self._take_node(read_node(received))
+        except MessageError as error:
+            self._warn(str(error))
+            raise
+
+    def _take_node(self, report: NodeReport) -> tuple[float, float]:
+        self._wake()
+        now_s = self._now_s()
+        self._nodes[report.node_id] = (now_s, report)
+        for known in self._deployments.values():
+            known.nodes.append(report)
+        return self._serving.on(report.node_id, now_s)
+
+    async def _newer(self, deployment: str, held: tuple[int, ...], timeout_s: float) -> _Deployment | None:
+        """A deployment once its table is newer than the one held; None after `timeout_s`."""
+        self._wake()
+        deadline_s = self._now_s() + timeout_s
+        while (remaining_s := deadline_s - self._now_s()) > 0.0:
+            known = self._deployments.get(deployment)
+            if known is None:
+                await asyncio.sleep(min(0.2, remaining_s))
+                continue
+            if known.output is not None and (known.output.table.epoch, known.output.table.version) > held:
+                return known
+            try:
+                await asyncio.wait_for(known.published.wait(), remaining_s)
+            except TimeoutError:
+                return None
+        return None
+
+    # ------------------------------------------------------------------ calls from Shadecast 0.1
+
+    async def report_router(self, received: Any, settings: Any) -> bool:
+        """A report by position; True asks for the table that the router holds."""
+        self._wake()
+        now_s = self._now_s()
+        report = former.read_report(received)
+        known = self._known(report.deployment, now_s)
+        known.heard_s = now_s
+        if known.settings_of < 0.0:
+            known.settings_of = 0.0
+            self._settle(known, report.level == "observing", settings)
+        self._take(known, report, now_s)
+        return not known.restored and known.output is None
+
+    async def report_node(self, received: Any) -> tuple[float, float]:
+        """A forecaster's report by position."""
+        return self._take_node(former.read_node(received))
+
+    async def wait_table(self, deployment: str, seen: tuple[int, int], timeout_s: float) -> RoutingTable | None:
+        """The whole table, by position."""
+        known = await self._newer(deployment, tuple(seen), timeout_s)
+        return known.output.table if known is not None and known.output is not None else None
+
+    # ------------------------------------------------------------------ reports and settings
+
+    def _known(self, deployment: str, now_s: float) -> _Deployment:
+        known = self._deployments.get(deployment)
+        if known is None:
+            known = self._deployments[deployment] = _Deployment(
+                Balancer(deployment, Config(), self._epoch), now_s, now_s
+            )
+            known.nodes.extend(node for _, node in self._nodes.values())
+        return known
+
+    def _take(self, known: _Deployment, report: RouterReport, now_s: float) -> None:
         self._serving.take(report, now_s)
         known.seen[report.router_id] = (now_s, report.level)
         known.mirrored += report.mirrored
@@ -98,38 +208,28 @@ class Coordinator:
         )
         known.finished += sum(max(r.finished, 0) for r in report.replicas)
         known.failed += sum(max(r.failed, 0) for r in report.replicas)
+        known.balancer.outrank(report.table_epoch)
         if report.held_table is not None and not known.restored:
             known.balancer.restore(report.held_table, now_s)
             known.restored = True
             logger.info("%s: went on from table %d", report.deployment, report.held_table.version)
         known.routers.append(report)
-        return not known.restored and known.output is None
 
-    async def report_node(self, report: NodeReport) -> tuple[float, float]:
-        """Take a node's telemetry and forecast; what Serve has there: (requests in flight, arrivals per second)."""
-        self._wake()
-        now_s = self._now_s()
-        self._nodes[report.node_id] = (now_s, report)
-        for known in self._deployments.values():
-            known.nodes.append(report)
-        return self._serving.on(report.node_id, now_s)
+    def _settle(self, known: _Deployment, observing: bool, settings: Any) -> None:
+        """Go by newer settings: routers hear of them with the next table. States, evidence and holds stay."""
+        if (observing, settings) == (known.observing, known.settings):
+            return
+        known.observing, known.settings = observing, settings
+        try:
+            known.balancer.reconfigure(Config.from_mapping(settings))
+        except ConfigError as error:
+            self._warn(f"{known.balancer.deployment}: {error}. Balancing goes on as it was.")
 
-    async def wait_table(self, deployment: str, seen: tuple[int, int], timeout_s: float) -> RoutingTable | None:
-        """The deployment's table once it is newer than `seen` (epoch, version); None after `timeout_s`."""
-        self._wake()
-        deadline_s = self._now_s() + timeout_s
-        while (remaining_s := deadline_s - self._now_s()) > 0.0:
-            known = self._deployments.get(deployment)
-            if known is None:
-                await asyncio.sleep(min(0.2, remaining_s))
-                continue
-            if known.output is not None and (known.output.table.epoch, known.output.table.version) > tuple(seen):
-                return known.output.table
-            try:
-                await asyncio.wait_for(known.published.wait(), remaining_s)
-            except TimeoutError:
-                return None
-        return None
+    def _warn(self, text: str) -> None:
+        """Once for each thing."""
+        if text not in self._warned:
+            self._warned.add(text)
+            logger.warning("%s", text)
 
     # ------------------------------------------------------------------ calls from people
 
@@ -164,6 +264,8 @@ class Coordinator:
             self._tasks = [loop.create_task(self._tick_forever())]
             if self._supervise is not None:
                 self._tasks.append(loop.create_task(self._supervise_forever(self._supervise)))
+            if self._deployed is not None:
+                self._tasks.append(loop.create_task(self._look_at_settings(self._deployed)))
 
     async def close(self) -> None:
         """Stop the loops."""
@@ -175,16 +277,14 @@ class Coordinator:
     async def _tick_forever(self) -> None:
         while True:
             now_s = self._now_s()
-            due_s = now_s + 0.5
+            due_s = now_s + TICK_S
             for deployment, known in list(self._deployments.items()):
                 if now_s >= known.next_tick_s:
                     try:
                         self.tick(deployment, now_s)
                     except Exception:
                         logger.exception("%s: tick failed; the last table stays in force", deployment)
-                    config = known.balancer.config.balance
-                    jitter = self._uniform(1.0 - config.tick_jitter, 1.0 + config.tick_jitter)
-                    known.next_tick_s = now_s + config.tick_s * jitter
+                    known.next_tick_s = now_s + TICK_S * self._uniform(1.0 - TICK_JITTER, 1.0 + TICK_JITTER)
                 due_s = min(due_s, known.next_tick_s)
             await asyncio.sleep(max(due_s - self._now_s(), 0.01))
 
@@ -197,9 +297,9 @@ class Coordinator:
         if (
             not known.restored
             and now_s - known.created_s < _RESTORE_WAIT_S
-            and self._has_predecessor(known, self._epoch)
+            and any(report.table_epoch not in (0, self._epoch) for report in known.routers)
         ):
-            return
+            return  # a router goes by a table that this life of the coordinator did not make
         routers, nodes, commands = tuple(known.routers), tuple(known.nodes), tuple(known.commands)
         known.routers.clear()
         known.nodes.clear()
@@ -207,6 +307,8 @@ class Coordinator:
         output = known.balancer.on_tick(TickInput(now_s, routers, nodes, commands))
         known.output = output
         known.made_s = now_s
+        known.publisher.publish(output.table)
+        known.seen = {router: seen for router, seen in known.seen.items() if now_s - seen[0] < _FORGET_S}
         for transition in output.transitions:
             self._transitions.append((now_s, transition))
             logger.info(
@@ -221,31 +323,6 @@ class Coordinator:
         known.published.set()
         known.published = asyncio.Event()
 
-    @staticmethod
-    def _has_predecessor(known: _Deployment, epoch: int) -> bool:
-        """Whether a router routes by a table that this life of the coordinator did not make."""
-        return any(report.table_epoch not in (0, epoch) for report in known.routers)
-
-    def _configure(
-        self, deployment: str, settings: Mapping[str, Any], known: _Deployment | None, now_s: float
-    ) -> _Deployment:
-        """A balancer for a deployment that is new or has changed its settings; states carry over."""
-        try:
-            config = Config.from_mapping(settings.get("config", settings))
-        except ConfigError as error:
-            logger.error("%s: %s. Balancing goes on with the defaults.", deployment, error)  # noqa: TRY400
-            config = Config()
-        made = _Deployment(Balancer(deployment, config, self._epoch), dict(settings), now_s, now_s)
-        for _, node in self._nodes.values():
-            made.nodes.append(node)
-        if known is not None and known.output is not None:
-            made.balancer.restore(known.output.table, now_s)
-            made.balancer.continue_versions(known.output.table.version)
-            made.restored = True
-            known.published.set()
-        self._deployments[deployment] = made
-        return made
-
     async def _supervise_forever(self, supervise: Callable[[], Iterable[str]]) -> None:
         while True:
             try:
@@ -255,6 +332,21 @@ class Coordinator:
             except Exception:
                 logger.exception("starting node forecasters failed; nodes are scored on live capacity meanwhile")
             await asyncio.sleep(_SUPERVISE_S)
+
+    async def _look_at_settings(self, deployed: Deployed) -> None:
+        """Serve keeps its router objects when a deployment's settings change: only it knows the newest."""
+        loop = asyncio.get_running_loop()
+        while True:
+            for deployment, known in list(self._deployments.items()):
+                try:
+                    newest = await loop.run_in_executor(None, deployed, deployment)
+                except Exception as error:  # Serve's controller restarts, say
+                    logger.debug("settings of %s: %r", deployment, error)
+                    continue
+                if newest is not None:
+                    known.settings_of = float("inf")
+                    self._settle(known, *newest)
+            await asyncio.sleep(_LOOK_AT_SETTINGS_S)
 
     # ------------------------------------------------------------------ views
 
@@ -280,7 +372,6 @@ class Coordinator:
             "routers": [
                 {"router_id": router_id, "level": level, "heard_s": now_s - at_s}
                 for router_id, (at_s, level) in known.seen.items()
-                if now_s - at_s < _FORGET_S
             ],
             "replicas": [asdict(view) for view in output.replicas] if output is not None else [],
         }

@@ -21,6 +21,7 @@ from typing import Any, Self
 import ray
 
 from shadecast.errors import ConfigError, ShadecastError
+from shadecast.inbox import node_message
 from shadecast.types import NodeReport
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ class CoordinatorLink:
         handle = self._handle
         if handle is None or not self._settled():
             return
-        self._pending.append(handle.report_node.remote(report))
+        self._pending.append(handle.node.remote(node_message(report)))
 
     def _settled(self) -> bool:
         """Whether few enough reports are under way; an actor that died for good is let go of."""

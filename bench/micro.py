@@ -25,6 +25,7 @@ from ray.serve._private.common import (
     DeploymentHandleSource,
     DeploymentID,
     ReplicaID,
+    ReplicaQueueLengthInfo,
     RequestMetadata,
 )
 from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
@@ -36,8 +37,8 @@ from rich.table import Table
 
 from bench.simulate.report import machine
 from serve_app.router import PredictiveRouter
+from shadecast.calls import Call, Calls, Event
 from shadecast.errors import ShadecastError
-from shadecast.ledger import Ledger
 from shadecast.pick import PickTable, cost_table
 from shadecast.types import RoutingTable, State, TableRow
 
@@ -79,12 +80,18 @@ class _Replica:
     async def get_queue_len(self, *, deadline_s: float) -> int:
         return 0
 
+    def try_send_request(self, pr: PendingRequest, with_rejection: bool) -> _Result:
+        return _Result()
+
 
 class _Result:
-    """A unary result by reference that tells its end when asked to."""
+    """A unary result by reference, accepted, that tells its end when asked to."""
 
     def __init__(self) -> None:
         self.tell: Callable[[Any], None] | None = None
+
+    async def get_rejection_response(self) -> ReplicaQueueLengthInfo:
+        return ReplicaQueueLengthInfo(accepted=True, num_ongoing_requests=1)
 
     def to_object_ref(self) -> _Result:
         return self
@@ -105,7 +112,7 @@ def main(
     repeats = 30 if quick else 200
     rows = asyncio.run(_decisions(repeats, console))
     rows += _rebuild(quick)
-    rows += _record(repeats)
+    rows += _calls(repeats)
     try:
         rows += _forecaster(quick)
     except ShadecastError as error:
@@ -136,14 +143,16 @@ async def _decisions(repeats: int, console: Console) -> list[Row]:
         await asyncio.sleep(0)
         taken: dict[tuple[str, str], list[float]] = {}
         with _without_gc():
-            for _ in range(repeats):  # in turn, so that all see the same machine
+            for version in range(2, repeats + 2):  # in turn, so that all see the same machine
                 for name, (router, labels) in arms.items():
+                    if isinstance(router, PredictiveRouter):  # it must not grow stale while others are measured
+                        router.take_table(_table(count, version, shifting=name == "shadecast_trials"))
                     taken.setdefault(("decision", name), []).append(_choose_batch(router, labels))
                     taken.setdefault(("way_to_a_replica", name), []).append(await _way_batch(router, labels))
         for (what, name), times in taken.items():
             rows.append(Row(what, name, count, "median_us", statistics.median(times) * 1e6))
             rows.append(Row(what, name, count, "p90_us", statistics.quantiles(times, n=10)[-1] * 1e6))
-        rows += _swap(arms["shadecast"][0], count, max(repeats // 4, 10))
+        rows += _swap(arms["shadecast"][0], count, repeats + 2, max(repeats // 4, 10))
         rows += await _outcomes(arms["shadecast"][0], count, repeats)
         for router, _ in arms.values():
             _stop(router)
@@ -162,7 +171,6 @@ def _router(kind: type[RequestRouter], count: int, *, shifting: bool = False) ->
     router.update_replicas([_Replica(ReplicaID(f"r{i:04d}", _DEPLOYMENT), f"n{i % 100}") for i in range(count)])
     if isinstance(router, PredictiveRouter):
         router.take_table(_table(count, 1, shifting=shifting))
-        router._table_s = time.monotonic() + 3600.0  # it must not grow stale while others are measured
     return router
 
 
@@ -203,6 +211,9 @@ _SERIAL = _numbers()
 def _choose_batch(router: Any, labels: dict[str, Any]) -> float:
     """Seconds a decision: `choose_replicas` to its end and the first rank looked at, as Serve does."""
     requests, replicas, chosen = _requests(labels, _SERIAL), router._replicas_list, []
+    ours = isinstance(router, PredictiveRouter)
+    for request in requests if ours else ():
+        router.asked(request)
     choose = router.choose_replicas
     started_s = time.perf_counter()
     for request in requests:
@@ -211,8 +222,9 @@ def _choose_batch(router: Any, labels: dict[str, Any]) -> float:
         except StopIteration as done:
             chosen.append(next(iter(done.value))[0])
     taken_s = time.perf_counter() - started_s
-    for request, replica in zip(requests, chosen, strict=True):
-        router.on_request_completed(replica.replica_id, request.metadata.internal_request_id)
+    assert len(chosen) == len(requests)
+    for request in requests if ours else ():
+        router.given_up(request)
     return taken_s / len(requests)
 
 
@@ -225,14 +237,15 @@ async def _way_batch(router: Any, labels: dict[str, Any]) -> float:
     for request in requests:
         chosen.append(await router._choose_replica_for_request(request))
     taken_s = time.perf_counter() - started_s
-    for request, replica in zip(requests, chosen, strict=True):
-        router.on_request_completed(replica.replica_id, request.metadata.internal_request_id)
+    assert len(chosen) == len(requests)
+    for request in requests if isinstance(router, PredictiveRouter) else ():
+        router.given_up(request)
     return taken_s / len(requests)
 
 
-def _swap(router: Any, count: int, repeats: int) -> list[Row]:
+def _swap(router: Any, count: int, first: int, repeats: int) -> list[Row]:
     times = []
-    for version in range(2, repeats + 2):
+    for version in range(first, first + repeats):
         table = _table(count, version)
         started_s = time.perf_counter()
         router.take_table(table)
@@ -241,20 +254,20 @@ def _swap(router: Any, count: int, repeats: int) -> list[Row]:
 
 
 async def _outcomes(router: Any, count: int, repeats: int) -> list[Row]:
-    """The router's own work for an accepted request: account for it, watch it, record its end."""
+    """The router's own work for a chosen request: send it, hear that it was accepted, watch it, record its end."""
     times = []
     for _ in range(max(repeats // 4, 10)):
         requests = _requests({}, _SERIAL)
-        results = [_Result() for _ in requests]
-        replica_id = router._replicas_list[0].replica_id
+        replicas = [await router._choose_replica_for_request(request) for request in requests]
         started_s = time.perf_counter()
-        for request, result in zip(requests, results, strict=True):
-            router.on_request_routed(request, replica_id, result)
-            assert result.tell is not None
-            result.tell(None)
+        for request, replica in zip(requests, replicas, strict=True):
+            result = replica.try_send_request(request, with_rejection=True)
+            await result.get_rejection_response()
+            assert result.inner.tell is not None
+            result.inner.tell(None)
         await asyncio.sleep(0)
         times.append((time.perf_counter() - started_s) / len(requests))
-    assert router._ledger.in_flight(replica_id.unique_id) == 0
+    assert not router.calls.book.open_calls
     return [Row("outcome", "shadecast_router", count, "median_us", statistics.median(times) * 1e6)]
 
 
@@ -282,15 +295,20 @@ def _rebuild(quick: bool) -> list[Row]:
     return rows
 
 
-def _record(repeats: int) -> list[Row]:
-    ledger = Ledger("router", "micro/noop")
+def _calls(repeats: int) -> list[Row]:
+    """The book of calls alone: a call from its choice to its end."""
+    book: Calls[Call] = Calls()
 
     def once() -> None:
-        for i in range(_BATCH):
-            ledger.start(str(i), "r", 1.0, 2.0)
-            ledger.finish(str(i), "r", 1.1, ok=True)
+        for _ in range(_BATCH):
+            call = Call()
+            book.open(call, 1.0)
+            book.handle(call, Event.CHOOSE, 1.0, replica_id="r")
+            book.handle(call, Event.SEND, 1.0)
+            book.handle(call, Event.ACCEPT, 1.0, others=2.0)
+            book.handle(call, Event.END, 1.1, ok=True)
 
-    return [Row("outcome", "shadecast_ledger", 1, "median_us", _median_s(once, repeats) / _BATCH * 1e6)]
+    return [Row("calls", "shadecast", 1, "median_us", _median_s(once, repeats) / _BATCH * 1e6)]
 
 
 def _forecaster(quick: bool) -> list[Row]:
@@ -347,6 +365,8 @@ def checks(rows: Iterable[Row]) -> list[tuple[str, float, float, bool]]:
         ("rebuild for 128 replicas, ms", small, 0.5, small <= 0.5),
         ("rebuild for 10,000 replicas, ms", large, 50.0, large <= 50.0),
     ]
+    calls = found["calls", "shadecast", 1, "median_us"]
+    made.append(("a call in the book, us", calls, 3.0, calls <= 3.0))
     ratio = found.get(("throughput", "shadecast", 4, "ratio_to_default"))
     if ratio is not None:
         made.append(("throughput, times the default's", ratio, 0.98, ratio >= 0.98))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from statistics import median
 
+from shadecast.config import LOST_AFTER_S
 from shadecast.connection import Event
 from shadecast.fleet import BOOTSTRAP_REQUESTS, Fleet, Replica
 from shadecast.trials import Trials
@@ -27,7 +28,7 @@ class Admission:
     """Begins trials, and shares the mirrored budget among them."""
 
     def __init__(self, fleet: Fleet, urgency: Urgency, trials: Trials) -> None:
-        self._fleet, self._urgency, self._trials, self._config = fleet, urgency, trials, fleet.config
+        self._fleet, self._urgency, self._trials = fleet, urgency, trials
 
     def admit(self) -> None:
         """Let in who may."""
@@ -51,7 +52,7 @@ class Admission:
                     self._trials.apply(known, Event.ADMIT_URGENT, f"{urgent}: no time for a trial")
             fit = [r for r in fit if r.connection.state is State.INACTIVE]
         on_trial = sum(1 for r in replicas if r.connection.state is State.SHADOWING)
-        trial = self._config.trial
+        trial = self._fleet.config.trial
         by_mirrors = int(trial.mirror_budget / max(trial.mirror_fraction, 1e-9))
         by_count = math.ceil(trial.candidate_budget * len(replicas))
         free = max(by_mirrors, by_count, 1) - on_trial
@@ -63,7 +64,9 @@ class Admission:
         """At a first start, under panic and where nothing serves there is nobody to be tried beside."""
         fleet = self._fleet
         since_first_s = fleet.now_s - (fleet.first_seen_s or fleet.now_s)
-        first_start = since_first_s < self._config.balance.bootstrap_s or fleet.finished_total < BOOTSTRAP_REQUESTS
+        first_start = (
+            since_first_s < self._fleet.config.balance.bootstrap_s or fleet.finished_total < BOOTSTRAP_REQUESTS
+        )
         serving, panic = bool(fleet.serving()), fleet.panic()
         if not first_start and not panic and serving:
             return False
@@ -82,12 +85,12 @@ class Admission:
         After a restart it may take a moment longer than the replica; a forecaster that stays away keeps nobody out.
         """
         node, now_s = self._fleet.nodes.get(known.connection.node_id), self._fleet.now_s
-        silent = node is not None and now_s - node.made_s > self._config.balance.lost_after_s
+        silent = node is not None and now_s - node.made_s > LOST_AFTER_S
         return not silent or (known.queue == 0 and now_s - known.connection.since_s > _UNHEARD_S)
 
     def plan_mirrors(self) -> None:
         """Split the mirrored budget; with little traffic it grows, up to a candidate's fair share."""
-        trial, replicas, serving = self._config.trial, self._fleet.replicas.values(), self._fleet.serving()
+        trial, replicas, serving = self._fleet.config.trial, self._fleet.replicas.values(), self._fleet.serving()
         usual = median([r.capacity for r in serving]) if len(serving) > 1 else 0.0
         for known in replicas:
             known.mirror_fraction = 0.0

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from shadecast.admission import Admission
-from shadecast.config import Config
+from shadecast.config import LOST_AFTER_S, TICK_S, Config
 from shadecast.connection import Connection, Event, backoff_s
 from shadecast.estimates import Estimates, is_plausible
 from shadecast.fleet import Fleet, Replica
@@ -96,7 +96,6 @@ class Balancer:
 
     def __init__(self, deployment: str, config: Config, epoch: int) -> None:
         self.deployment = deployment
-        self.config = config
         self._epoch = epoch
         self._version = 0
         self._last_tick_s: float | None = None
@@ -105,6 +104,21 @@ class Balancer:
         self._urgency = Urgency(self._fleet, self._estimates)
         self._trials = Trials(self._fleet, self._estimates, self._urgency)
         self._admission = Admission(self._fleet, self._urgency, self._trials)
+
+    @property
+    def config(self) -> Config:
+        """In force since the last `reconfigure`."""
+        return self._fleet.config
+
+    def reconfigure(self, config: Config) -> None:
+        """Go by other settings from the next tick on; states, counts, evidence and holds stay as they are."""
+        self._fleet.config = config
+        self._estimates.reconfigure()
+
+    def outrank(self, epoch: int) -> None:
+        """A router holds a table of that epoch: ours are newer, also where the clock was set back meanwhile."""
+        if epoch > self._epoch:
+            self._epoch = epoch + 1
 
     def restore(self, table: RoutingTable, now_s: float) -> None:
         """Take over from a table that a router still holds, after the coordinator was restarted.
@@ -124,18 +138,14 @@ class Balancer:
             known.capacity = known.steady = known.live_capacity = known.slow_capacity = max(row.capacity, 0.01)
         self._fleet.assume_used(table, now_s)
 
-    def continue_versions(self, version: int) -> None:
-        """Number the tables on from `version`, within the same epoch."""
-        self._version = version
-
     def on_tick(self, tick: TickInput) -> TickOutput:
         """One round: take in what arrived, estimate, decide, publish. Never raises on bad reports: it drops them."""
-        now_s, elapsed_s = tick.now_s, self.config.balance.tick_s
+        now_s, elapsed_s = tick.now_s, TICK_S
         if self._last_tick_s is not None:
             now_s = max(now_s, self._last_tick_s)
             elapsed_s = now_s - self._last_tick_s
         self._last_tick_s = now_s
-        self._trials.transitions = []
+        self._trials.begin()
         self._fleet.advance(now_s, elapsed_s)
         for node in tick.nodes:
             self._fleet.take_node(node)
@@ -143,7 +153,7 @@ class Balancer:
         self._fleet.sum_rates()
         for report in taken:  # only now: a replica's errors are judged by the others' rates of the same time
             self._observe(report)
-        self._fleet.count_queues()
+        self._fleet.forget_routers()
         self._estimates.update(elapsed_s)
         for command in tick.commands:
             self._command(command)
@@ -189,24 +199,21 @@ class Balancer:
                 known.connection = replace(c, held=True)
 
     def _lose(self) -> None:
-        limit_s = self.config.balance.lost_after_s
-        reports = self._fleet.fresh_routers()
-        if not reports:
+        if not self._fleet.routers:
             return  # nobody to ask: keep what is known
-        listed = {view.replica_id for report in reports for view in report.replicas}
-        for replica_id, known in list(self._fleet.replicas.items()):
-            if replica_id not in listed:
+        for known in list(self._fleet.replicas.values()):
+            if not known.listed:
                 if known.connection.state is State.ACTIVE and not known.connection.rejections:
                     self._fleet.note_left(known)
                 self._trials.apply(known, Event.LOST, "no router lists the replica any more")
                 self._fleet.remove(known)
-            elif known.takes_traffic and self._unreachable(known, limit_s):
-                self._trials.apply(known, Event.LOST, f"node silent and no request finished for {limit_s:g} s")
+            elif known.takes_traffic and self._unreachable(known):
+                self._trials.apply(known, Event.LOST, f"node silent and no request finished for {LOST_AFTER_S:g} s")
 
-    def _unreachable(self, known: Replica, limit_s: float) -> bool:
+    def _unreachable(self, known: Replica) -> bool:
         node, now_s = self._fleet.nodes.get(known.connection.node_id), self._fleet.now_s
-        silent = node is not None and now_s - node.made_s > limit_s
-        return silent and known.queue > 0 and now_s - known.progress_s > limit_s
+        silent = node is not None and now_s - node.made_s > LOST_AFTER_S
+        return silent and known.queue > 0 and now_s - known.progress_s > LOST_AFTER_S
 
     # ------------------------------------------------------------------ output
 

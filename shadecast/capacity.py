@@ -17,7 +17,6 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from shadecast.config import BalanceConfig
 from shadecast.types import HORIZONS_S, RESOURCES, Forecast, NodeSnapshot
 
 _MIN_HEADROOM = 0.05
@@ -42,6 +41,18 @@ _TABLE_LIFE_S = 1.5
 """A table is made, travels and is in use for so long: a veto must be there before what it is for."""
 _VETO_HOLD_S = 0.5
 """Half of what lies between two samples: a forecast's end of a disturbance is not known more exactly."""
+HALF_LIFE_S = 2.0
+"""Of the live capacity estimate."""
+DEAD_BAND = 0.2
+"""Log change that a forecast must exceed to count."""
+RISE_PER_S, FALL_PER_S = 0.3, 0.6
+"""Capacity may move by so much of nominal in a second."""
+VETO_SPEED = 0.15
+"""Predicted speed under which a node is nearly left."""
+VETO_FACTOR = 0.05
+"""What a veto leaves of the capacity."""
+_VETO_MAX_FRACTION = 0.25
+"""A veto of many nodes at once is more likely a bad model."""
 _SQRT_2 = math.sqrt(2.0)
 _SQRT_2_PI = math.sqrt(2.0 * math.pi)
 
@@ -298,33 +309,32 @@ def outlook(
     return Outlook(change, math.sqrt(variance), worst, memory_high, forecast.veto_allowed)
 
 
-def blend(log_live: float, log_change: float, config: BalanceConfig, error_sigma: float = 0.0) -> float:
+def blend(log_live: float, log_change: float, weight: float, error_sigma: float = 0.0) -> float:
     """Log capacity from the live log speed and the (already gated) forecast change.
 
-    `beta * sign(z) * max(|z| - delta, 0)` with delta = max(dead band, 1.3 sigma of the log error).
+    `weight * sign(z) * max(|z| - delta, 0)` with delta = max(dead band, 1.3 sigma of the log error).
     """
-    delta = max(config.dead_band, 1.3 * error_sigma)
-    counted = config.forecast_weight * max(abs(log_change) - delta, 0.0)
+    delta = max(DEAD_BAND, 1.3 * error_sigma)
+    counted = weight * max(abs(log_change) - delta, 0.0)
     return log_live + math.copysign(counted, log_change)
 
 
-def limit_rate(before: float, wanted: float, elapsed_s: float, config: BalanceConfig) -> float:
+def limit_rate(before: float, wanted: float, elapsed_s: float) -> float:
     """`wanted` capacity, moved from `before` by no more than the additive rates allow in `elapsed_s`."""
     if not math.isfinite(wanted):
         return before
-    up, down = config.rise_per_s * max(elapsed_s, 0.0), config.fall_per_s * max(elapsed_s, 0.0)
+    up, down = RISE_PER_S * max(elapsed_s, 0.0), FALL_PER_S * max(elapsed_s, 0.0)
     return min(max(wanted, before - down), before + up)
 
 
-def vetoes(outlooks: Mapping[str, Outlook], config: BalanceConfig, memory_limit: float) -> frozenset[str]:
-    """Nodes to leave because their forecast is dire: the worst ones, at most the configured fraction of all."""
+def vetoes(outlooks: Mapping[str, Outlook], memory_limit: float) -> frozenset[str]:
+    """Nodes to leave because their forecast is dire: the worst ones, at most a quarter of all."""
     dire = [
         (view.worst_log_speed - (10.0 if view.memory_high > memory_limit else 0.0), node_id)
         for node_id, view in outlooks.items()
-        if view.alarm
-        and (view.worst_log_speed < math.log(max(config.veto_speed, 1e-9)) or view.memory_high > memory_limit)
+        if view.alarm and (view.worst_log_speed < math.log(VETO_SPEED) or view.memory_high > memory_limit)
     ]
-    allowed = int(config.veto_max_fraction * len(outlooks))
+    allowed = int(_VETO_MAX_FRACTION * len(outlooks))
     return frozenset(node_id for _, node_id in sorted(dire)[:allowed])
 
 
@@ -334,13 +344,11 @@ class Veto:
     def __init__(self) -> None:
         self._until_s: dict[str, float] = {}
 
-    def step(
-        self, outlooks: Mapping[str, Outlook], config: BalanceConfig, memory_limit: float, now_s: float
-    ) -> frozenset[str]:
-        """The nodes to leave now: the dire ones first, at most the configured fraction of all."""
-        dire = vetoes(outlooks, config, memory_limit)
+    def step(self, outlooks: Mapping[str, Outlook], memory_limit: float, now_s: float) -> frozenset[str]:
+        """The nodes to leave now: the dire ones first, at most a quarter of all."""
+        dire = vetoes(outlooks, memory_limit)
         self._until_s.update(dict.fromkeys(dire, now_s + _VETO_HOLD_S))
         self._until_s = {n: until_s for n, until_s in self._until_s.items() if until_s > now_s and n in outlooks}
-        allowed = int(config.veto_max_fraction * len(outlooks))
+        allowed = int(_VETO_MAX_FRACTION * len(outlooks))
         lately = sorted((n for n in self._until_s if n not in dire), key=lambda n: (-self._until_s[n], n))
         return frozenset([*dire, *lately[: allowed - len(dire)]])

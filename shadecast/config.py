@@ -15,6 +15,32 @@ from typing import Any, Self
 
 from shadecast.errors import ConfigError
 
+TICK_S = 0.5
+"""Between two tables. Slower ones herd requests, faster ones cost more than they tell."""
+TICK_JITTER = 0.1
+"""Of a tick: coordinators must not fall into step."""
+REPORT_S = 1.0
+"""Between two reports of a router. A late report hides a slow node."""
+TABLE_TTL_S = 3.0
+"""An older table says nothing of queues any more, nor of what was forecast."""
+LOCAL_ONLY_AGE_S = 5.0
+"""From this age of its table on a router goes by power of two choices."""
+LOST_AFTER_S = 5.0
+"""A replica, router or node that was not heard of for so long is gone."""
+CHOICES = 4
+"""d of the pick: 1 is random, with all replicas routers herd."""
+
+_RETIRED = {
+    "balance": frozenset(
+        (
+            *("tick_s", "tick_jitter", "report_s", "table_ttl_s", "local_only_age_s", "lost_after_s", "choices"),
+            *("dead_band", "rise_per_s", "fall_per_s", "half_life_s", "rescue_speed"),
+            *("veto_speed", "veto_factor", "veto_max_fraction"),
+        )
+    )
+}
+"""Settings of former versions. Deployments that still name them must not lose their others: they are left out."""
+
 
 def _check_function(name: str, value: Any, words: tuple[str, ...], what: str) -> None:
     """Refuse what is neither one of `words` nor "module:function"."""
@@ -38,29 +64,33 @@ class _Section:
     def __post_init__(self) -> None:
         for f in fields(self):  # type: ignore[arg-type]
             if "low" in f.metadata:
-                _check_bounds(f"{self._name}.{f.name}", getattr(self, f.name), f.type, f.metadata)
+                value = _checked(f"{self._name}.{f.name}", getattr(self, f.name), f.type, f.metadata)
+                object.__setattr__(self, f.name, value)
 
     @classmethod
-    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
+    def from_mapping(cls, values: Any) -> Self:
         """Build from plain values; raises ConfigError on an unknown key or a value out of bounds."""
         if not isinstance(values, Mapping):
             raise ConfigError(f"{cls._name} = {values!r}: must be a mapping of settings")
         known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+        retired = _RETIRED.get(cls._name, ())
         for key in values:
-            if key not in known:
+            if key not in known and key not in retired:
                 raise ConfigError(
                     f"{cls._name}.{key} = {values[key]!r}: unknown setting; known are {', '.join(sorted(known))}"
                 )
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known})
 
 
-def _check_bounds(name: str, value: Any, kind: Any, meta: Mapping[str, Any]) -> None:
+def _checked(name: str, value: Any, kind: Any, meta: Mapping[str, Any]) -> int | float:
+    """The value as its kind of number; raises ConfigError if it is none or out of bounds."""
     low, high, why = meta["low"], meta["high"], meta["why"]
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if number and kind == "int" and not float(value).is_integer():
         raise ConfigError(f"{name} = {value!r}: must be a whole number from {low:g} to {high:g} ({why})")
     if not number or math.isnan(value) or not low <= value <= high:
         raise ConfigError(f"{name} = {value!r}: must be a number from {low:g} to {high:g} ({why})")
+    return int(value) if kind == "int" else float(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,36 +99,21 @@ class BalanceConfig(_Section):
 
     _name = "balance"
 
-    tick_s: float = _bounded(0.5, 0.1, 5.0, "slower tables herd requests, faster ones cost more than they tell")
-    tick_jitter: float = _bounded(0.1, 0.0, 0.5, "fraction of the tick; coordinators must not fall into step")
-    report_s: float = _bounded(1.0, 0.1, 5.0, "how often a router reports; a late report hides a slow node")
-    table_ttl_s: float = _bounded(3.0, 0.5, 60.0, "an older table says nothing about queues any more")
-    local_only_age_s: float = _bounded(5.0, 1.0, 120.0, "from this age on a router uses power of two choices")
-    choices: int = _bounded(4, 1, 64, "d of the pick; 1 is random, all replicas herd")
-    forecast_weight: float = _bounded(1.0, 0.0, 1.0, "beta; 0 is live capacity only")
-    dead_band: float = _bounded(0.2, 0.0, 2.0, "log change that a forecast must exceed to count")
-    rise_per_s: float = _bounded(0.3, 0.01, 10.0, "capacity may rise by this much of nominal in a second")
-    fall_per_s: float = _bounded(0.6, 0.01, 10.0, "capacity may fall by this much of nominal in a second")
-    veto_speed: float = _bounded(0.15, 0.0, 1.0, "predicted speed under which a node is nearly left")
-    veto_factor: float = _bounded(0.05, 0.0, 1.0, "what a veto leaves of the capacity")
-    veto_max_fraction: float = _bounded(0.25, 0.0, 1.0, "a veto of many nodes at once is more likely a bad model")
+    forecast_weight: float = _bounded(1.0, 0.0, 1.0, "how far forecasts count; 0 is live capacity only")
     panic_fraction: float = _bounded(
         0.5, 0.0, 1.0, "with fewer of the proven replicas eligible, all that live get load"
     )
     urgent_load: float = _bounded(0.85, 0.0, 10.0, "predicted load of the active set beyond which newcomers skip trial")
-    half_life_s: float = _bounded(2.0, 0.1, 60.0, "of the live capacity estimate")
     slots: float = _bounded(0.0, 0.0, 4096.0, "c, parallel slots of a replica; 0 learns it")
     batch_half: float = _bounded(0.0, 0.0, 4096.0, "b0, batch at which speed halves; 0 means FIFO slots")
     bootstrap_s: float = _bounded(15.0, 0.0, 600.0, "after a deployment is first seen, replicas enter without a trial")
-    rescue_fraction: float = _bounded(0.01, 0.0, 0.2, "of requests may be sent again from a collapsed replica; 0: none")
-    rescue_speed: float = _bounded(0.25, 0.0, 1.0, "a replica below this part of the median capacity has collapsed")
-    lost_after_s: float = _bounded(5.0, 1.0, 120.0, "a replica or router not heard of for so long is gone")
+    rescue_fraction: float = _bounded(0.01, 0.0, 0.2, "of requests may be sent again from a slow replica; 0: none")
     cost: str = ""
     """A "module:function" of (args, kwargs) of a call that gives its cost in units of work; empty: each costs 1."""
 
     resume: str = ""
     """Keyword argument by which streaming methods take the items that a reader has had, to go on after them; a stream
-    that stalls on a collapsed replica, or whose replica died, so goes on elsewhere. Empty: streams stay."""
+    that stalls on a slow replica, or whose replica died, so goes on elsewhere. Empty: streams stay."""
 
     def __post_init__(self) -> None:
         super(BalanceConfig, self).__post_init__()
@@ -152,12 +167,14 @@ class TrialConfig(_Section):
     def __post_init__(self) -> None:
         super(TrialConfig, self).__post_init__()
         methods: Any = self.copy_methods
-        if isinstance(methods, str) or not all(isinstance(m, str) for m in methods):
+        if not isinstance(methods, tuple) or not all(isinstance(m, str) for m in methods):
             raise ConfigError(f"trial.copy_methods = {methods!r}: must be a list of method names")
         _check_function("trial.compare", self.compare, ("", "exact", "close"), "it compares two answers")
         ramp = self.ramp
         try:
-            rising = len(ramp) > 0 and all(0 < a < b for a, b in pairwise(ramp)) and ramp[0] > 0
+            rising = (
+                isinstance(ramp, tuple) and len(ramp) > 0 and all(0 < a < b for a, b in pairwise(ramp)) and ramp[0] > 0
+            )
             good = rising and ramp[-1] == 1.0
         except TypeError:
             good = False
@@ -209,19 +226,38 @@ class Config:
     forecast: ForecastConfig = field(default_factory=ForecastConfig)
 
     @classmethod
-    def from_mapping(cls, values: Mapping[str, Any] | None) -> Config:
-        """Build from a mapping of sections, e.g. `{"trial": {"mirror_fraction": 0.05}}`; raises ConfigError."""
-        sections: dict[str, type[_Section]] = {
-            "balance": BalanceConfig,
-            "trial": TrialConfig,
-            "session": SessionConfig,
-            "forecast": ForecastConfig,
-        }
-        given = values or {}
+    def from_mapping(cls, values: Any) -> Config:
+        """Build from a mapping of sections, e.g. `{"trial": {"mirror_fraction": 0.05}}`; raises ConfigError.
+
+        None means the defaults. Settings that former versions had are left out; `retired_settings` names them.
+        """
+        given = {} if values is None else values
         if not isinstance(given, Mapping):
-            raise ConfigError(f"config = {values!r}: must be a mapping of sections {', '.join(sections)}")
+            raise ConfigError(f"config = {values!r}: must be a mapping of sections {', '.join(_SECTIONS)}")
         for key in given:
-            if key not in sections:
-                raise ConfigError(f"{key} = {given[key]!r}: unknown section; known are {', '.join(sections)}")
-        built: dict[str, Any] = {name: kind.from_mapping(given.get(name, {})) for name, kind in sections.items()}
-        return cls(**built)
+            if key not in _SECTIONS:
+                raise ConfigError(f"{key} = {given[key]!r}: unknown section; known are {', '.join(_SECTIONS)}")
+        return cls(**{name: kind.from_mapping(given.get(name, {})) for name, kind in _SECTIONS.items()})
+
+
+_SECTIONS: dict[str, Any] = {
+    "balance": BalanceConfig,
+    "trial": TrialConfig,
+    "session": SessionConfig,
+    "forecast": ForecastConfig,
+}
+
+
+def sections(router_kwargs: Any) -> Any:
+    """The mapping of sections in `request_router_kwargs`: under `config`, or given as they are. Not checked."""
+    if not isinstance(router_kwargs, Mapping):
+        return router_kwargs
+    given = router_kwargs.get("config")
+    bare = {name: values for name, values in router_kwargs.items() if name != "config"}
+    return {**(given or {}), **bare} if given is None or isinstance(given, Mapping) else given
+
+
+def retired_settings(values: Any) -> list[str]:
+    """Names in a valid mapping of sections that are settings no more."""
+    given = values if isinstance(values, Mapping) else {}
+    return [f"{section}.{key}" for section, gone in _RETIRED.items() for key in given.get(section, {}) if key in gone]

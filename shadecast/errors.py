@@ -13,5 +13,5 @@ class TransitionError(ShadecastError):
     """An event that the state table does not list for the connection's state; nothing was changed."""
 
 
-class ReportError(ShadecastError, ValueError):
-    """A report that cannot be true (NaN, negative, duplicate ids); it is dropped and counted."""
+class MessageError(ShadecastError):
+    """A message between processes cannot be read: most likely they are of different versions."""

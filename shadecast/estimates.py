@@ -7,10 +7,11 @@ in `service_curve`, what something usually takes in `yardstick`. Here they meet.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator
 from statistics import median
 
 from shadecast import capacity as cap
+from shadecast.config import TICK_S
 from shadecast.fleet import Fleet, Replica
 from shadecast.service_curve import Curve, CurveLearner
 from shadecast.types import Outcome, PairedSample, ReplicaReport, State
@@ -31,8 +32,9 @@ class Estimates:
     """Speeds of a fleet's replicas. Feed observations, then `update` once a tick."""
 
     def __init__(self, fleet: Fleet) -> None:
-        self._fleet, self._config = fleet, fleet.config
-        self._curve = CurveLearner(self._config.balance.slots, self._config.balance.batch_half)
+        self._fleet = fleet
+        balance = fleet.config.balance
+        self._curve = CurveLearner(balance.slots, balance.batch_half)
         self._sensitivity = cap.Sensitivity()
         self._duration = Yardstick()
         """Processing time of a request alone on a replica."""
@@ -91,7 +93,7 @@ class Estimates:
 
     def update(self, elapsed_s: float) -> None:
         """Capacities of all replicas, as published from now on."""
-        config, fleet = self._config.balance, self._fleet
+        fleet, weight = self._fleet, self._fleet.config.balance.forecast_weight
         gamma = self._sensitivity.solve()
         self._curve.fit()
         serving = fleet.serving()
@@ -103,28 +105,33 @@ class Estimates:
             if node is not None:
                 report, age_s = node.report, fleet.age_s(node)
                 outlooks[node_id] = cap.outlook(report.forecast, report.snapshot, gamma, age_s, self.look_ahead_s())
-        vetoed = self._veto.step(outlooks, config, self._config.trial.memory_limit, fleet.now_s)
-        unfinished = self._unfinished()
-        for replica_id, known in fleet.replicas.items():
+        forecast = outlooks if weight > 0.0 else {}
+        vetoed = self._veto.step(forecast, fleet.config.trial.memory_limit, fleet.now_s)
+        for known in fleet.replicas.values():
             node_id = known.connection.node_id
             explained = self._explained(known)
             known.speed.settle(self._noise(known))
             if known.doubted_s is not None:
                 known.speed.renew()
-            residual = self._with_unfinished(known, unfinished.get(replica_id, ()), explained)
+            residual = self._with_unfinished(known, explained)
             known.unexplained = residual
             log_live = max(explained + residual, math.log(0.01))
             known.live_capacity = math.exp(log_live)
             known.outlook = outlooks[node_id]
             known.vetoed = node_id in vetoed
             view = known.outlook
-            wanted = math.exp(cap.blend(log_live, view.log_change, config, view.error_sigma))
-            known.steady = max(cap.limit_rate(known.steady, wanted, elapsed_s, config), 0.01)
-            known.capacity = max(known.steady * config.veto_factor, 0.01) if known.vetoed else known.steady
+            wanted = math.exp(cap.blend(log_live, view.log_change, weight, view.error_sigma))
+            known.steady = max(cap.limit_rate(known.steady, wanted, elapsed_s), 0.01)
+            known.capacity = max(known.steady * cap.VETO_FACTOR, 0.01) if known.vetoed else known.steady
             keep = 0.5 ** (max(elapsed_s, 0.0) / _SLOW_HALF_LIFE_S)
             known.slow_capacity = keep * known.slow_capacity + (1.0 - keep) * known.steady
         self._usual = median([self._log_speed(r) for r in serving] or [0.0])
         self.load = self._predicted_load()
+
+    def reconfigure(self) -> None:
+        """The fleet's configuration has changed."""
+        balance = self._fleet.config.balance
+        self._curve.fix(balance.slots, balance.batch_half)
 
     @property
     def curve(self) -> Curve:
@@ -149,9 +156,8 @@ class Estimates:
 
     def look_ahead_s(self) -> float:
         """H: the median residence of a request, at least a tick, at most 10 s."""
-        if self._config.forecast.residence_s > 0.0:
-            return self._config.forecast.residence_s
-        return min(max(self.reference_s or 1.0, self._config.balance.tick_s), 10.0)
+        residence_s = self._fleet.config.forecast.residence_s
+        return residence_s if residence_s > 0.0 else min(max(self.reference_s or 1.0, TICK_S), 10.0)
 
     def is_paced(self, known: Replica) -> bool:
         """Whether streams' items say how fast it is."""
@@ -185,20 +191,7 @@ class Estimates:
         """Spread of one observation of the kind that says how fast the replica is."""
         return self._pace.noise if self.is_paced(known) else self._duration.noise
 
-    def _unfinished(self) -> dict[str, list[tuple[float, float, float]]]:
-        """Per replica the (age now, in-flight at start, cost) of live requests, of all routers."""
-        found: dict[str, list[tuple[float, float, float]]] = {}
-        for seen_s, report in self._fleet.routers.values():
-            for view in report.replicas:
-                for entry in view.unfinished:
-                    if is_plausible(entry.age_s, entry.in_flight_at_start, entry.cost):
-                        age_s = entry.age_s + (self._fleet.now_s - seen_s)
-                        found.setdefault(view.replica_id, []).append((age_s, entry.in_flight_at_start, entry.cost))
-        return found
-
-    def _with_unfinished(
-        self, known: Replica, unfinished: Iterable[tuple[float, float, float]], explained: float
-    ) -> float:
+    def _with_unfinished(self, known: Replica, explained: float) -> float:
         """The residual log speed after counting requests that have run far longer than expected.
 
         Only far longer: of those under way at any time the long ones are the most, and slowness of the replica is not
@@ -206,11 +199,11 @@ class Estimates:
         """
         residual = known.speed.residual(self._noise(known))
         reference = self._duration.reference
-        if reference is None or self.is_paced(known):
+        if not known.open or reference is None or self.is_paced(known):
             return residual
         sigma = max(self._duration.noise, 0.1)
         extra_sum = extra_weight = 0.0
-        for age_s, others, cost in unfinished:
+        for age_s, others, cost in self._unfinished(known):
             expected = reference + math.log(cost) + math.log(self.curve.correction(others))
             over = math.log(max(age_s, 1e-6)) - (expected - explained - residual)
             if over > _OVERDUE * sigma:
@@ -219,6 +212,13 @@ class Estimates:
         if not extra_weight:
             return residual
         return max(known.speed.residual(sigma, extra_sum, extra_weight), math.log(0.01))
+
+    def _unfinished(self, known: Replica) -> Iterator[tuple[float, float, float]]:
+        """(age now, in-flight at start, cost) of live requests on a replica, of all routers."""
+        for seen_s, entries in known.open.values():
+            for entry in entries:
+                if is_plausible(entry.age_s, entry.in_flight_at_start, entry.cost):
+                    yield entry.age_s + (self._fleet.now_s - seen_s), entry.in_flight_at_start, entry.cost
 
     def _predicted_load(self) -> float:
         serving = self._fleet.serving()

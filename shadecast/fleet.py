@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from shadecast import capacity as cap
-from shadecast.config import Config
+from shadecast.config import LOST_AFTER_S, Config
 from shadecast.connection import Connection
 from shadecast.gate import Canary, Ruling, Trial
-from shadecast.types import NodeReport, RouterReport, RoutingTable, State
+from shadecast.types import NodeReport, ReplicaReport, RouterReport, RoutingTable, State, Unfinished
 from shadecast.yardstick import SlowMean
 
 BOOTSTRAP_REQUESTS = 20
@@ -71,8 +71,12 @@ class Replica:
     steady: float = 1.0
     """Capacity but for a veto, which comes and goes at once: only this one moves at a limited rate."""
     queue: float = 0.0
+    """Live requests of all routers."""
+    open: dict[str, tuple[float, tuple[Unfinished, ...]]] = field(default_factory=dict)
+    """By router: when it was heard, and live requests that were under way then."""
     max_ongoing: int = 1
-    listed_s: float = 0.0
+    listed: int = 0
+    """Routers that list it as alive."""
     progress_s: float = 0.0
     asked_s: float = 0.0
     """When a router last had live requests on it."""
@@ -134,6 +138,16 @@ class Node:
     """When it was heard of again after silence."""
 
 
+@dataclass(slots=True)
+class Router:
+    """A router, as its last report left it."""
+
+    report: RouterReport
+    heard_s: float
+    in_flight: dict[str, int] = field(default_factory=dict)
+    """Its live requests on each replica that it lists as alive."""
+
+
 class Fleet:
     """All replicas of one deployment. `now_s` is the time of the tick under way."""
 
@@ -143,7 +157,7 @@ class Fleet:
         self.now_s = 0.0
         self.replicas: dict[str, Replica] = {}
         self.nodes: dict[str, Node] = {}
-        self.routers: dict[str, tuple[float, RouterReport]] = {}
+        self.routers: dict[str, Router] = {}
         self.first_seen_s: float | None = None
         self.finished_total = 0
         self.all_rates = self.all_recent = Rates()
@@ -158,8 +172,8 @@ class Fleet:
 
     def add(self, connection: Connection, now_s: float) -> Replica:
         """A replica that was not known."""
-        known = Replica(connection, cap.SpeedEstimate(self.config.balance.half_life_s, now_s))
-        known.listed_s = known.progress_s = now_s
+        known = Replica(connection, cap.SpeedEstimate(cap.HALF_LIFE_S, now_s))
+        known.progress_s = now_s
         self.replicas[connection.replica_id] = known
         return known
 
@@ -189,62 +203,77 @@ class Fleet:
             return
         was, is_ = cap.headroom_now(before.report.snapshot), cap.headroom_now(report.snapshot)
         change = max(abs(b - a) for a, b in zip(was, is_, strict=True))
-        back_s = self.now_s if made_s - before.made_s > self.config.balance.lost_after_s else before.back_s
+        back_s = self.now_s if made_s - before.made_s > LOST_AFTER_S else before.back_s
         self.nodes[report.node_id] = Node(report, made_s, (change, *before.changes[:2]), back_s)
 
     def take_router(self, report: RouterReport) -> bool:
         """Membership and counts of one report; False if it cannot be true."""
         now_s = self.now_s
-        ids = [r.replica_id for r in report.replicas]
-        last = self.routers.get(report.router_id)
-        stale = last is not None and report.seq <= last[1].seq
-        if len(set(ids)) != len(ids) or stale or report.deployment != self.deployment:
+        ids = {view.replica_id for view in report.replicas}
+        router = self.routers.get(report.router_id)
+        stale = router is not None and report.seq <= router.report.seq
+        if len(ids) != len(report.replicas) or stale or report.deployment != self.deployment:
             self.dropped += 1
             return False
         if self.first_seen_s is None:
             self.first_seen_s = now_s
-        self.routers[report.router_id] = (now_s, report)
+        if router is None:
+            router = self.routers[report.router_id] = Router(report, now_s)
+        router.report, router.heard_s = report, now_s
+        for replica_id in report.gone if report.partial else [r for r in router.in_flight if r not in ids]:
+            self._unlist(report.router_id, router, replica_id)
         for view in report.replicas:
-            known = self.replicas.get(view.replica_id)
-            if known is None:
-                known = self.add(Connection(view.replica_id, view.node_id, since_s=now_s), now_s)
-            known.listed_s = now_s
-            known.max_ongoing = max(view.max_ongoing, 1)
-            if view.finished > 0 or view.in_flight == 0:
-                known.progress_s = now_s
-            if view.started > 0 or view.in_flight > 0:
-                known.asked_s = now_s
-            finished = max(view.finished, 0)
-            self.finished_total += finished
-            for rates in (known.rates, known.recent):
-                rates.started += max(view.started, 0)
-                rates.finished += finished
-                rates.failed += min(max(view.failed, 0), finished)
+            self._take_view(report.router_id, router, view)
         return True
+
+    def _take_view(self, router_id: str, router: Router, view: ReplicaReport) -> None:
+        now_s, replica_id = self.now_s, view.replica_id
+        known = self.replicas.get(replica_id)
+        if known is None:
+            known = self.add(Connection(replica_id, view.node_id, since_s=now_s), now_s)
+        before, now = router.in_flight.get(replica_id), max(view.in_flight, 0)
+        if before is None:
+            known.listed += 1
+            before = 0
+        known.max_ongoing = max(view.max_ongoing, 1)
+        finished = max(view.finished, 0)
+        if finished or not now or known.queue <= 0:
+            known.progress_s = now_s
+        if view.started > 0 or now or before:
+            known.asked_s = now_s
+        router.in_flight[replica_id] = now
+        known.queue += now - before
+        if view.unfinished:
+            known.open[router_id] = (now_s, view.unfinished)
+        else:
+            known.open.pop(router_id, None)
+        self.finished_total += finished
+        for rates in (known.rates, known.recent):
+            rates.started += max(view.started, 0)
+            rates.finished += finished
+            rates.failed += min(max(view.failed, 0), finished)
+
+    def _unlist(self, router_id: str, router: Router, replica_id: str) -> None:
+        """A router does not list a replica any more."""
+        in_flight, known = router.in_flight.pop(replica_id, None), self.replicas.get(replica_id)
+        if in_flight is not None and known is not None:
+            known.listed -= 1
+            known.queue -= in_flight
+            known.open.pop(router_id, None)
 
     def sum_rates(self) -> None:
         """Over all replicas, of this moment."""
         self.all_rates = _summed(r.rates for r in self.replicas.values())
         self.all_recent = _summed(r.recent for r in self.replicas.values())
 
-    def count_queues(self) -> None:
-        """Live requests of all routers on each replica."""
-        for known in self.replicas.values():
-            known.queue = 0.0
-        for report in self.fresh_routers():
-            for view in report.replicas:
-                known_or_none = self.replicas.get(view.replica_id)
-                if known_or_none is not None:
-                    known_or_none.queue += max(view.in_flight, 0)
-
     # ------------------------------------------------------------------ questions
 
-    def fresh_routers(self) -> list[RouterReport]:
-        """The last report of each router that still reports; the others are forgotten."""
-        limit_s = self.config.balance.lost_after_s
-        for router_id in [k for k, (seen_s, _) in self.routers.items() if self.now_s - seen_s > limit_s]:
-            del self.routers[router_id]
-        return [report for _, report in self.routers.values()]
+    def forget_routers(self) -> None:
+        """Those that report no more, and their counts."""
+        for router_id in [k for k, router in self.routers.items() if self.now_s - router.heard_s > LOST_AFTER_S]:
+            router = self.routers.pop(router_id)
+            for replica_id in list(router.in_flight):
+                self._unlist(router_id, router, replica_id)
 
     def serving(self) -> list[Replica]:
         """Those that take live traffic."""

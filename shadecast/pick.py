@@ -2,7 +2,7 @@
 
 A `PickTable` is built once per routing table (or change of membership). A decision then costs `d` look-ups,
 whatever the number of replicas: draw d replicas at random and take the one with the least score, `g(n) / C_i`. Scores
-are kept up to date as requests start and end.
+are kept up to date as the router's own calls come and go (`shadecast.calls` counts them; here they are only scored).
 
 `g` is the cost of being one of n requests on a nominal replica (design section 5):
 
@@ -17,6 +17,7 @@ Random choice among d breaks herding (Mitzenmacher 2001); d = 4 because the scor
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 
 from shadecast.types import RoutingTable
@@ -61,14 +62,15 @@ def table_scores(table: RoutingTable) -> dict[str, float]:
 
 
 class PickTable:
-    """Everything that a pick looks up, laid out by index. Immutable but for the router's own counts.
+    """Everything that a pick looks up, laid out by index.
 
-    `in_flight` is the router's live count per index, which the owner changes by `shift` as requests start and end.
+    `pick` changes nothing; who follows a pick says so by `commit`. `in_flight` are the router's own calls per index,
+    set by `count`.
     """
 
     __slots__ = (
-        *("_base", "_cost", "_inverse", "_limit", "_partial", "_routers"),
-        *("ids", "in_flight", "index", "pool", "scores", "share", "turn"),
+        *("_base", "_cost", "_ejected", "_inverse", "_last", "_limit", "_partial", "_routers"),
+        *("ids", "in_flight", "index", "pool", "scores", "share"),
     )
 
     def __init__(
@@ -85,11 +87,11 @@ class PickTable:
     ) -> None:
         """Lay out `table` for the replicas `ids` that are alive here.
 
-        `mine_now` and `mine_at_table` count this router's own requests now and when the table was counted. `seen` holds
+        `mine_now` and `mine_at_table` count this router's own calls now and when the table was counted. `seen` holds
         queue lengths that replicas told lately, each with this router's own count then; they replace the table's.
         Replicas that the table does not know get no traffic while it names others; if none of those that are
         alive is eligible by the table (it is missing, or all that it names are gone), all are.
-        `limits` are the requests that each replica takes at most: one that seems full is picked only where all do.
+        `limits` are the calls that each replica takes at most: one that seems full is picked only where all do.
         `live_only` leaves out what was forecast, for a table that is older than forecasts are good for.
         """
         self.ids = tuple(ids)
@@ -102,6 +104,7 @@ class PickTable:
         self.share = [0.0] * count
         self._inverse = [1.0] * count
         self._base = [0.0] * count
+        self._ejected = [False] * count
         self._limit = [float(limit) for limit in limits] if limits is not None else [float(_MAX_QUEUE)] * count
         for i, replica_id in enumerate(self.ids):
             row = rows.get(replica_id)
@@ -116,19 +119,42 @@ class PickTable:
             self.share = [1.0] * count
         self.pool = [i for i in range(count) if self.share[i] > 0.0]
         self._partial = any(self.share[i] < 1.0 for i in self.pool)
-        self.turn = -1
-        """Where the next look at all replicas of a pool begins; who does not use a pick puts it back."""
+        self._last = -1
+        """The replica of the last pick that was followed; -1 while a scan may begin anywhere."""
         self.scores = [self.score(i) for i in range(count)]
+
+    # ------------------------------------------------------------------ what has changed since
+
+    def count(self, i: int, calls: int) -> None:
+        """This router now has so many calls on the replica at index `i`."""
+        self.in_flight[i] = calls
+        self.scores[i] = self.score(i)
 
     def note(self, i: int, queue: float) -> None:
         """The replica at index `i` has told its queue length, all routers' requests, just now."""
         self._base[i] = queue - self._routers * self.in_flight[i]
         self.scores[i] = self.score(i)
 
-    def shift(self, i: int, by: int) -> None:
-        """This router has `by` more requests on the replica at index `i`."""
-        self.in_flight[i] += by
+    def eject(self, i: int, out: bool) -> None:
+        """Take the replica at index `i` for full, or no longer."""
+        self._ejected[i] = out
         self.scores[i] = self.score(i)
+
+    def remove(self, i: int) -> None:
+        """The replica at index `i` is gone: it is in no pool any more."""
+        if self.share[i] > 0.0:
+            self.share[i] = 0.0
+            self.pool.remove(i)
+
+    def commit(self, i: int) -> None:
+        """The pick of `i` is followed: where all are looked at, the next one begins behind it."""
+        self._last = i
+
+    # ------------------------------------------------------------------ questions
+
+    def has_place(self, i: int) -> bool:
+        """Whether the replica at index `i` has fewer of this router's calls than it takes, and is not ejected."""
+        return self.in_flight[i] < self._limit[i] and not self._ejected[i]
 
     def score(self, i: int) -> float:
         """Predicted relative time of one more request on the replica at index `i`; a full one is worse than others."""
@@ -136,7 +162,7 @@ class PickTable:
         cost = self._cost
         at = int(queue + 0.5) if queue > 0.0 else 0
         score = (cost[at] if at < len(cost) else cost[-1]) * self._inverse[i]
-        return score if queue < self._limit[i] else score + _FULL
+        return score if queue < self._limit[i] and not self._ejected[i] else score + _FULL
 
     def pick(
         self, random: Callable[[], float], choices: int = 4, without: int = -1, pool: Sequence[int] | None = None
@@ -144,9 +170,9 @@ class PickTable:
         """Index of the replica for the next request, -1 if there is none. `random` gives floats in [0, 1).
 
         `choices` replicas are drawn with replacement (all, if there are no more), and the least score wins. Where all
-        are looked at, equals take turns: a CPU quota, say, recovers between requests. A replica with a share below 1
+        are looked at, ties go round-robin: a CPU quota, say, recovers between requests. A replica with a share below 1
         is eligible for that fraction of the draws. `without` leaves one out; `pool` is a part of the eligible replicas
-        to pick from. Draws and compares numbers only: nothing is allocated.
+        to pick from, in rising order. Draws and compares numbers only: nothing is allocated.
         """
         if pool is None:
             pool = self.pool
@@ -171,8 +197,8 @@ class PickTable:
         shares, scores = self.share, self.scores
         all_of_them = count <= choices
         # ties must not always fall to the first
-        k = self.turn % count if all_of_them and self.turn >= 0 else int(random() * count)
-        best, best_score, after = -1, 0.0, k + 1
+        k = bisect_right(pool, self._last) % count if all_of_them and self._last >= 0 else int(random() * count)
+        best, best_score = -1, 0.0
         drawn, tries = 0, count if all_of_them else 4 * choices
         while tries and drawn < choices:
             tries -= 1
@@ -184,9 +210,7 @@ class PickTable:
             drawn += 1
             score = scores[i]
             if best < 0 or score < best_score:
-                best, best_score, after = i, score * _TIE, k
-        if all_of_them:
-            self.turn = after
+                best, best_score = i, score * _TIE
         return best if best >= 0 or pool[k] == without else pool[k]  # none was eligible this time
 
     def power_of_two(self, random: Callable[[], float]) -> int:

@@ -57,9 +57,8 @@ class CurveLearner:
     """Decayed means of log duration per in-flight count, and the best curve through them."""
 
     def __init__(self, slots: float, batch_half: float) -> None:
-        """Positive `slots` or `batch_half` come from the configuration and end the learning of both."""
-        self._fixed = slots > 0.0 or batch_half > 0.0
-        self.curve = Curve(max(slots, 1.0) if slots or not batch_half else _UNBOUNDED, batch_half, self._fixed)
+        self._given = (math.nan, math.nan)
+        self.fix(slots, batch_half)
         self._count = np.zeros(_BINS)
         self._sum = np.zeros(_BINS)
         grid = [(c, 0.0) for c in _SLOTS] + [(_UNBOUNDED, b) for b in _HALVES]
@@ -68,6 +67,14 @@ class CurveLearner:
         """Requests that share a replica on average, in whole numbers so that tables change rarely, and at most."""
         queue = np.arange(_BINS)
         self._log_factors = np.array([[math.log(Curve(c, b).factor(float(n))) for n in queue] for c, b in grid])
+
+    def fix(self, slots: float, batch_half: float) -> None:
+        """Positive `slots` or `batch_half` come from the configuration and end the learning of both."""
+        if (slots, batch_half) == self._given:
+            return
+        self._given = (slots, batch_half)
+        self._fixed = slots > 0.0 or batch_half > 0.0
+        self.curve = Curve(max(slots, 1.0) if slots or not batch_half else _UNBOUNDED, batch_half, self._fixed)
 
     def observe(self, others: float, log_duration: float) -> None:
         """Add one finished request: `log_duration` with the replica's own speed taken out."""

@@ -67,9 +67,8 @@ class SessionMap:
 
     def __init__(self, config: SessionConfig, secret: bytes, drain_s: float = 30.0) -> None:
         """`secret` is the same on all routers of a cluster; a drain is over after `drain_s`."""
-        self._config = config
         self._secret = secret
-        self._drain_s = max(drain_s, 1.0)
+        self.configure(config, drain_s)
         self._sessions: dict[int, tuple[str, float]] = {}
         """Key -> (replica, last request), oldest first."""
         self._open: frozenset[str] = frozenset()
@@ -88,6 +87,10 @@ class SessionMap:
 
     def __len__(self) -> int:
         return len(self._sessions)
+
+    def configure(self, config: SessionConfig, drain_s: float) -> None:
+        """Go by other settings from now on; every session stays where it is."""
+        self._config, self._drain_s = config, max(drain_s, 1.0)
 
     def update(
         self,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from shadecast.config import TrialConfig
 from shadecast.connection import TRANSITIONS, Event, step
 from shadecast.estimates import Estimates
 from shadecast.fleet import WORTH_LOG_SPEED, Fleet, Rates, Replica
@@ -31,8 +32,17 @@ class Trials:
 
     def __init__(self, fleet: Fleet, estimates: Estimates, urgency: Urgency) -> None:
         self._fleet, self._estimates, self._urgency = fleet, estimates, urgency
-        self._config = fleet.config.trial
+        self._canaries: list[Canary] = []
         self.transitions: list[Transition] = []
+
+    @property
+    def _config(self) -> TrialConfig:
+        return self._fleet.config.trial
+
+    def begin(self) -> None:
+        """A tick begins: no transition yet, and these canaries want to know of other replicas' outcomes."""
+        self.transitions = []
+        self._canaries = [r.canary for r in self._fleet.replicas.values() if r.canary is not None]
 
     # ------------------------------------------------------------------ transitions
 
@@ -93,10 +103,9 @@ class Trials:
         now_s = self._fleet.now_s
         if known.canary is not None:
             known.canary.observe(candidate=True, outcome=outcome, now_s=now_s, log_speed=known.expected)
-        elif known.connection.state is State.ACTIVE:
-            canaries = [r.canary for r in self._fleet.replicas.values() if r.canary is not None]
-            log_speed = self._estimates.advantage(known) if canaries else 0.0
-            for canary in canaries:
+        elif self._canaries and known.connection.state is State.ACTIVE:
+            log_speed = self._estimates.advantage(known)
+            for canary in self._canaries:
                 canary.observe(candidate=False, outcome=outcome, now_s=now_s, log_speed=log_speed)
 
     def observe_pair(self, candidate: Replica, primary: Replica | None, pair: PairedSample) -> None:

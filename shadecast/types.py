@@ -1,7 +1,9 @@
 """Frozen dataclasses that cross every border: node to coordinator, router to coordinator and back.
 
 Clocks of different hosts do not agree, so messages carry *ages* (`age_s`, seconds before sending) or
-are stamped by the receiver's own monotonic clock (`received_s`, `now_s`). Identifiers are plain strings:
+are stamped by the receiver's own monotonic clock (`received_s`, `now_s`). They travel by name (`messages`). Shadecast
+0.1 sent these classes as they are, by position: add fields at the end only, while it is to be understood (`former`).
+Identifiers are plain strings:
 `replica_id` is Serve's unique replica id, `node_id` Ray's hexadecimal node id, `deployment` is "app/name".
 """
 
@@ -43,13 +45,13 @@ class NodeSnapshot:
     A value that could not be read is NaN, never guessed.
     """
 
-    cpu_fraction: float
-    cpu_background_fraction: float
-    memory_fraction: float
-    network_fraction: float
-    network_background_fraction: float
-    net_rx_bytes_per_s: float
-    net_tx_bytes_per_s: float
+    cpu_fraction: float = float("nan")
+    cpu_background_fraction: float = float("nan")
+    memory_fraction: float = float("nan")
+    network_fraction: float = float("nan")
+    network_background_fraction: float = float("nan")
+    net_rx_bytes_per_s: float = float("nan")
+    net_tx_bytes_per_s: float = float("nan")
     cpu_pressure_fraction: float = float("nan")
     memory_pressure_fraction: float = float("nan")
     gpu_fraction: float = float("nan")
@@ -163,7 +165,7 @@ class Observed:
 
 @dataclass(frozen=True, slots=True)
 class RouterReport:
-    """What a router sends each second; `replicas` is also its view of the membership."""
+    """What a router has seen since its last report; `replicas` is also its view of the membership."""
 
     router_id: str
     deployment: str
@@ -176,7 +178,7 @@ class RouterReport:
     uncopyable: int = 0
     """Requests that could not be copied (unsafe method, streamed body) since the last report."""
     rescued: int = 0
-    """Requests sent again from a collapsed replica since the last report."""
+    """Requests sent again from a slow replica since the last report."""
     table_epoch: int = 0
     """Epoch of the table that the router holds; 0 without one."""
     level: str = ""
@@ -185,6 +187,12 @@ class RouterReport:
     """Since the last report, of a router that only observes."""
     held_table: RoutingTable | None = None
     """Sent when the coordinator asks (it has restarted): the table that the router routes by."""
+    partial: bool = False
+    """`replicas` are only those of which something has changed since the report before; else they are all there are."""
+    gone: tuple[str, ...] = ()
+    """Of a partial report: replicas that the router lists no more."""
+    waiting: int = 0
+    """Requests without a replica."""
 
 
 # ---------------------------------------------------------------- coordinator -> router
@@ -199,11 +207,11 @@ class TableRow:
     """
 
     replica_id: str
-    node_id: str
-    state: State
-    share: float
-    capacity: float
-    queue: float
+    node_id: str = ""
+    state: State = State.INACTIVE
+    share: float = 0.0
+    capacity: float = 1.0
+    queue: float = 0.0
     mirror_fraction: float = 0.0
     session_weight: float = 0.0
     proven: bool = False

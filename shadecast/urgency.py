@@ -13,7 +13,7 @@ class Urgency:
     """Why there is no time for trials."""
 
     def __init__(self, fleet: Fleet, estimates: Estimates) -> None:
-        self._fleet, self._estimates, self._config = fleet, estimates, fleet.config.balance
+        self._fleet, self._estimates = fleet, estimates
         self._able_before = 0.0
         """What served, in nominal replicas, before Serve began to replace some."""
 
@@ -29,10 +29,10 @@ class Urgency:
         """
         serving, curve = self._fleet.serving(), self._estimates.curve
         if not curve.learned:
-            halved = self._able_without_next(serving) < self._config.panic_fraction * self._able_before
+            halved = self._able_without_next(serving) < self._fleet.config.balance.panic_fraction * self._able_before
             return "less than half of what served will be left" if halved and self._fleet.is_replacing() else ""
         load = self._foreseen_load(serving)
-        if load > self._config.urgent_load:
+        if load > self._fleet.config.balance.urgent_load:
             return f"predicted load {load:.2f} of what serves"
         crowded = sum(r.queue for r in serving) > curve.slots * len(serving)
         return "more wait than are served" if crowded else ""

@@ -9,7 +9,7 @@ from typing import Any
 from bench.live.cgroups import LabError
 
 _OURS = "serve_app.router:PredictiveRouter"
-_LIVE_ONLY: Mapping[str, Any] = {"forecast_weight": 0.0, "veto_max_fraction": 0.0}
+_LIVE_ONLY: Mapping[str, Any] = {"forecast_weight": 0.0}
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from bench.live import gateway_model
 from bench.live.arms import ARMS
 from bench.live.journal import Journal, plain
 from bench.live.workload import Work, exchange_folder, right_answer
-from serve_app.gateway.retry import RetryBudget
+from serve_app.gateway.model_call import retry_budget
 from serve_app.launch.control_plane import running_coordinator, start_control_plane
 
 MARK = "@@"
@@ -164,7 +164,7 @@ class Driver:
         rows = json.loads(await asyncio.to_thread(Path(requests).read_text))
         zero_s = time.monotonic() + 1.0 - rows[0]["at_s"]
         say({"zero_s": zero_s})
-        budget = RetryBudget()
+        budget = retry_budget()
         used = [0.0, 0.0]
         under_way: set[asyncio.Task[None]] = set()
         done = 0

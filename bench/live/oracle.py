@@ -13,6 +13,7 @@ from ray.serve.request_router import PendingRequest, RunningReplica
 
 from bench.live.workload import bad_path
 from serve_app.router import PredictiveRouter
+from shadecast.types import RoutingTable
 
 _LOOK_S = 0.01
 
@@ -32,9 +33,14 @@ class OracleRouter(PredictiveRouter):
         self._look()
         return await super().choose_replicas(candidate_replicas, pending_request)
 
-    def _choose_at_once(self, pending_request: PendingRequest) -> RunningReplica | None:
+    def choose_at_once(self, pending_request: PendingRequest) -> RunningReplica | None:
+        """Look at what the scenario says, then choose as always."""
         self._look()
-        return super()._choose_at_once(pending_request)
+        return super().choose_at_once(pending_request)
+
+    def take_table(self, table: RoutingTable) -> None:
+        """Take it with what the scenario says."""
+        super().take_table(self._told(table))
 
     def _look(self) -> None:
         now_s = time.monotonic()
@@ -44,18 +50,17 @@ class OracleRouter(PredictiveRouter):
                 bad = frozenset(json.loads(bad_path().read_text()))
                 if bad != self._bad:
                     self._bad = bad
-                    self._lay_out()
+                    routes = self.calls.routes
+                    if routes.table is not None:
+                        routes.table = self._told(routes.table)
+                        routes.lay_out()
 
-    def _lay_out(self) -> None:
-        table = self._table
-        if table is not None:
-            nodes = {r.replica_id.unique_id: r.node_id for r in self._replicas.values()}
-            told = tuple(
-                replace(row, share=0.0, mirror_fraction=0.0)
-                if nodes.get(row.replica_id) in self._bad
-                else replace(row, share=1.0)
-                for row in table.rows
-            )
-            self._table = replace(table, rows=told)
-        super()._lay_out()
-        self._table = table
+    def _told(self, table: RoutingTable) -> RoutingTable:
+        nodes = {r.replica_id.unique_id: r.node_id for r in self.calls.routes.replicas}
+        told = tuple(
+            replace(row, share=0.0, mirror_fraction=0.0)
+            if nodes.get(row.replica_id) in self._bad
+            else replace(row, share=1.0)
+            for row in table.rows
+        )
+        return replace(table, rows=told)

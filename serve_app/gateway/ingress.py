@@ -27,10 +27,9 @@ from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from serve_app.gateway import openapi
-from serve_app.gateway.model_call import CallOptions, ModelCaller, Stream
+from serve_app.gateway.model_call import CallOptions, ModelCaller, Stream, retry_budget
 from serve_app.gateway.model_server import ModelInfo
 from serve_app.gateway.oip import HEADER_LENGTH, decode_request, encode_response, parse_json_object
-from serve_app.gateway.retry import RetryBudget
 from serve_app.http_guard import ID_HEADERS, BodyReader, HeaderGuard, RequestIds
 from serve_app.protocol_error import ProtocolError
 
@@ -316,7 +315,7 @@ class Gateway:
     """The class of Serve's ingress deployment. `model` is the handle of the `ModelServer` deployment."""
 
     def __init__(self, model: Any, info: ModelInfo, settings: GatewaySettings) -> None:
-        budget = RetryBudget(settings.retry_fraction)
+        budget = retry_budget(settings.retry_fraction)
         caller = ModelCaller(model, time.monotonic, settings.queue_timeout_s, info.safe_to_repeat, budget)
         self._api = InferenceApi(caller, info, settings, Readiness(model.app_name, model.deployment_name))
 

@@ -15,8 +15,9 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 
 from serve_app.gateway.model_server import Refusal
-from serve_app.gateway.retry import RetryBudget
 from serve_app.protocol_error import ProtocolError
+from serve_app.ray_api import wait_until_assigned
+from shadecast.budget import Budget
 
 _RETRY_SOON = {"Retry-After": "1"}
 _END = object()
@@ -35,6 +36,11 @@ class CallOptions:
     whole_stream: bool = False
 
 
+def retry_budget(fraction: float = 0.2) -> Budget:
+    """Of retries: `fraction` of the requests; a quiet service may retry now and then, too."""
+    return Budget(fraction, burst=100.0, initial=10.0, per_s=0.5)
+
+
 class _LostError(Exception):
     """The replica died, was unreachable, or gave the request up: another one may answer it."""
 
@@ -48,14 +54,14 @@ class ModelCaller:
         now_s: Callable[[], float],
         queue_timeout_s: float,
         safe_to_repeat: bool = True,
-        budget: RetryBudget | None = None,
+        budget: Budget | None = None,
     ) -> None:
         self._unary = handle.options(method_name="infer")
         self._streaming = handle.options(method_name="generate", stream=True)
         self._now_s = now_s
         self._queue_timeout_s = queue_timeout_s
         self._safe_to_repeat = safe_to_repeat
-        self._budget = budget or RetryBudget()
+        self._budget = budget or retry_budget()
         self.retried = 0
         """Calls sent a second time since the start."""
 
@@ -119,12 +125,11 @@ class ModelCaller:
 
     async def _placed(self, response: Any, left_s: float) -> None:
         """Waits until a replica has taken the request: bounded, or full replicas would hold clients without an end."""
-        fetch = getattr(response, "_fetch_future_result_async", None)
-        if fetch is None or self._queue_timeout_s >= left_s:
+        if self._queue_timeout_s >= left_s:
             return
         try:
             async with asyncio.timeout(self._queue_timeout_s):
-                await fetch()
+                await wait_until_assigned(response)
         except TimeoutError:
             raise ProtocolError(
                 503, f"no replica had room within {self._queue_timeout_s:g} s; try again later", _RETRY_SOON

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from serve_app.coordinator import COORDINATOR, NAMESPACE, find_coordinator
 from serve_app.launch.processes import CoordinatorProcess, PageProcess, forecaster_name
+from serve_app.ray_api import HEAD_NODE_RESOURCE
 from shadecast.errors import ShadecastError
 
 PAGE = "shadecast-page"
-_ON_THE_HEAD = {HEAD_NODE_RESOURCE_NAME: 0.001}
+_ON_THE_HEAD = {HEAD_NODE_RESOURCE: 0.001}
 """Where Serve's controller is, too. Ray puts an actor that asks for nothing anywhere, whatever its soft affinity: on a
 node that is starved, the coordinator could not tell routers to leave it."""
 

@@ -18,7 +18,7 @@ from serve_app.coordinator import NAMESPACE, find_coordinator
 from serve_app.launch import own_installation
 
 if TYPE_CHECKING:
-    from shadecast.types import NodeReport, RouterReport, RoutingTable
+    from shadecast.types import RoutingTable
 
 
 class CoordinatorProcess:
@@ -29,18 +29,31 @@ class CoordinatorProcess:
         from actors.coordinator import Coordinator  # noqa: PLC0415 - not before our installation is first
         from actors.forecaster_actor import ForecasterFleet  # noqa: PLC0415
 
-        self._coordinator = Coordinator(supervise=ForecasterFleet(functools.partial(start_forecaster, settings)))
+        fleet = ForecasterFleet(functools.partial(start_forecaster, settings))
+        self._coordinator = Coordinator(supervise=fleet, deployed=_deployed)
 
-    async def report_router(self, report: RouterReport, settings: Mapping[str, Any]) -> bool:
+    async def report(self, received: Any) -> dict[str, Any]:
         """Take a router's report."""
-        return await self._coordinator.report_router(report, settings)
+        return await self._coordinator.report(received)
 
-    async def report_node(self, report: NodeReport) -> tuple[float, float]:
+    async def table(self, deployment: str, held: tuple[int, int], timeout_s: float) -> dict[str, Any] | None:
+        """Wait for a deployment's next table."""
+        return await self._coordinator.table(deployment, held, timeout_s)
+
+    async def node(self, received: Any) -> tuple[float, float]:
         """Take a node's telemetry and forecast."""
-        return await self._coordinator.report_node(report)
+        return await self._coordinator.node(received)
+
+    async def report_router(self, received: Any, settings: Any) -> bool:
+        """`report` as Shadecast 0.1 calls it."""
+        return await self._coordinator.report_router(received, settings)
+
+    async def report_node(self, received: Any) -> tuple[float, float]:
+        """`node` as Shadecast 0.1 calls it."""
+        return await self._coordinator.report_node(received)
 
     async def wait_table(self, deployment: str, seen: tuple[int, int], timeout_s: float) -> RoutingTable | None:
-        """Wait for a deployment's next table."""
+        """`table` as Shadecast 0.1 calls it."""
         return await self._coordinator.wait_table(deployment, seen, timeout_s)
 
     async def command(self, target: str, drain: bool) -> int:
@@ -90,6 +103,22 @@ class PageProcess:
     async def token(self) -> str:
         """What orders need."""
         return await self._page.token()
+
+
+def _deployed(deployment: str) -> tuple[bool, Any] | None:
+    """Whether the router that a deployment was last deployed with only observes, and its settings.
+
+    Where that is Serve's own, the routers of ours that Serve has kept do as Serve does.
+    """
+    from serve_app.ray_api import deployed_router  # noqa: PLC0415 - loads Serve, which forecasters do not need
+    from shadecast.config import sections  # noqa: PLC0415 - not before our installation is first
+
+    app_name, _, name = deployment.rpartition("/")
+    found = deployed_router(app_name, name)
+    if found is None:
+        return None
+    path, router_kwargs = found
+    return not path or path.endswith("ObservingRouter"), sections(router_kwargs)
 
 
 def forecaster_name(node_id: str) -> str:

@@ -1,7 +1,4 @@
-"""Keeps a router in touch with the coordinator: a report each second, and a long poll for the next table.
-
-Standard library, ray and shadecast only, because it runs in users' processes.
-"""
+"""Keeps a router in touch with the coordinator: a report each second, and a long poll for the next table."""
 
 from __future__ import annotations
 
@@ -11,15 +8,18 @@ import logging
 import os
 import random
 import weakref
-from collections.abc import Mapping
 from typing import Any, Protocol
 
 import ray
 from ray.exceptions import RayActorError
-from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
 from serve_app.coordinator import NAMESPACE, find_coordinator
-from shadecast.types import RouterReport, RoutingTable
+from serve_app.ray_api import shared_secret
+from shadecast.config import REPORT_S
+from shadecast.errors import MessageError
+from shadecast.messages import SCHEMA, check
+from shadecast.tables import read_table
+from shadecast.types import RoutingTable
 
 logger = logging.getLogger("ray.serve")
 
@@ -27,35 +27,36 @@ _LONG_POLL_S = 5.0
 _TIMEOUT_S = 2.0
 _SHUTDOWN_S = 5.0
 """Ray has shut down for sure after so long."""
-_SECRET_KEY = b"session-secret"
 
 
 class Linked(Protocol):
     """A router, as far as its link to the coordinator needs it."""
 
     deployment: str
-    settings: Mapping[str, Any]
-    """What the deployment says of the configuration; the coordinator reads it with each report."""
-    report_s: float
+
+    @property
+    def table(self) -> RoutingTable | None:
+        """The table that it goes by."""
+        ...
 
     def has_replicas(self) -> bool:
         """Whether there is anything to route to."""
         ...
 
-    def make_report(self) -> RouterReport:
-        """Everything since the last report."""
+    def make_report(self) -> dict[str, Any]:
+        """Everything since the last report that was acknowledged."""
         ...
 
-    def reported(self, *, wants_table_back: bool) -> None:
+    def reported(self, acknowledged: int, *, table_wanted: bool) -> None:
         """The coordinator has taken a report; after a restart it asks for the table that the router holds."""
-        ...
-
-    def held_version(self) -> tuple[int, int]:
-        """Epoch and version of the table that the router goes by."""
         ...
 
     def take_table(self, table: RoutingTable) -> None:
         """Go by this table if it is newer."""
+        ...
+
+    def use_settings(self, observing: bool, settings: Any) -> None:
+        """Go by these settings."""
         ...
 
     def use_secret(self, secret: bytes | None) -> None:
@@ -66,72 +67,133 @@ class Linked(Protocol):
 async def keep_in_touch(router: weakref.ref[Linked]) -> None:
     """Report and take tables until the router or Ray is gone. Never raises.
 
-    A router without replicas says so once and is silent then: Serve keeps the routers of applications that were deleted
+    A router without replicas says so once and is quiet then: Serve keeps the routers of applications that were deleted
     for as long as the process lives.
 
     Ray is asked for before every call, because a call on a process that has shut Ray down would start a new cluster.
     What it handed out is kept until it has shut down: to drop a call's object meanwhile ends the process (Ray 2.60).
     """
-    poll: asyncio.Task[Any] | None = None
-    coordinator: Any = None
-    taken: Any = None
-    known_secret = silent = False
+    link = _Link(router)
+    known_secret = False
     loop = asyncio.get_running_loop()
     try:
         while ray.is_initialized() and (this := router()) is not None:
-            period_s = this.report_s * random.uniform(0.95, 1.05)
-            try:
-                if not known_secret:
+            if not known_secret:
+                with contextlib.suppress(Exception):  # tried again
                     this.use_secret(await loop.run_in_executor(None, _cluster_secret))
                     known_secret = True
-                empty = not this.has_replicas()
-                silent = silent and empty
-                if coordinator is None and not silent:
-                    coordinator = await loop.run_in_executor(None, find_coordinator)
-                if coordinator is not None and not silent:
-                    if poll is None or poll.done():
-                        poll = loop.create_task(_poll_tables(router, coordinator))
-                    taken = coordinator.report_router.remote(this.make_report(), this.settings)
-                    this.reported(wants_table_back=bool(await asyncio.wait_for(taken, _TIMEOUT_S)))
-                    silent = empty
-                    if silent:
-                        poll.cancel()
-            except (RayActorError, TimeoutError) as error:
-                coordinator = None
-                logger.debug(f"shadecast: coordinator does not answer: {error}")
-            except Exception:
-                coordinator = None
-                logger.warning("shadecast: reporting failed; routing goes on without", exc_info=True)
+            await link.report(this)
             del this
-            await asyncio.sleep(period_s)
-        if (coordinator is not None or taken is not None) and not ray.is_initialized():
+            await asyncio.sleep(REPORT_S * random.uniform(0.95, 1.05))
+        if link.holds_something and not ray.is_initialized():
             await asyncio.sleep(_SHUTDOWN_S)
     finally:
         if (this := router()) is not None:
             this.use_secret(None)
-        if poll is not None:
-            poll.cancel()
+        link.close()
 
 
-async def _poll_tables(router: weakref.ref[Linked], coordinator: Any) -> None:
-    """Take tables as they are published; ends with the coordinator that it was started for."""
-    with contextlib.suppress(asyncio.CancelledError):
-        with contextlib.suppress(RayActorError):
-            while ray.is_initialized() and (this := router()) is not None:
-                deployment, seen = this.deployment, this.held_version()
-                del this
-                asked = coordinator.wait_table.remote(deployment, seen, _LONG_POLL_S)
-                table = await asked
-                this = router()
-                if this is not None and table is not None:
-                    this.take_table(table)
-                del this
-        if not ray.is_initialized():
-            await asyncio.sleep(_SHUTDOWN_S)  # as `keep_in_touch` does, for what was asked last
+class _Link:
+    """One router's connection to one coordinator after the other."""
+
+    def __init__(self, router: weakref.ref[Linked]) -> None:
+        self._router = router
+        self._coordinator: Any = None
+        self._taken: Any = None
+        """The last call's object."""
+        self._poll: asyncio.Task[None] | None = None
+        self._quiet = False
+        self._warned = ""
+
+    @property
+    def holds_something(self) -> bool:
+        """Whether something of Ray's is held."""
+        return self._coordinator is not None or self._taken is not None
+
+    def close(self) -> None:
+        """Poll no more."""
+        if self._poll is not None:
+            self._poll.cancel()
+
+    async def report(self, router: Linked) -> None:
+        """One report, if somebody is there to take it."""
+        loop, empty = asyncio.get_running_loop(), not router.has_replicas()
+        self._quiet = self._quiet and empty
+        if self._quiet:
+            return
+        try:
+            if self._coordinator is None:
+                self._coordinator = await loop.run_in_executor(None, find_coordinator)
+            if self._coordinator is None or not self._speaks_our_language():
+                return
+            if self._poll is None or self._poll.done():
+                self._poll = loop.create_task(self._poll_tables(self._coordinator))
+            self._taken = self._coordinator.report.remote(router.make_report())
+            answer = check(await asyncio.wait_for(self._taken, _TIMEOUT_S), "answer")
+            router.reported(int(answer.get("acknowledged", 0)), table_wanted=bool(answer.get("table_wanted")))
+            self._quiet = empty
+            if empty:
+                self.close()
+        except (RayActorError, TimeoutError) as error:
+            self._coordinator = None
+            logger.debug(f"shadecast: coordinator does not answer: {error}")
+        except MessageError as error:
+            self._warn(str(error))
+        except Exception:
+            self._coordinator = None
+            logger.warning("shadecast: reporting failed; routing goes on without", exc_info=True)
+
+    def _speaks_our_language(self) -> bool:
+        """Whether the coordinator knows messages by name; that of Shadecast 0.1 does not."""
+        if hasattr(self._coordinator, "report"):
+            return True
+        self._warn(
+            f"the control plane is of Shadecast 0.1 (schema 1), this router speaks schema {SCHEMA}: it routes by power "
+            "of two choices until you run `shadecast down` and `shadecast up` with the newer version"
+        )
+        self._coordinator = None
+        return False
+
+    def _warn(self, text: str) -> None:
+        """Once for each thing."""
+        if text != self._warned:
+            self._warned = text
+            logger.warning(f"shadecast: {text}")
+
+    async def _poll_tables(self, coordinator: Any) -> None:
+        """Take tables as they are published; ends with the coordinator that it was started for."""
+        with contextlib.suppress(asyncio.CancelledError):
+            with contextlib.suppress(RayActorError):
+                built_on = True
+                while ray.is_initialized() and (this := self._router()) is not None:
+                    deployment, held = this.deployment, this.table if built_on else None
+                    del this
+                    version = (held.epoch, held.version) if held is not None else (0, 0)
+                    asked = coordinator.table.remote(deployment, version, _LONG_POLL_S)
+                    received = await asked
+                    this = self._router()
+                    if this is not None and received is not None:
+                        built_on = await self._take(this, received)
+                    del this
+            if not ray.is_initialized():
+                await asyncio.sleep(_SHUTDOWN_S)  # as `keep_in_touch` does, for what was asked last
+
+    async def _take(self, router: Linked, received: Any) -> bool:
+        """Go by a table and the settings that come with it; False if it builds on another one than the router's."""
+        try:
+            found = check(received, "table")
+            table = read_table(found, router.table)
+        except MessageError as error:
+            self._warn(str(error))
+            await asyncio.sleep(REPORT_S)  # it would be sent again at once
+            return False
+        if "settings" in found:
+            router.use_settings(bool(found.get("observing")), found["settings"])
+        if table is not None:
+            router.take_table(table)
+        return table is not None
 
 
 def _cluster_secret() -> bytes:
     """What session ids are hashed with, made by the first router of a cluster. Blocks: call it in a thread."""
-    _internal_kv_put(_SECRET_KEY, os.urandom(16), overwrite=False, namespace=NAMESPACE.encode())
-    secret: bytes = _internal_kv_get(_SECRET_KEY, namespace=NAMESPACE.encode())
-    return secret
+    return shared_secret(b"session-secret", os.urandom(16), NAMESPACE)

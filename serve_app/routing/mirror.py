@@ -1,8 +1,7 @@
 """Copies of requests to replicas on trial: sent beside the primary, never before it, their answers thrown away.
 
 A copy has a concurrency cap and a deadline of its own, is dropped rather than queued, and nothing that happens to it
-reaches the primary: `copy` is called after the primary was accepted and only starts a task. Runs in users'
-processes: standard library, ray.serve and shadecast only.
+reaches the primary: `copy` is called after the primary was accepted and only starts a task.
 """
 
 from __future__ import annotations
@@ -12,16 +11,17 @@ import functools
 import itertools
 import logging
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ray.serve.context import _get_serve_request_context
 from ray.serve.request_router import PendingRequest, ReplicaResult, RunningReplica
 
 from serve_app.copying import METADATA_KEY
+from serve_app.ray_api import current_request_id, is_by_reference, serialise_lazily, when_completed
+from serve_app.routing.reading import MARK, Reading, watch_end
 from serve_app.routing.user_functions import load_function
-from serve_app.routing.watch import MARK, StreamWatch, watch_end
 from shadecast.compare import answers_equal
 from shadecast.config import TrialConfig
 from shadecast.types import PairedSample
@@ -34,88 +34,83 @@ _LARGE_BYTES = 1_000_000
 _MISSING = object()
 
 
-_KEYS = itertools.count()
-
-
-def key_of(request: PendingRequest) -> str:
-    """A key of this very call: Serve's own id is shared by all handle calls that one request makes."""
-    key: str | None = request.__dict__.get("shadecast_key")
-    if key is None:
-        key = f"{request.metadata.internal_request_id}/{next(_KEYS)}"
-        request.__dict__["shadecast_key"] = key
-    return key
-
-
 def is_shadow() -> bool:
     """Whether the request that is being handled is a copy, whose answer is thrown away. For use in user code."""
-    return str(_get_serve_request_context()._internal_request_id).endswith(SHADOW_SUFFIX)
+    return current_request_id().endswith(SHADOW_SUFFIX)
 
 
-@dataclass(slots=True)
-class _Pair:
+@dataclass(slots=True, eq=False)
+class Pair:
     """Both halves of a mirrored request; complete when both are known.
 
-    Of streams the first items are compared: `stream` watches the primary's, `times_s` are the copy's.
+    Of streams the first items are compared: `reading` is the primary's, `times_s` are the copy's.
     """
 
     candidate_id: str
     primary_id: str
     primary_in_flight: float
-    stream: StreamWatch | None = None
+    done: Callable[[Pair], None]
+    reading: Reading | None = None
     shadow_in_flight: float = 0.0
     primary_s: float | None = None
     shadow_s: float | None = None
     primary_ok: bool = True
     shadow_ok: bool = True
+    void: bool = False
+    """A half says nothing: the primary was cancelled, or the candidate was full."""
     times_s: list[float] = field(default_factory=list)
     primary_answer: Any = _MISSING
     shadow_answer: Any = _MISSING
+
+    def primary_done(self, duration_s: float | None, *, ok: bool) -> None:
+        """The primary has ended; a duration of None (cancelled, moved) voids the pair.
+
+        Of a stream also called at item `MARK`, which is as far as it is compared; the first call counts.
+        """
+        if self.primary_s is None and not self.void:
+            self.void = duration_s is None
+            self.primary_s, self.primary_ok = duration_s, ok
+            self.done(self)
 
     def compared(self) -> tuple[float, float] | None:
         """Seconds on the primary and on the copy for the same work; None if that cannot be told."""
         primary_s, shadow_s = self.primary_s, self.shadow_s
         if primary_s is None or shadow_s is None:
             return None
-        if self.stream is None or not (self.primary_ok and self.shadow_ok):
+        if self.reading is None or not (self.primary_ok and self.shadow_ok):
             return primary_s, shadow_s
-        if not self.stream.items and not self.times_s:
+        if not self.reading.items and not self.times_s:
             return primary_s, shadow_s
-        both = zip(self.stream.times_s, self.times_s, strict=False)
+        both = zip(self.reading.times_s, self.times_s, strict=False)
         return next((pair for pair in reversed(list(both)) if not math.isnan(pair[0])), None)
 
     def answers(self) -> tuple[Any, Any]:
         """Both answers; of streams the first items."""
-        return (self.stream.answers if self.stream is not None else self.primary_answer), self.shadow_answer
+        return (self.reading.answers if self.reading is not None else self.primary_answer), self.shadow_answer
 
 
 class Mirror:
     """Sends copies and pairs their durations with the primaries'. All calls come from the router's event loop."""
 
     def __init__(
-        self,
-        config: TrialConfig,
-        now_s: Callable[[], float],
-        on_pair: Callable[[PairedSample], None],
-        on_drop: Callable[[], None],
+        self, config: TrialConfig, on_pair: Callable[[PairedSample], None], on_drop: Callable[[], None]
     ) -> None:
-        self._config = config
-        self._now_s = now_s
-        self._on_pair = on_pair
-        self._on_drop = on_drop
+        self._on_pair, self._on_drop = on_pair, on_drop
         self._under_way: dict[str, int] = {}
-        self._pairs: dict[str, _Pair] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._serial = itertools.count()
+        """Calls that one request makes share Serve's id; their copies do not."""
+        self.configure(config)
+
+    def configure(self, config: TrialConfig) -> None:
+        """Go by other settings from the next copy on."""
+        self._config = config
         self._equal = _comparison(config)
 
     @property
     def under_way(self) -> int:
         """Copies that have not ended yet."""
         return sum(self._under_way.values())
-
-    @property
-    def waiting(self) -> int:
-        """Pairs of which a half is still missing."""
-        return len(self._pairs)
 
     def copyable(self, request: PendingRequest, replica: RunningReplica | None = None) -> bool:
         """Whether a request may be copied: a method declared safe, and a body that is not streamed through a proxy.
@@ -134,42 +129,26 @@ class Mirror:
         self,
         request: PendingRequest,
         candidate: RunningReplica,
-        primary_id: str,
-        primary_in_flight: float,
-        *,
-        primary: ReplicaResult | None = None,
-        stream: StreamWatch | None = None,
-    ) -> bool:
-        """Start a copy of an accepted request; False if the candidate has its fill already (the copy is dropped).
+        primary: tuple[str, float],
+        result: ReplicaResult,
+        reading: Reading | None = None,
+    ) -> Pair | None:
+        """Start a copy of an accepted request; None if the candidate has its fill already (the copy is dropped).
 
-        `primary` is the result that the caller gets, `stream` its watch if it is a stream.
+        `primary` is the replica that has accepted it and the others there, `result` what came back, `reading` how it
+        is read if it is a stream.
         """
         candidate_id = candidate.replica_id.unique_id
         limit = min(self._config.mirror_concurrency, candidate.max_ongoing_requests)
         if self._under_way.get(candidate_id, 0) >= limit:
             self._on_drop()
-            return False
-        request_id = key_of(request)
-        self._pairs[request_id] = pair = _Pair(candidate_id, primary_id, primary_in_flight, stream)
+            return None
+        pair = Pair(candidate_id, *primary, self._complete, reading)
         if self._equal is not None:
-            self._keep_answer(pair, primary)
+            self._keep_answer(pair, result)
         self._under_way[candidate_id] = self._under_way.get(candidate_id, 0) + 1
-        self._start(self._send(request, candidate, request_id, pair))
-        return True
-
-    def primary_done(self, request_id: str, duration_s: float | None, *, ok: bool) -> None:
-        """The primary of a copied request has ended; a duration of None (cancelled) voids the pair.
-
-        Of a stream also called at item `watch.MARK`, which is as far as it is compared; the first call counts.
-        """
-        pair = self._pairs.get(request_id)
-        if pair is None or pair.primary_s is not None:
-            return
-        if duration_s is None:
-            del self._pairs[request_id]
-            return
-        pair.primary_s, pair.primary_ok = duration_s, ok
-        self._complete(request_id, pair)
+        self._start(self._send(request, candidate, pair))
+        return pair
 
     def _start(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -178,10 +157,10 @@ class Mirror:
 
     # ------------------------------------------------------------------ pairs
 
-    def _keep_answer(self, pair: _Pair, primary: ReplicaResult | None) -> None:
+    def _keep_answer(self, pair: Pair, result: ReplicaResult) -> None:
         """Have the primary's answer kept for the comparison, whether or not its caller has read it yet."""
-        if pair.stream is not None:
-            pair.stream.answers = []
+        if pair.reading is not None:
+            pair.reading.answers = []
             return
         loop = asyncio.get_running_loop()
 
@@ -193,21 +172,21 @@ class Mirror:
                 loop.call_soon_threadsafe(keep, answer)
 
         try:
-            primary.to_object_ref()._on_completed(arrived)  # type: ignore[union-attr]
+            when_completed(result.to_object_ref(), arrived)
         except (AssertionError, RuntimeError, AttributeError):  # sent by value: only its caller sees it
             logger.debug("shadecast: the answer of %s cannot be compared", pair.primary_id)
 
-    def _complete(self, request_id: str, pair: _Pair) -> None:
-        if pair.primary_s is None or pair.shadow_s is None or self._pairs.pop(request_id, None) is None:
+    def _complete(self, pair: Pair) -> None:
+        if pair.void or pair.primary_s is None or pair.shadow_s is None:
             return
-        if pair.stream is not None and pair.stream.items and not pair.times_s:
+        if pair.reading is not None and pair.reading.items and not pair.times_s:
             pair.shadow_ok = False  # an empty stream where the primary's was not
         if self._equal is None or not (pair.primary_ok and pair.shadow_ok):
             self._emit(pair, None)
         else:
             self._start(self._compare(pair, self._equal))
 
-    async def _compare(self, pair: _Pair, equal: Callable[[Any, Any], Any]) -> None:
+    async def _compare(self, pair: Pair, equal: Callable[[Any, Any], Any]) -> None:
         """In a thread, for answers may be large and the function is the user's."""
         verdict = None
         try:
@@ -222,7 +201,7 @@ class Mirror:
             logger.warning("shadecast: trial.compare = %r failed: %r", self._config.compare, error)
         self._emit(pair, verdict)
 
-    def _emit(self, pair: _Pair, equal: bool | None) -> None:
+    def _emit(self, pair: Pair, equal: bool | None) -> None:
         durations = pair.compared()
         if durations is None:
             return
@@ -241,8 +220,8 @@ class Mirror:
 
     # ------------------------------------------------------------------ copies
 
-    async def _send(self, request: PendingRequest, candidate: RunningReplica, request_id: str, pair: _Pair) -> None:
-        started_s = self._now_s()
+    async def _send(self, request: PendingRequest, candidate: RunningReplica, pair: Pair) -> None:
+        started_s = time.monotonic()
         result = None
         judged = True
         try:
@@ -252,7 +231,7 @@ class Mirror:
                 metadata=replace(
                     request.metadata,
                     request_id=request.metadata.request_id + SHADOW_SUFFIX,
-                    internal_request_id=request_id + SHADOW_SUFFIX,
+                    internal_request_id=f"{request.metadata.internal_request_id}/{next(self._serial)}{SHADOW_SUFFIX}",
                     tracing_context=None,
                 ),
                 resolved=True,
@@ -264,11 +243,11 @@ class Mirror:
                     judged = False  # full: says nothing about its speed
                     self._on_drop()
                     return
-                started_s = self._now_s()
+                started_s = time.monotonic()
                 pair.shadow_in_flight = max(answer.num_ongoing_requests - 1.0, 0.0)
                 if request.metadata.is_streaming:
                     await self._drain(result, pair, started_s)
-                elif self._equal is not None or not request.metadata._by_reference:
+                elif self._equal is not None or not is_by_reference(request):
                     pair.shadow_answer = await result.get_async()
                 else:
                     pair.shadow_ok = await _ended(result) is None
@@ -287,12 +266,12 @@ class Mirror:
             if result is not None and (request.metadata.is_streaming or not (judged and pair.shadow_ok)):
                 result.cancel()
             if judged:
-                pair.shadow_s = self._now_s() - started_s
-                self._complete(request_id, pair)
+                pair.shadow_s = time.monotonic() - started_s
+                self._complete(pair)
             else:
-                self._pairs.pop(request_id, None)
+                pair.void = True
 
-    async def _drain(self, result: ReplicaResult, pair: _Pair, started_s: float) -> None:
+    async def _drain(self, result: ReplicaResult, pair: Pair, started_s: float) -> None:
         """Read the first items of a copied stream and when they came."""
         items = []
         for _ in range(MARK):
@@ -300,7 +279,7 @@ class Mirror:
                 item = await result.__anext__()
             except StopAsyncIteration:
                 break
-            pair.times_s.append(self._now_s() - started_s)
+            pair.times_s.append(time.monotonic() - started_s)
             if self._equal is not None:
                 items.append(item)
         pair.shadow_answer = items
@@ -309,9 +288,9 @@ class Mirror:
 async def _send_beside(candidate: RunningReplica, shadow: PendingRequest) -> ReplicaResult:
     """Send a copy; one with large arguments from a thread, so that no other request waits for its serialisation."""
     send = functools.partial(candidate.try_send_request, shadow, with_rejection=True)
-    if not _is_large(shadow) or not shadow.metadata._by_reference:
+    if not _is_large(shadow) or not is_by_reference(shadow):
         return send()
-    candidate._get_replica_wrapper(shadow)  # what it makes at first needs an event loop
+    serialise_lazily(candidate, shadow)
     return await asyncio.get_running_loop().run_in_executor(None, send)
 
 

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from shadecast.balancer import Command, TickInput
+from shadecast.capacity import FALL_PER_S, RISE_PER_S
 from shadecast.config import Config
 from shadecast.connection import TRANSITIONS, Event, backoff_s
 from shadecast.types import NodeReport, NodeSnapshot, Outcome, PairedSample, ReplicaReport, RouterReport, State
@@ -156,8 +157,8 @@ class History(RuleBasedStateMachine):
         self.at_s = self.world.now_s
         for name, row in rows.items():
             change = row.capacity - self.capacity.get(name, row.capacity)
-            assert change <= CONFIG.balance.rise_per_s * elapsed_s + 1e-9
-            assert -change <= CONFIG.balance.fall_per_s * elapsed_s + 1e-9
+            assert change <= RISE_PER_S * elapsed_s + 1e-9
+            assert -change <= FALL_PER_S * elapsed_s + 1e-9
         self.capacity = {name: row.capacity for name, row in rows.items()}
 
     def teardown(self) -> None:

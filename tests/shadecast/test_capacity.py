@@ -9,11 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shadecast import capacity as cap
-from shadecast.config import BalanceConfig
 from shadecast.service_curve import CurveLearner
 from shadecast.types import HORIZONS_S, Forecast, NodeSnapshot
-
-CONFIG = BalanceConfig()
 
 
 def snapshot(cpu=0.0, memory=0.0, network=0.0):
@@ -160,23 +157,23 @@ def test_an_unsure_forecast_counts_less():
     changes = []
     for spread in (0.0, 0.2, 0.35):
         view = cap.outlook(forecast([0.6] * 6, spread), snapshot(), (1.0, 0.0, 0.0), 0.0, 5.0)
-        changes.append(cap.blend(0.0, view.log_change, CONFIG, view.error_sigma))
+        changes.append(cap.blend(0.0, view.log_change, 1.0, view.error_sigma))
     assert changes[0] < changes[1] < changes[2] <= 0.0
 
 
 @given(st.floats(-3, 1), st.floats(-3, 3), st.floats(0, 2))
 def test_the_blend_never_overshoots_the_forecast_and_ignores_small_changes(live, change, sigma):
-    blended = cap.blend(live, change, CONFIG, sigma)
+    blended = cap.blend(live, change, 1.0, sigma)
     assert min(live, live + change) - 1e-9 <= blended <= max(live, live + change) + 1e-9
-    if abs(change) <= CONFIG.dead_band:
+    if abs(change) <= cap.DEAD_BAND:
         assert blended == live
 
 
 @given(st.floats(0.01, 4), st.one_of(st.floats(-10, 10), st.just(math.nan)), st.floats(-5, 5))
 def test_capacity_moves_no_faster_than_its_rates(before, wanted, elapsed_s):
-    after = cap.limit_rate(before, wanted, elapsed_s, CONFIG)
+    after = cap.limit_rate(before, wanted, elapsed_s)
     allowed_s = max(elapsed_s, 0.0)
-    assert -CONFIG.fall_per_s * allowed_s - 1e-9 <= after - before <= CONFIG.rise_per_s * allowed_s + 1e-9
+    assert -cap.FALL_PER_S * allowed_s - 1e-9 <= after - before <= cap.RISE_PER_S * allowed_s + 1e-9
 
 
 def test_vetoes_need_leave_and_hit_the_worst_few():
@@ -187,7 +184,7 @@ def test_vetoes_need_leave_and_hit_the_worst_few():
         )
         for i in range(8)
     }
-    vetoed = cap.vetoes(views, CONFIG, memory_limit=0.92)
+    vetoed = cap.vetoes(views, memory_limit=0.92)
     assert len(vetoed) == 2
     assert "n3" in vetoed
     assert "n0" not in vetoed
@@ -198,11 +195,11 @@ def test_a_veto_outlasts_its_forecast_by_half_a_sample_and_never_takes_more_than
     dire = {f"n{i}": cap.outlook(forecast([0.95] * 6, veto=True), snapshot(), gamma, 0.0, 5.0) for i in range(8)}
     well = {**dict.fromkeys(dire, cap.NO_OUTLOOK), "n7": dire["n7"]}
     veto = cap.Veto()
-    first = veto.step(dire, CONFIG, 0.92, 100.0)
+    first = veto.step(dire, 0.92, 100.0)
     assert len(first) == 2
-    assert veto.step(well, CONFIG, 0.92, 100.4) == {"n7", min(first)}
-    assert veto.step(well, CONFIG, 0.92, 100.6) == {"n7"}
-    assert veto.step({}, CONFIG, 0.92, 100.7) == frozenset()
+    assert veto.step(well, 0.92, 100.4) == {"n7", min(first)}
+    assert veto.step(well, 0.92, 100.6) == {"n7"}
+    assert veto.step({}, 0.92, 100.7) == frozenset()
 
 
 def durations(slots, batch_half, seed=1, count=2000, top=24):

@@ -1,8 +1,9 @@
 """The product's own code under virtual time: balancer, ledger, pick tables, sessions; only the transport is simulated.
 
-Each router keeps a `shadecast.ledger.Ledger` and a `shadecast.pick.PickTable` as `serve_app.router` does, reports once
-a second; nodes report telemetry and forecasts once a second; `Balancer.on_tick` runs every tick with jitter and its
-table reaches each router up to the scenario's delay late. Copies to replicas on trial take their real capacity.
+Each router keeps `shadecast.calls.Calls`, a `Ledger` and a `PickTable` as `serve_app.routing` does, and reports once a
+second through an `Inbox`; nodes report telemetry and forecasts once a second; `Balancer.on_tick` runs every tick with
+jitter and its table reaches each router up to the scenario's delay late. Copies to replicas on trial take their real
+capacity.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from bench.simulate.arms.base import Arm
 from bench.simulate.forecasts import Kind, NodeForecaster
 from bench.simulate.workload import TOKEN_S
 from shadecast.balancer import Balancer, TickInput
-from shadecast.config import Config
+from shadecast.calls import Call, Calls, Event
+from shadecast.config import CHOICES, LOCAL_ONLY_AGE_S, REPORT_S, TABLE_TTL_S, TICK_JITTER, Config
+from shadecast.inbox import Inbox
 from shadecast.ledger import Ledger
 from shadecast.pick import PickTable, cost_table, table_scores
-from shadecast.rescue import RescueBudget, Stuck, collapsed, hardly_answering, worth_rescuing
+from shadecast.rescue import VERY_SLOW, budget, slow_replicas, worth_moving
 from shadecast.sessions import SessionMap
 from shadecast.types import (
     Forecast,
@@ -38,7 +41,7 @@ if TYPE_CHECKING:
 _DEPLOYMENT = "sim/model"
 _TELEMETRY_S = 1.0
 _TOLD_S = 1.5
-"""As `serve_app.router`: how long a queue length that a replica told is better than a table's."""
+"""As `serve_app.routing.routes`: how long a queue length that a replica told is better than a table's."""
 _TELEMETRY_NOISE = 0.02
 _SHADOW_ITEMS = 32
 """Streams are compared over their first items, then the copy is cancelled (design section 7)."""
@@ -49,12 +52,22 @@ class _Forecaster(Protocol):
     def make(self, now_s: float, load_now: float, memory_now: float) -> Forecast | None: ...
 
 
+class _Call(Call):
+    """A call of the product's book, and the simulated request that it is of."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+
+
 class _Router:
     """What one router process holds."""
 
     def __init__(self, arm: Product, number: int, secret: bytes) -> None:
         self.arm = arm
-        self.ledger = Ledger(f"router-{number}", _DEPLOYMENT)
+        self.calls: Calls[_Call] = Calls()
+        self.open: dict[int, _Call] = {}
+        """Live calls by their request."""
+        self.ledger = Ledger(f"router-{number}", _DEPLOYMENT, self.calls)
         self.table: RoutingTable | None = None
         self.table_s = 0.0
         self.cost_key = (1.0, 0.0)
@@ -66,10 +79,8 @@ class _Router:
         self.mirrored: list[tuple[str, float]] = []
         self.copies: dict[str, int] = {}
         self.sessions = SessionMap(arm.config.session, secret, arm.config.trial.drain_s)
-        self.rescue_budget = RescueBudget(arm.config.balance.rescue_fraction)
-        self.stuck: frozenset[str] = frozenset()
-        self.open: dict[str, Request] = {}
-        """Live requests that may still be rescued, by id."""
+        self.rescue_budget = budget(arm.config.balance.rescue_fraction)
+        self.very_slow: frozenset[str] = frozenset()
         self.streams: dict[int, tuple[Request, int, float]] = {}
         """Live streams: request, items counted, since when the next is waited for."""
 
@@ -81,8 +92,8 @@ class _Router:
         self.table = table
         self.table_s = self.arm.made_s[table.version]
         self.lay_out()
-        slow = collapsed(table, self.arm.config.balance)
-        self.stuck = hardly_answering(table, self.arm.config.balance) if slow else frozenset()
+        slow = slow_replicas(table)
+        self.very_slow = frozenset(slow_replicas(table, VERY_SLOW)) if slow else frozenset()
         if slow:
             self.arm.rescue(self, table, slow)
 
@@ -96,7 +107,7 @@ class _Router:
         ids = [self.arm.ids[member] for member in self.by_index]
         oldest_s = self.arm.sim.now_s - _TOLD_S
         told = {key: (queue, mine) for key, (queue, mine, at_s) in self.told.items() if at_s >= oldest_s}
-        self.picks = PickTable(ids, table, self.ledger.all_in_flight(), self.counted, self.cost, seen=told)
+        self.picks = PickTable(ids, table, self.calls.all_in_flight(), self.counted, self.cost, seen=told)
         rows = table.rows if table is not None else ()
         alive = self.picks.index
         self.mirrored = [
@@ -111,14 +122,19 @@ class _Router:
             self.sessions.update(weights, scores, self.arm.sim.now_s, draining)
 
     def level(self) -> str:
-        """The rung of the fail-open ladder, as `PredictiveRouter.level`."""
+        """The rung of the fail-open ladder, as `Routes.level`."""
         if self.table is None:
             return "power_of_two"
         age_s = self.arm.sim.now_s - self.table_s
-        balance = self.arm.config.balance
-        if age_s > balance.local_only_age_s:
+        if age_s > LOCAL_ONLY_AGE_S:
             return "power_of_two"
-        return "table" if age_s <= balance.table_ttl_s else "stale_table"
+        return "table" if age_s <= TABLE_TTL_S else "stale_table"
+
+    def count(self, replica_id: str) -> None:
+        """The number of calls on a replica has changed."""
+        i = self.picks.index.get(replica_id)
+        if i is not None:
+            self.picks.count(i, self.calls.in_flight(replica_id))
 
 
 class Product(Arm):
@@ -140,7 +156,6 @@ class Product(Arm):
         scenario = world.scenario
         work = scenario.work
         balance = {
-            "tick_s": scenario.tick_s,
             "slots": float(work.slots),
             "batch_half": work.batch_half,
             **self._settings.get("balance", {}),
@@ -153,6 +168,7 @@ class Product(Arm):
         self.made_s: dict[int, float] = {}
         self._balancer = Balancer(_DEPLOYMENT, self.config, 1)
         self._routers = [_Router(self, k, b"simulation") for k in range(sim.routers)]
+        self._inbox = Inbox()
         self._reports: list[RouterReport] = []
         self._node_reports: list[NodeReport] = []
         self._pairs: dict[int, tuple[_Router, dict[str, Any]]] = {}
@@ -160,7 +176,7 @@ class Product(Arm):
         self._forecasters = self._make_forecasters(world)
         self._noise = random.Random(f"{world.seed}/telemetry")
         for router in self._routers:
-            sim.at(rng.random() * self.config.balance.report_s, self._report, router)
+            sim.at(rng.random() * REPORT_S, self._report, router)
         for node in range(len(world.nodes)):
             sim.at(rng.random() * _TELEMETRY_S, self._telemetry, node)
         sim.at(rng.random() * scenario.tick_s, self._tick)
@@ -183,7 +199,7 @@ class Product(Arm):
     # ------------------------------------------------------------------ clocks
 
     def _pace(self, router: _Router) -> None:
-        """What `serve_app.routing.watch` sees of streams: items since the last report and the time they took."""
+        """What `serve_app.routing.reading` sees of streams: items since the last report and the time they took."""
         now_s = self.sim.now_s
         for number, (request, items, since_s) in router.streams.items():
             got = int(self.sim.replicas[request.replica].received_s(request) / TOKEN_S)
@@ -197,9 +213,13 @@ class Product(Arm):
         alive = [
             (self.ids[member], f"node-{self.sim.replicas[member].node}", _MAX_ONGOING) for member in self.sim.members
         ]
-        self._reports.append(router.ledger.report(self.sim.now_s, alive, router.level(), table_epoch=1))
-        router.counted = {replica_id: router.picks.in_flight[i] for replica_id, i in router.picks.index.items()}
-        self.sim.at(self.sim.now_s + self.config.balance.report_s * self.rng.uniform(0.95, 1.05), self._report, router)
+        message = router.ledger.report(self.sim.now_s, alive, level=router.level(), table_epoch=1)
+        report, answer = self._inbox.take(message, self.sim.now_s)
+        router.ledger.acknowledged(answer["acknowledged"])
+        if report is not None:
+            self._reports.append(report)
+        router.counted = router.calls.all_in_flight()
+        self.sim.at(self.sim.now_s + REPORT_S * self.rng.uniform(0.95, 1.05), self._report, router)
 
     def _telemetry(self, node: int) -> None:
         now_s = self.sim.now_s
@@ -227,8 +247,8 @@ class Product(Arm):
         for router in self._routers:
             late_s = self.rng.random() * scenario.table_delay_s
             self.sim.at(now_s + late_s, router.take_table, output.table)
-        jitter = self.config.balance.tick_jitter
-        self.sim.at(now_s + scenario.tick_s * self.rng.uniform(1.0 - jitter, 1.0 + jitter), self._tick)
+        jitter = self.rng.uniform(1.0 - TICK_JITTER, 1.0 + TICK_JITTER)
+        self.sim.at(now_s + scenario.tick_s * jitter, self._tick)
 
     # ------------------------------------------------------------------ requests
 
@@ -253,32 +273,31 @@ class Product(Arm):
         """The router's own decision."""
         router = self._routers[request.router]
         if request.session is not None:
-            away = router.stuck if router.level() == "table" else ()
+            away = router.very_slow if router.level() == "table" else ()
             held = router.sessions.lookup(str(request.session.id), self.sim.now_s, away)
             if held is not None and held in router.picks.index:
                 return self.member_of[held]
         picks, rng = router.picks, self.rng.random
-        i = (
-            picks.power_of_two(rng)
-            if router.level() == "power_of_two"
-            else picks.pick(rng, self.config.balance.choices)
-        )
-        return router.by_index[i] if i >= 0 else -1
+        i = picks.power_of_two(rng) if router.level() == "power_of_two" else picks.pick(rng, CHOICES)
+        if i < 0:
+            return -1
+        picks.commit(i)
+        return router.by_index[i]
 
     def on_sent(self, request: Request) -> None:
         """Accounts for the request; copies it to a replica on trial now and then."""
         router = self._routers[request.router]
-        replica_id = self.ids[request.replica]
-        request_id = str(request.id)
-        router.ledger.start(request_id, replica_id, self.sim.now_s, float(request.others))
-        router.rescue_budget.earn()
+        replica_id, now_s = self.ids[request.replica], self.sim.now_s
+        router.open[request.id] = call = _Call(request)
+        router.calls.handle(call, Event.CHOOSE, now_s, replica_id=replica_id)
+        router.calls.handle(call, Event.SEND, now_s)
+        router.calls.handle(call, Event.ACCEPT, now_s, others=float(request.others))
+        router.rescue_budget.request()
         if request.items:
-            router.streams[request.id] = (request, 0, self.sim.now_s)
-        if not request.items and request.attempts == 0:  # streams have shown their first items: they stay
-            router.open[request_id] = request
+            router.streams[request.id] = (request, 0, now_s)
+        router.count(replica_id)
         i = router.picks.index.get(replica_id)
         if i is not None:
-            router.picks.shift(i, 1)
             router.picks.note(i, request.others + 1.0)
             router.told[replica_id] = (request.others + 1.0, router.picks.in_flight[i], self.sim.now_s)
         if router.mirrored:
@@ -294,41 +313,38 @@ class Product(Arm):
         """The request has ended or was lost."""
         router = self._routers[request.router]
         replica_id = self.ids[request.replica]
-        request_id = str(request.id)
-        router.open.pop(request_id, None)
         stream = router.streams.pop(request.id, None)
         if stream is not None and stream[1] >= 1 and ok:
             router.ledger.pace(replica_id, max(request.items - stream[1], 0), self.sim.now_s - stream[2])
-        duration_s = router.ledger.finish(request_id, replica_id, self.sim.now_s, ok=ok)
-        i = router.picks.index.get(replica_id)
-        if i is not None:
-            router.picks.shift(i, -1)
+        call = router.open.pop(request.id)
+        router.calls.handle(call, Event.END, self.sim.now_s, ok=ok)
+        router.ledger.record(call)
+        router.count(replica_id)
         pair = self._pairs.get(request.id)
         if pair is not None and "primary_s" not in pair[1]:
-            self._half(request.id, primary_s=duration_s, primary_ok=ok)
+            self._half(request.id, primary_s=call.duration_s, primary_ok=ok)
 
     def rescue(self, router: _Router, table: RoutingTable, slow: Collection[str]) -> None:
-        """As `PredictiveRouter._rescue_stuck`: send stuck requests again, once, within the budget."""
+        """As `serve_app.routing.second_attempts`: send stuck requests again, once, within the budget.
+
+        Streams have shown their first items: they stay.
+        """
         now_s, picks = self.sim.now_s, router.picks
-        stuck = [
-            Stuck(request_id, replica_id, now_s - entry.started_s, entry.in_flight_at_start, entry.cost)
-            for replica_id in slow
-            for request_id, entry in router.ledger.open_on(replica_id)
-            if request_id in router.open
-        ]
+        held = [call for replica_id in slow for call in router.calls.running(replica_id)]
+        stuck = [call for call in held if not call.request.items and call.request.attempts == 0]
         scores = {replica_id: picks.score(i) for i, replica_id in enumerate(picks.ids) if picks.share[i] >= 1.0}
-        for each in worth_rescuing(stuck, table, scores, self.config.balance):
+        for call in worth_moving(stuck, table, scores, now_s):
+            i = picks.pick(self.rng.random, CHOICES, picks.index.get(call.replica_id, -1))
+            if i < 0 or picks.ids[i] == call.replica_id:
+                continue
             if not router.rescue_budget.take():
                 return
-            request = router.open.pop(each.request_id)
-            i = picks.pick(self.rng.random, self.config.balance.choices)
-            if i < 0 or picks.ids[i] == each.replica_id:
-                continue
+            request = call.request
             request.attempts += 1
-            before = picks.index.get(each.replica_id)
-            if before is not None:
-                picks.shift(before, -1)
-            router.ledger.finish(each.request_id, each.replica_id, now_s, ok=True, counted=False)
+            router.calls.handle(call, Event.MOVE, now_s)
+            router.ledger.evidence(call)
+            router.calls.handle(call, Event.DROP, now_s)
+            router.count(call.replica_id)
             self._rescued += 1
             self.sim.move(request, router.by_index[i])
 
@@ -341,13 +357,13 @@ class Product(Arm):
         if streams:
             work_s = min(work_s, _SHADOW_ITEMS * TOKEN_S)
         if router.copies.get(candidate_id, 0) >= limit or request.id in self._pairs:
-            router.ledger.mirror_dropped += 1
+            router.ledger.count("mirror_dropped")
             return
         if streams and work_s < request.work_s:
             primary = self.sim.replicas[request.replica]
             if not primary.mark(request, work_s, self._primary_half, request):
                 return  # it waits for a place: its first items cannot be timed yet
-        router.ledger.mirrored += 1
+        router.ledger.count("mirrored")
         self._mirrored += 1
         router.copies[candidate_id] = router.copies.get(candidate_id, 0) + 1
         facts = {

@@ -11,9 +11,8 @@ from urllib.parse import quote
 import httpx
 
 from serve_app.gateway.ingress import GatewaySettings, InferenceApi, make_app
-from serve_app.gateway.model_call import ModelCaller
+from serve_app.gateway.model_call import ModelCaller, retry_budget
 from serve_app.gateway.model_server import ModelInfo
-from serve_app.gateway.retry import RetryBudget
 from serve_app.gateway.tensors import TensorSpec
 
 INFO = ModelInfo(
@@ -99,7 +98,7 @@ class Clock:
 
 
 def make_caller(handle: FakeHandle, clock: Callable[[], float] | None = None, **changes: Any) -> ModelCaller:
-    settings = {"queue_timeout_s": 5.0, "budget": RetryBudget()} | changes
+    settings = {"queue_timeout_s": 5.0, "budget": retry_budget()} | changes
     return ModelCaller(handle, clock or Clock(), **settings)
 
 

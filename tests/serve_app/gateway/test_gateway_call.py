@@ -13,8 +13,8 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from serve_app.gateway.model_call import CallOptions, ModelCaller
 from serve_app.gateway.model_server import Refusal
-from serve_app.gateway.retry import RetryBudget
 from serve_app.protocol_error import ProtocolError
+from shadecast.budget import Budget
 from tests.serve_app.gateway.gateway_fakes import Clock, FakeHandle, FullResponse, make_caller
 
 OPTIONS = CallOptions(timeout_s=30.0)
@@ -74,14 +74,14 @@ def test_a_model_that_is_not_safe_to_repeat_is_never_called_twice() -> None:
 
 def test_without_budget_a_lost_request_is_not_retried() -> None:
     handle = FakeHandle(DIED)
-    caller = make_caller(handle, budget=RetryBudget(fraction=0.0, initial=0.0))
+    caller = make_caller(handle, budget=Budget(0.0, burst=100.0, initial=0.0))
     assert refusal(caller).status == 503
     assert len(handle.calls) == 1
 
 
 def test_retries_stay_within_a_fifth_when_everything_dies() -> None:
     handle = FakeHandle(DIED)
-    caller = make_caller(handle, budget=RetryBudget(initial=0.0))
+    caller = make_caller(handle, budget=Budget(0.2, burst=100.0, initial=0.0, per_s=0.5))
     for _ in range(100):
         refusal(caller)
     assert len(handle.calls) <= 120

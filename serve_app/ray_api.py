@@ -1,0 +1,204 @@
+"""Every private name of Ray that this project uses, each with its reason; nothing else touches one.
+
+Ray's router API is alpha. When Ray moves, `tests/serve_app/test_ray_api.py` names what broke, and it is mended here.
+Imported in users' processes: ray.serve and the standard library only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, cast
+
+import ray
+from ray._common.constants import HEAD_NODE_RESOURCE_NAME as HEAD_NODE_RESOURCE
+from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
+from ray.serve._private.common import ReplicaQueueLengthInfo as QueueInfo
+from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
+from ray.serve.context import _get_serve_request_context
+from ray.serve.request_router import (
+    LocalityMixin,
+    MultiplexMixin,
+    PendingRequest,
+    ReplicaID,
+    RequestRouter,
+    RunningReplica,
+)
+
+__all__ = ["HEAD_NODE_RESOURCE", "QueueInfo", "ServeRouter"]
+
+
+class ServeRouter(LocalityMixin, MultiplexMixin, RequestRouter):
+    """Serve's request router with what we need of its inside, under names of our own.
+
+    `_choose_replica_for_request` is overridden because Serve starts a task for each request, which compares queues and
+    wakes the request: where nothing is left to compare, the choice is made at once (docs/decisions/0045). The look-up
+    by id is overridden because calls that one request makes share Serve's id, and one of two would wait for ever
+    (docs/decisions/0041).
+    """
+
+    # ------------------------------------------------------------------ for the router to define
+
+    @abstractmethod
+    def choose_at_once(self, pending_request: PendingRequest) -> RunningReplica | None:
+        """The usual choice where no other request waits; None leaves it to `choose_replicas` and Serve's way there."""
+
+    @abstractmethod
+    def asked(self, pending_request: PendingRequest) -> None:
+        """A request will wait for a replica."""
+
+    @abstractmethod
+    def chosen(self, pending_request: PendingRequest, replica: RunningReplica) -> None:
+        """Serve will send the request to this replica now."""
+
+    @abstractmethod
+    def given_up(self, pending_request: PendingRequest) -> None:
+        """The request is cancelled, or cannot be routed."""
+
+    @abstractmethod
+    def pending_of(self, metadata: object) -> PendingRequest | None:
+        """The request of that very metadata object that waits for a replica."""
+
+    # ------------------------------------------------------------------ Serve's hooks
+
+    async def _choose_replica_for_request(
+        self, pending_request: PendingRequest, *, is_retry: bool = False
+    ) -> RunningReplica:
+        nobody_waits = not (is_retry or self._pending_requests_to_route or self.num_routing_tasks_in_backoff)
+        chosen = self.choose_at_once(pending_request) if nobody_waits else None
+        if chosen is not None:
+            self._record_queue_wait_time(pending_request)  # Serve's metric of the time in the queue
+            return chosen
+        self.asked(pending_request)
+        try:
+            chosen = await super()._choose_replica_for_request(pending_request, is_retry=is_retry)
+        except BaseException:  # perhaps just when it had been chosen for: nobody will send it
+            self.given_up(pending_request)
+            raise
+        self.chosen(pending_request, chosen)
+        return cast("RunningReplica", chosen)
+
+    def _get_pending_request_matching_internal_request_id(self, request_metadata: Any = None) -> PendingRequest | None:
+        pending = self.pending_of(request_metadata)
+        return pending if pending is not None and not pending.future.done() else None
+
+    # ------------------------------------------------------------------ Serve's state
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop on which Serve routes; all of its calls come there."""
+        return cast("asyncio.AbstractEventLoop", self._event_loop)
+
+    @property
+    def deployment(self) -> str:
+        """ "app/name"."""
+        return f"{self._deployment_id.app_name}/{self._deployment_id.name}"
+
+    def queue_of(self, replica_id: ReplicaID) -> int | None:
+        """A replica's queue as Serve knows it; None if it does not."""
+        return cast("int | None", self._replica_queue_len_cache.get(replica_id))
+
+    @property
+    def own_place(self) -> tuple[str | None, str | None]:
+        """This process's node and zone as far as Serve prefers replicas there; None where it does not."""
+        return (
+            self._self_node_id if self._prefer_local_node_routing else None,
+            self._self_availability_zone if self._prefer_local_az_routing else None,
+        )
+
+    async def choose_as_serve(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None
+    ) -> list[list[RunningReplica]]:
+        """Serve's own rule, its locality and multiplexing included."""
+        serves_rule = PowerOfTwoChoicesRequestRouter.choose_replicas
+        chosen = await serves_rule(cast("Any", self), candidate_replicas, pending_request)
+        return cast("list[list[RunningReplica]]", chosen)
+
+
+# ---------------------------------------------------------------- requests and results
+
+
+def is_by_reference(pending_request: PendingRequest) -> bool:
+    """Whether the answer is an object of Ray's; else its bytes come with the call (gRPC between replicas)."""
+    return bool(pending_request.metadata._by_reference)
+
+
+def reserved_slot(pending_request: PendingRequest) -> str | None:
+    """The token of the place that `choose_replica` has reserved for a request that is dispatched to it."""
+    return cast("str | None", pending_request.metadata._reserved_slot_token)
+
+
+def serialise_lazily(replica: RunningReplica, request: PendingRequest) -> None:
+    """Let a replica make what it makes at its first request, which needs an event loop: then it sends from threads."""
+    replica._get_replica_wrapper(request)
+
+
+def current_request_id() -> str:
+    """Serve's internal id of the request that this process is just handling; "" outside of one."""
+    return str(_get_serve_request_context()._internal_request_id)
+
+
+def when_ready(ref: Any, call: Callable[[], None], settle: Callable[[Any], None]) -> None:
+    """Have `call` called once an object is there, without fetching it, or `settle` with the object where that fails.
+
+    From another thread. A done-callback of a result does not show errors that user code raised.
+    """
+    if hasattr(ref, "_on_ready"):
+        ref._on_ready(lambda _: call())
+    else:
+        ref._on_completed(settle)
+
+
+def when_completed(ref: Any, settle: Callable[[Any], None]) -> None:
+    """Have `settle` called with an object, or the error in its place, once it is there. From another thread."""
+    ref._on_completed(settle)
+
+
+def is_answer(ref: Any) -> bool:
+    """Whether a finished object is an answer for certain, and not an error; False if that cannot be told cheaply."""
+    try:
+        worker = ray._private.worker.global_worker.core_worker
+        [place] = worker.get_local_object_locations([ref]).values()
+        if place["node_ids"]:
+            return True  # in the object store, so larger than 100 kB: errors stay with their owner
+        [stored] = worker.get_objects([ref], 0)
+        return not bytes(stored.metadata).split(b",", maxsplit=1)[0].isdigit()  # errors are marked by a number
+    except Exception:  # the slower way remains
+        return False
+
+
+async def wait_until_assigned(response: Any) -> None:
+    """Wait until a replica has taken a handle's call: nothing public tells that before the answer is there."""
+    fetch = getattr(response, "_fetch_future_result_async", None)
+    if fetch is not None:
+        await fetch()
+
+
+# ---------------------------------------------------------------- the cluster
+
+
+def shared_secret(key: bytes, made: bytes, namespace: str) -> bytes:
+    """A value that all processes of a cluster agree on: the first one's `made`. Blocks: call it in a thread."""
+    _internal_kv_put(key, made, overwrite=False, namespace=namespace.encode())
+    return cast("bytes", _internal_kv_get(key, namespace=namespace.encode()))
+
+
+def deployed_router(app_name: str, name: str) -> tuple[str, dict[str, Any]] | None:
+    """Import path and arguments of the router that a deployment was last deployed with; "" is Serve's default.
+
+    Serve tells its routers of a change, but keeps the router objects that it has. None where there is no such
+    deployment. Blocks: call it in a thread.
+    """
+    from ray.serve._private.common import DeploymentID  # noqa: PLC0415 - not in users' processes
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE  # noqa: PLC0415
+
+    with contextlib.suppress(ValueError):  # Serve does not run
+        controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+        config = ray.get(controller.get_deployment_config.remote(DeploymentID(name, app_name)), timeout=5)
+        if config is not None:
+            router = config.request_router_config
+            path = "" if router.is_default_request_router() else str(router.request_router_class)
+            return path, dict(router.request_router_kwargs or {})
+    return None

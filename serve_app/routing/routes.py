@@ -1,0 +1,393 @@
+"""Where a request may go: the coordinator's table, Serve's membership, locality, and where sessions live.
+
+Membership is Serve's, whatever the table says. What is known is laid out once for each table or change of membership
+(`shadecast.pick`), and a choice is a few look-ups.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import random
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+from ray.serve.request_router import PendingRequest, RunningReplica
+
+from shadecast.calls import Calls
+from shadecast.config import CHOICES, LOCAL_ONLY_AGE_S, TABLE_TTL_S, Config
+from shadecast.pick import PickTable, cost_table, table_scores
+from shadecast.rescue import VERY_SLOW, Ejections, slow_replicas
+from shadecast.sessions import SessionMap
+from shadecast.types import RoutingTable, State
+
+_TOLD_S = 1.5
+"""How long a queue length that a replica told is better than a table's."""
+_FORGET_TABLE_S = 60.0
+"""After so long without a coordinator, replicas that the last table kept out are used again."""
+_SECRET_WAIT_S = 0.5
+_DRAWS_FOR_A_PLACE = 3
+"""Of many replicas, a pick may fall on full ones while others have places."""
+_LONGEST_WAIT_FOR_AFFINITY_S = 1.0
+
+
+class Routes:
+    """All that one router knows of its replicas. `own_place` is the node and zone that it prefers, None if it does not.
+
+    Calls come from the router's event loop.
+    """
+
+    def __init__(self, deployment: str, calls: Calls[Any], config: Config, own_place: Callable[[], Any]) -> None:
+        self._deployment, self._calls, self._config, self._own_place = deployment, calls, config, own_place
+        self.random = random.random
+        self.table: RoutingTable | None = None
+        self._table_s = 0.0
+        self.replicas: list[RunningReplica] = []
+        """Those that are alive, by the index of the picks."""
+        self._dead: set[str] = set()
+        """Found dead since those were laid out."""
+        self._cost_key = (1.0, 0.0)
+        self._costs = cost_table(*self._cost_key)
+        self.picks = PickTable((), None, {}, {}, self._costs)
+        self._laid_out_for = ""
+        """The level that the picks were laid out for."""
+        self.fresh_until_s = -math.inf
+        """Until then that is the full rule's."""
+        self.has_near = False
+        """Whether some replica is preferred because it is near."""
+        self._told: dict[str, tuple[float, int, float]] = {}
+        """Queue length that a replica told with its last acceptance, own calls there then, when."""
+        self._reported: dict[str, int] = {}
+        """Own calls per replica, as the coordinator was told last."""
+        self.mirrored: list[tuple[str, float]] = []
+        """Replicas on trial, and which fraction of the requests is copied to them."""
+        self.slow: Collection[str] = ()
+        self._very_slow: frozenset[str] = frozenset()
+        self.ejections = Ejections()
+        self._locality = Locality((), (), None, None)
+        self.sessions = Sessions(config, deployment)
+
+    def configure(self, config: Config) -> None:
+        """Go by other settings from now on."""
+        self._config = config
+        self.sessions.configure(config)
+
+    # ------------------------------------------------------------------ what is known
+
+    def take_table(self, table: RoutingTable) -> bool:
+        """Go by a newer table from now on; an older one (reordered, or of a former epoch) is ignored."""
+        held = self.table
+        if held is not None and (table.epoch, table.version) <= (held.epoch, held.version):
+            return False
+        if held is None:
+            self.sessions.forget()  # those placed meanwhile, by weights that other routers do not have
+        self.table = table
+        self._table_s = time.monotonic() - max(table.age_s, 0.0)
+        self.slow = slow_replicas(table)
+        self._very_slow = frozenset(slow_replicas(table, VERY_SLOW)) if self.slow else frozenset()
+        self.lay_out()
+        return True
+
+    def set_replicas(self, replicas: Sequence[RunningReplica]) -> None:
+        """Serve's membership."""
+        self.replicas = list(replicas)
+        self._dead.clear()
+        self.ejections.keep({replica.replica_id.unique_id for replica in replicas})
+        self.lay_out()
+
+    def remove(self, replica_id: str) -> None:
+        """A replica has died: out of the picks at once, laid out anew later, however often that is said."""
+        i = self.picks.index.get(replica_id)
+        if i is not None and replica_id not in self._dead:
+            self._dead.add(replica_id)
+            self.picks.remove(i)
+            self._locality.remove(i)
+
+    def count(self, replica_id: str) -> bool:
+        """The number of calls on a replica has changed; whether it has a place."""
+        i = self.picks.index.get(replica_id)
+        if i is None:
+            return False
+        self.picks.count(i, self._calls.in_flight(replica_id))
+        return self.picks.has_place(i)
+
+    def told(self, replica_id: str, queue: float) -> None:
+        """A replica's own count at this moment is fresher than any table's; what is on its way comes on top."""
+        i = self.picks.index.get(replica_id)
+        if i is not None:
+            queue += self._calls.on_the_way(replica_id)
+            self.picks.note(i, queue)
+            self._told[replica_id] = (queue, self.picks.in_flight[i], time.monotonic())
+
+    def eject(self, replica_id: str, loop: asyncio.AbstractEventLoop) -> None:
+        """Leave out a replica that does not answer: a moment at first, longer each time until it does."""
+        now_s, i = time.monotonic(), self.picks.index.get(replica_id)
+        if i is not None:
+            until_s = self.ejections.eject(replica_id, now_s)
+            self.picks.eject(i, True)
+            loop.call_later(until_s - now_s, self._readmit, replica_id)
+
+    def answered(self, replica_id: str) -> None:
+        """A replica has accepted a call."""
+        if self.ejections and self.ejections.accepted(replica_id):
+            self._readmit(replica_id)
+
+    def _readmit(self, replica_id: str) -> None:
+        i = self.picks.index.get(replica_id)
+        if i is not None and replica_id not in self.ejections.at(time.monotonic()):
+            self.picks.eject(i, False)
+
+    def reported(self) -> None:
+        """The coordinator is told of the present counts: the next table's queues have them."""
+        self._reported = self._calls.all_in_flight()
+
+    def lay_out(self) -> None:
+        """Precompute the picks for the present replicas and table."""
+        if self._dead:
+            self.replicas = [r for r in self.replicas if r.replica_id.unique_id not in self._dead]
+            self._dead.clear()
+        table, picks_of = self.table, [replica.replica_id.unique_id for replica in self.replicas]
+        if table is not None and (table.slots, table.batch_half) != self._cost_key:
+            self._cost_key = (table.slots, table.batch_half)
+            self._costs = cost_table(*self._cost_key)
+        self._laid_out_for = self.level
+        now_s = time.monotonic()
+        self._told = {key: told for key, told in self._told.items() if told[2] >= now_s - _TOLD_S}
+        self.picks = picks = PickTable(
+            picks_of,
+            table,
+            self._calls.all_in_flight(),
+            self._reported,
+            self._costs,
+            seen={key: (queue, mine_then) for key, (queue, mine_then, _) in self._told.items()},
+            limits=[replica.max_ongoing_requests for replica in self.replicas],
+            live_only=self._laid_out_for != "table",
+        )
+        for replica_id in self.ejections.at(now_s) if self.ejections else ():
+            if (i := picks.index.get(replica_id)) is not None:
+                picks.eject(i, True)
+        self._locality = Locality(picks.pool, self.replicas, *self._own_place())
+        self.has_near = self._locality.any_near
+        self.fresh_until_s = self._table_s + TABLE_TTL_S if self._laid_out_for == "table" else -math.inf
+        rows = table.rows if table is not None else ()
+        self.sessions.update(picks, table)
+        self.mirrored = [
+            (row.replica_id, row.mirror_fraction)
+            for row in rows
+            if row.mirror_fraction > 0.0 and row.replica_id in picks.index
+        ]
+
+    # ------------------------------------------------------------------ the fail-open ladder
+
+    @property
+    def level(self) -> str:
+        """The rung: "table", "stale_table" (live capacity only) or "power_of_two"."""
+        if self.table is None:
+            return "power_of_two"
+        age_s = time.monotonic() - self._table_s
+        if age_s > LOCAL_ONLY_AGE_S:
+            return "power_of_two"
+        return "table" if age_s <= TABLE_TTL_S else "stale_table"
+
+    def check_level(self) -> str:
+        """The level, with the picks laid out for it."""
+        if time.monotonic() > self.fresh_until_s and self.level != self._laid_out_for:
+            self.lay_out()
+        return self._laid_out_for
+
+    @property
+    def held_version(self) -> tuple[int, int]:
+        """Epoch and version of the table; (0, 0) without one."""
+        return (self.table.epoch, self.table.version) if self.table is not None else (0, 0)
+
+    # ------------------------------------------------------------------ where to
+
+    def preferred(self, pending_request: PendingRequest) -> Sequence[int] | None:
+        """Replicas to pick from first; None if all are alike. Each preference is tried once per request."""
+        return self._locality.pool(pending_request)
+
+    def pick(self, pool: Sequence[int] | None = None, without: int = -1) -> int:
+        """A pick that has a place; -1 if some draws found none.
+
+        An unresponsive replica accepts late, and its own count of requests does not have those that are on their way:
+        going by it alone, hundreds would be sent, and neither Serve's limit of waiting requests nor any other router's
+        choice would see them.
+        """
+        for _ in range(_DRAWS_FOR_A_PLACE):
+            i = self.picks.pick(self.random, CHOICES, without, pool)
+            if i < 0 or self.picks.has_place(i):
+                return i
+        return -1
+
+    def next_best(self, tried: str) -> list[int]:
+        """For a request that has come back from `tried`: all eligible replicas by score, that one last.
+
+        Those that are slow or ejected are behind the others, those without a place behind these.
+        """
+        picks, slow = self.picks, self.slow
+        pool: Sequence[int] = picks.pool
+        if time.monotonic() - self._table_s > _FORGET_TABLE_S:
+            pool = range(len(picks.ids))
+
+        def order(i: int) -> tuple[bool, bool, bool, float, float]:
+            replica_id = picks.ids[i]
+            return replica_id == tried, not picks.has_place(i), replica_id in slow, picks.scores[i], self.random()
+
+        return sorted(pool, key=order)
+
+    def two_random(self) -> list[int]:
+        """What Serve's own rule looks at, of those that the last table has not kept out."""
+        pool: Sequence[int] = self.picks.pool
+        if time.monotonic() - self._table_s > _FORGET_TABLE_S:
+            pool = range(len(self.picks.ids))
+        pool = [i for i in pool if self.picks.has_place(i)] or pool
+        return list(pool) if len(pool) <= 2 else random.sample(pool, 2)
+
+    def affinity(self, session_id: str) -> int:
+        """Index of the replica that has a session, or of a fallback for it; -1 if none takes traffic."""
+        away = self._very_slow if self._laid_out_for == "table" else frozenset()
+        if self.ejections:
+            away = away | self.ejections.at(time.monotonic())
+        return self.sessions.find(session_id, away, self.picks, self.table)
+
+    @property
+    def migration_s(self) -> float:
+        """What a session's move costs, in seconds; 0 while the time of a request is not known."""
+        reference_s = self.table.reference_s if self.table is not None else 0.0
+        return min(self._config.session.migration_cost * reference_s, _LONGEST_WAIT_FOR_AFFINITY_S)
+
+
+class Locality:
+    """Serve's own preferences within what is eligible: replicas with a multiplexed model, on this node, in this zone.
+
+    Laid out for one table and membership.
+    """
+
+    __slots__ = ("_eligible", "_near_node", "_near_zone", "_replicas", "_with_model")
+
+    def __init__(
+        self, eligible: Sequence[int], replicas: Sequence[RunningReplica], node: str | None, zone: str | None
+    ) -> None:
+        """`eligible` are indices into `replicas`. `node` and `zone` are this process's own, None where indifferent."""
+        self._eligible, self._replicas = eligible, replicas
+        self._near_node = [i for i in eligible if replicas[i].node_id == node] if node is not None else []
+        self._near_zone = [i for i in eligible if replicas[i].availability_zone == zone] if zone is not None else []
+        self._with_model: dict[str, list[int]] = {}
+
+    @property
+    def any_near(self) -> bool:
+        """Whether some eligible replica is nearer than others."""
+        return bool(self._near_node or self._near_zone)
+
+    def remove(self, i: int) -> None:
+        """The replica at index `i` is gone."""
+        for pool in (self._near_node, self._near_zone, *self._with_model.values()):
+            if i in pool:
+                pool.remove(i)
+
+    def pool(self, pending_request: PendingRequest) -> Sequence[int] | None:
+        """Those to pick from first: replicas that have the multiplexed model, else those with the fewest models; or
+        the same node, then the same zone. None if all are alike.
+        """
+        context, model_id = pending_request.routing_context, pending_request.metadata.multiplexed_model_id
+        if model_id:
+            if not context.tried_first_multiplexed_models:
+                context.tried_first_multiplexed_models = True
+                if pool := self._pool_with_model(model_id):
+                    return pool
+            if not context.tried_fewest_multiplexed_models:
+                context.tried_fewest_multiplexed_models = True
+                return self._pool_with_model("") or None
+            return None
+        if self._near_node and not context.tried_same_node:
+            context.tried_same_node = True
+            return self._near_node
+        if self._near_zone and not context.tried_same_az:
+            context.tried_same_az = True
+            return self._near_zone
+        return None
+
+    def _pool_with_model(self, model_id: str) -> list[int]:
+        """Eligible replicas that have the model, or with "" those with the fewest."""
+        pool = self._with_model.get(model_id)
+        if pool is None:
+            replicas, eligible = self._replicas, self._eligible
+            if model_id:
+                pool = [i for i in eligible if model_id in replicas[i].multiplexed_model_ids]
+            else:
+                fewest = min((len(replicas[i].multiplexed_model_ids) for i in eligible), default=0)
+                pool = [i for i in eligible if len(replicas[i].multiplexed_model_ids) == fewest]
+            self._with_model[model_id] = pool
+        return pool
+
+
+class Sessions:
+    """`shadecast.sessions`, fed with the router's tables. The map is made with the first request that has a session.
+
+    All routers of a cluster place sessions alike, by one secret, so that no client can choose its replica.
+    """
+
+    def __init__(self, config: Config, deployment: str) -> None:
+        self._config = config
+        self._secret = deployment.encode()
+        self._secret_known = asyncio.Event()
+        self._born_s = time.monotonic()
+        self._map: SessionMap | None = None
+
+    def configure(self, config: Config) -> None:
+        """Go by other settings; sessions stay where they are."""
+        self._config = config
+        if self._map is not None:
+            self._map.configure(config.session, config.trial.drain_s)
+
+    @property
+    def settled(self) -> bool:
+        """Whether the secret is known, or is not waited for any more."""
+        return self._secret_known.is_set()
+
+    def use_secret(self, secret: bytes | None) -> None:
+        """Place sessions by the cluster's secret from now on; None: it will not be known."""
+        if secret is not None and secret != self._secret:
+            self._secret = secret
+            self._map = None
+        self._secret_known.set()
+
+    async def wait_for_secret(self) -> None:
+        """In a router's first instants: sessions placed by another secret would not be where others place them."""
+        left_s = self._born_s + _SECRET_WAIT_S - time.monotonic()
+        if left_s > 0.0:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._secret_known.wait(), left_s)
+        self._secret_known.set()
+
+    def forget(self) -> None:
+        """Place all sessions anew."""
+        self._map = None
+
+    def update(self, picks: PickTable, table: RoutingTable | None) -> None:
+        """Tell the sessions of a new table or membership."""
+        if self._map is None:
+            return
+        rows = {row.replica_id: row for row in table.rows} if table is not None else {}
+        weights = {
+            replica_id: rows[replica_id].session_weight if replica_id in rows else 1.0
+            for i, replica_id in enumerate(picks.ids)
+            if picks.share[i] > 0.0
+        }
+        scores = table_scores(table) if table is not None else {}
+        draining = [r for r in picks.ids if r in rows and rows[r].state is State.DRAINING]
+        self._map.update(weights, scores, time.monotonic(), draining)
+
+    def find(self, session_id: str, away: Collection[str], picks: PickTable, table: RoutingTable | None) -> int:
+        """Index of the replica that has the session, or stands in for one of `away`; -1 if none takes traffic."""
+        if self._map is None:
+            self._map = SessionMap(self._config.session, self._secret, self._config.trial.drain_s)
+            self.update(picks, table)
+        replica_id = self._map.lookup(session_id, time.monotonic(), away)
+        return picks.index.get(replica_id, -1) if replica_id is not None else -1
+
+    def destination(self, session_id: str) -> str | None:
+        """Where the session will move to soon; None if it stays, or nobody knows it."""
+        return self._map.destination(session_id) if self._map is not None else None

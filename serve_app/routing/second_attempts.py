@@ -1,0 +1,253 @@
+"""Second attempts of calls that are stuck: cancelled and retried, moved to another replica, or resumed there.
+
+Which calls, and how many, is decided in `shadecast.rescue`. A call that no replica has accepted is cancelled and Serve
+chooses again; an accepted one gets another attempt beside it, and its caller goes on with that once it was accepted, or
+has given its first item. The budget pays for what was done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+from ray.exceptions import ActorDiedError
+from ray.serve.request_router import PendingRequest, ReplicaID
+
+from serve_app.ray_api import is_by_reference
+from serve_app.routing.reading import was_cancelled
+from shadecast.calls import Phase
+from shadecast.config import Config
+from shadecast.rescue import (
+    STREAM_COST,
+    Patience,
+    Stalled,
+    StreamPatience,
+    budget,
+    is_alone_unresponsive,
+    worth_moving,
+    worth_resuming,
+)
+from shadecast.types import RoutingTable
+
+if TYPE_CHECKING:
+    from serve_app.routing.live_calls import LiveCall, LiveCalls
+    from serve_app.routing.watched_result import WatchedResult
+
+logger = logging.getLogger("ray.serve")
+
+MOVED_SUFFIX, RESUMED_SUFFIX = "-moved", "-resumed"
+_LOOK_S = 0.1
+"""How often calls that wait for acceptance too long are looked at, at most."""
+_TRIES_AFTER_LOSS = 3
+"""A stream whose replica died may find others of the same node dead, too."""
+
+Begun = tuple["WatchedResult", Any]
+"""An attempt and its first item; StopAsyncIteration if it had nothing left to give."""
+
+
+class SecondAttempts:
+    """Of one router. All on its event loop."""
+
+    def __init__(self, calls: LiveCalls, config: Config) -> None:
+        self._calls = calls
+        self.patience, self.stream_patience = Patience(), StreamPatience()
+        self._resume = config.balance.resume
+        self._budget = budget(config.balance.rescue_fraction)
+        self._fraction = config.balance.rescue_fraction
+        self._looking = False
+        self._moving: set[LiveCall] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.on_died: Callable[[ReplicaID], None] = lambda _: None
+        """Told of replicas that an attempt has found dead."""
+
+    def configure(self, config: Config) -> None:
+        """Go by other settings."""
+        self._resume = config.balance.resume
+        if config.balance.rescue_fraction != self._fraction:
+            self._fraction = config.balance.rescue_fraction
+            self._budget = budget(self._fraction)
+
+    def earn(self) -> None:
+        """A call was accepted."""
+        self._budget.request()
+
+    # ------------------------------------------------------------------ calls that no replica accepts
+
+    def watch_acceptance(self) -> None:
+        """A call that may be retried was sent."""
+        if not self._looking:
+            self._look_at(self._calls.loop.time() + self.patience.limit_s)
+
+    def _look_at(self, due_s: float) -> None:
+        self._looking = True
+        self._calls.loop.call_at(due_s, self._look, due_s)
+
+    def _look(self, due_s: float) -> None:
+        """Cancel and retry what a replica has not accepted for too long; it is ejected for a moment."""
+        self._looking = False
+        loop_s, now_s, limit_s = self._calls.loop.time(), time.monotonic(), self.patience.limit_s
+        sent = [call for call in self._calls.book.unaccepted() if call.retriable and call.phase is Phase.SENT]
+        if sent:
+            next_s = min(call.since_s for call in sent) + limit_s - now_s
+            self._look_at(loop_s + max(next_s, _LOOK_S))
+        if loop_s > due_s + _LOOK_S:
+            return  # this process was stuck itself: answers may lie unread
+        for call in sent:
+            waited_s = call.age_s(now_s)
+            if waited_s > limit_s and self.patience.is_over(waited_s, now_s - self._heard_s(call.replica_id)):
+                self._leave(call, now_s)
+
+    def _leave(self, call: LiveCall, now_s: float) -> None:
+        routes = self._calls.routes
+        picks, ejected = routes.picks, routes.ejections.at(now_s)
+        others = [picks.ids[i] for i in picks.pool if picks.ids[i] != call.replica_id]
+        if call.replica_id in picks.index and is_alone_unresponsive(others, routes.slow, ejected):
+            replica_id = call.replica_id
+            if self._retry(call):
+                routes.eject(replica_id, self._calls.loop)
+
+    def _retry(self, call: LiveCall) -> bool:
+        """Cancel a call that was not accepted: Serve chooses again. Whether it was done."""
+        attempt = call.attempt
+        if attempt is None or not self._budget.take():
+            return False
+        done = attempt.stop_waiting()
+        if not done:
+            self._budget.give_back()
+        return done
+
+    def _heard_s(self, replica_id: str) -> float:
+        """When streams of a replica last gave an item."""
+        running = self._calls.book.running(replica_id)
+        return max((c.reading.last_item_s for c in running if c.reading is not None), default=-math.inf)
+
+    # ------------------------------------------------------------------ calls that a slow replica holds
+
+    def take_table(self, table: RoutingTable) -> None:
+        """Send again what slow replicas hold, as far as the budget goes."""
+        slow = self._calls.routes.slow
+        if not slow or self._calls.observing:
+            return
+        book, now_s = self._calls.book, time.monotonic()
+        held = [call for replica_id in slow for call in book.running(replica_id)]
+        stuck = [call for call in held if call.retriable and call.reading is None and self._movable(call)]
+        stuck += [call for call in book.unaccepted() if call.retriable and call.phase is Phase.SENT]
+        picks = self._calls.routes.picks
+        scores = {replica_id: picks.score(i) for i, replica_id in enumerate(picks.ids) if picks.share[i] >= 1.0}
+        for call in worth_moving(stuck, table, scores, now_s):
+            if call.phase is Phase.SENT:
+                self._retry(call)
+            elif self._budget.take():
+                self._start(call, self._move(call))
+        stalled = [
+            Stalled(call, call.reading.waited_s, call.reading.items)
+            for call in held
+            if call.had is not None and call.reading is not None and self._movable(call)
+        ]
+        for call in worth_resuming(stalled, self.stream_patience, slow):
+            if self._budget.take(cost=STREAM_COST):
+                self._start(call, self._move_stream(call))
+
+    def _movable(self, call: LiveCall) -> bool:
+        attempt = call.attempt
+        return attempt is not None and attempt.movable and call not in self._moving
+
+    def _start(self, call: LiveCall, work: Coroutine[Any, Any, None]) -> None:
+        self._moving.add(call)
+        task = self._calls.loop.create_task(work, context=call.context)
+        self._tasks.add(task)
+
+        def over(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            self._moving.discard(call)
+
+        task.add_done_callback(over)
+
+    async def _move(self, call: LiveCall) -> None:
+        """If no other replica takes it, the first attempt simply goes on."""
+        second = await self._send_again(call, MOVED_SUFFIX)
+        first = call.attempt
+        if second is None or first is None or not first.move(second):
+            self._budget.give_back()
+            if second is not None:
+                second.cancel()
+
+    async def _send_again(self, first: LiveCall, suffix: str, **more: Any) -> WatchedResult | None:
+        """Another attempt, with `more` arguments, that another replica has accepted; None if it finds no place."""
+        calls, pending = self._calls, first.pending
+        routes = calls.routes
+        i = routes.pick(without=routes.picks.index.get(first.replica_id, -1)) if pending is not None else -1
+        if pending is None or i < 0 or routes.picks.ids[i] == first.replica_id:
+            return None
+        labels = replace(pending.metadata, internal_request_id=pending.metadata.internal_request_id + suffix)
+        again = PendingRequest(args=pending.args, kwargs={**pending.kwargs, **more}, metadata=labels, resolved=True)
+        call = calls.open(again)
+        call.is_second, call.after_loss = True, first.after_loss
+        call.had = None if first.had is None else list(first.had)
+        try:
+            result = cast("WatchedResult", routes.replicas[i].try_send_request(again, with_rejection=True))
+            answer = await result.get_rejection_response()
+        except Exception as error:  # the first attempt is untouched
+            logger.debug(f"shadecast: sending {labels.request_id} again failed: {error!r}")
+            if isinstance(error, ActorDiedError):
+                self.on_died(routes.replicas[i].replica_id)
+            return None
+        if answer is not None and not answer.accepted:
+            result.cancel()
+            calls.drop(call)
+            return None
+        return result
+
+    # ------------------------------------------------------------------ streams
+
+    def resumes(self, pending: PendingRequest) -> bool:
+        """Whether the deployment says how such a stream goes on; a body that a proxy streams cannot."""
+        metadata = pending.metadata
+        if not self._resume or self._calls.observing or not metadata.is_streaming or not is_by_reference(pending):
+            return False
+        return not (metadata.is_http_request or metadata.is_grpc_request)
+
+    async def _move_stream(self, call: LiveCall) -> None:
+        after = len(call.had or ())
+        begun = await self._go_on(call)
+        first = call.attempt
+        if begun is None or first is None or not first.move_stream(*begun, after):
+            self._budget.give_back(STREAM_COST)
+            if begun is not None:
+                begun[0].cancel()
+
+    async def _go_on(self, call: LiveCall) -> Begun | None:
+        """Another attempt that begins after what was had, once it has given an item; None: the first one goes on."""
+        second = await self._send_again(call, RESUMED_SUFFIX, **{self._resume: list(call.had or ())})
+        if second is None:
+            return None
+        first = call.attempt
+        if first is not None:
+            first.trying(second)
+        try:
+            return second, await second.__anext__()
+        except StopAsyncIteration as end:
+            return second, end
+        except BaseException as error:
+            second.cancel()
+            task = asyncio.current_task()
+            if not isinstance(error, Exception) and (task is None or task.cancelling()):
+                raise  # this router's own end, or its caller's
+            if not was_cancelled(error):
+                logger.warning(f"shadecast: a stream could not go on elsewhere: {error!r}")
+            return None
+
+    async def after_death(self, call: LiveCall) -> Begun | None:
+        """A stream whose replica has died, once: a request that kills replicas must not kill them all."""
+        call.after_loss = True
+        for _ in range(_TRIES_AFTER_LOSS):
+            begun = await self._go_on(call)
+            if begun is not None:
+                self._calls.ledger.count("rescued")
+                return begun
+        return None

@@ -1,0 +1,353 @@
+"""The one wrapper of Serve's results: it watches an attempt, and lets its caller go on with another one.
+
+The caller holds a `WatchedResult` and never learns that the attempt behind it was replaced. Which calls move, when and
+how many is decided in `shadecast.rescue`; here is how: whoever awaits Serve's own result is interrupted, and awaits the
+other attempt's instead. Callers that block in `result()` or `next()` from a thread stay where they are.
+
+A result holds its call, never the other way round: when its reader drops it, it is freed as if nobody had watched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections.abc import Awaitable, Coroutine
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from ray.exceptions import RayActorError
+from ray.serve.request_router import PendingRequest, ReplicaResult, RunningReplica
+
+from serve_app.ray_api import QueueInfo
+from serve_app.routing.reading import tell
+from shadecast.calls import Event
+
+if TYPE_CHECKING:
+    from serve_app.routing.live_calls import LiveCall, LiveCalls
+
+T = TypeVar("T")
+
+
+class InterruptedWaitError(Exception):
+    """The router has ended an await of Serve's; the one who waits goes on with something else."""
+
+
+class _Wait:
+    """Awaits that the router may end, all of one event loop."""
+
+    __slots__ = ("ended", "loop", "tasks")
+
+    def __init__(self) -> None:
+        self.tasks: list[asyncio.Task[Any]] = []
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.ended = False
+
+    async def until(self, awaitable: Awaitable[T]) -> T:
+        """Await it; raises InterruptedWaitError once ended."""
+        task = cast("asyncio.Task[Any]", asyncio.current_task())
+        self.loop = asyncio.get_running_loop()
+        self.tasks.append(task)
+        try:
+            return await awaitable
+        except asyncio.CancelledError:
+            if not self.ended or task.uncancel() > 0:
+                raise  # the caller itself gave up
+            raise InterruptedWaitError from None
+        finally:
+            self.tasks.remove(task)
+
+    def end(self) -> bool:
+        """Interrupt whoever waits; False if nobody does. On the waiters' loop."""
+        waiting = [task for task in self.tasks if not task.done()]
+        if waiting:
+            self.ended = True
+            for task in waiting:
+                task.cancel()
+        return bool(waiting)
+
+
+class WatchedReplica:
+    """A running replica as Serve's routers see it, whose calls are watched; all else is the replica's own."""
+
+    def __init__(self, replica: RunningReplica, calls: LiveCalls) -> None:
+        self._replica, self._calls = replica, calls
+        self.replica_id = replica.replica_id
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_replica":  # while it is being made, or copied
+            raise AttributeError(name)
+        return getattr(self._replica, name)
+
+    @property
+    def max_ongoing_requests(self) -> int:
+        """Requests that it takes at most; may change while it runs."""
+        return cast("int", self._replica.max_ongoing_requests)
+
+    @property
+    def unwatched(self) -> RunningReplica:
+        """The replica itself, for copies, which are no calls of the book's."""
+        return self._replica
+
+    def try_send_request(self, pr: PendingRequest, with_rejection: bool) -> WatchedResult:
+        """Send, as the replica itself does, what was chosen for it, reserved on it, or is broadcast to all."""
+        call = self._calls.sending(pr, self.replica_id.unique_id)
+        try:
+            result = WatchedResult(self._replica.try_send_request(pr, with_rejection=with_rejection), call, self._calls)
+        except BaseException:
+            self._calls.drop(call)
+            raise
+        if not with_rejection:
+            self._calls.accepted(call, result, None)
+        return result
+
+    async def reserve_slot(self, request_metadata: Any) -> tuple[str, QueueInfo]:
+        """Reserve a place for a request that is dispatched later."""
+        call = self._calls.reserving(request_metadata, self.replica_id.unique_id)
+        try:
+            token, info = await self._replica.reserve_slot(request_metadata)
+        except BaseException:
+            self._calls.drop(call)
+            raise
+        self._calls.reserved(call, token if info.accepted else None)
+        return token, info
+
+    async def release_slot(self, slot_token: str) -> int:
+        """Give a reserved place back."""
+        self._calls.released(slot_token)
+        return cast("int", await self._replica.release_slot(slot_token))
+
+
+class WatchedResult(ReplicaResult):
+    """Serve's result of one attempt, as its caller has it."""
+
+    def __init__(self, inner: ReplicaResult, call: LiveCall, calls: LiveCalls) -> None:
+        self._inner, self._call, self._calls = inner, call, calls
+        call.result = weakref.ref(self)
+        self._wait = _Wait()
+        self._second: WatchedResult | None = None
+        """The attempt that has taken over."""
+        self._trying: WatchedResult | None = None
+        """Of a stream: an attempt that has given no item yet."""
+        self._ahead: list[Any] = []
+        """What the second attempt has given before it was read."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_inner":  # while it is being made, or copied
+            raise AttributeError(name)
+        return getattr(self._inner, name)
+
+    def __del__(self) -> None:
+        if (reading := self._call.reading) is not None:
+            tell(self._calls.loop, self._calls.reader_gone, self._call, reading)
+
+    @property
+    def inner(self) -> ReplicaResult:
+        """Serve's own."""
+        return self._inner
+
+    # ------------------------------------------------------------------ Serve's side
+
+    async def get_rejection_response(self) -> QueueInfo | None:
+        """Whether the replica takes the request. Once interrupted it is taken for one that does not."""
+        try:
+            info = await self._wait.until(self._inner.get_rejection_response())
+        except InterruptedWaitError:
+            self._calls.tell(self._call, Event.RETRY)
+            return QueueInfo(accepted=False, num_ongoing_requests=self._calls.places_of(self._call.replica_id))
+        except BaseException:
+            self._calls.drop(self._call)
+            raise
+        if info is None or info.accepted:
+            self._calls.accepted(self._call, self, None if info is None else info.num_ongoing_requests)
+        else:
+            self._calls.tell(self._call, Event.REJECT)
+        return cast("QueueInfo | None", info)
+
+    def add_done_callback(self, callback: Any) -> None:
+        """Of this attempt, not of one that takes over: Serve counts attempts."""
+        self._inner.add_done_callback(callback)
+
+    def to_object_ref(self) -> Any:
+        """The answer's object; a call whose answer is passed on as an object stays where it is."""
+        return self._inner.to_object_ref()
+
+    async def to_object_ref_async(self) -> Any:
+        """As `to_object_ref`."""
+        return await self._inner.to_object_ref_async()
+
+    def to_object_ref_gen(self) -> Any:
+        """The stream of objects, unwatched."""
+        return self._inner.to_object_ref_gen()
+
+    # ------------------------------------------------------------------ the caller's side
+
+    async def get_async(self) -> Any:
+        """The answer."""
+        if self._second is None:
+            call = self._call
+            if call.reading is not None:
+                return await self._read(self._inner.get_async(), whole=True)
+            if not call.retriable:
+                return await self._inner.get_async()
+            try:
+                return await self._wait.until(self._inner.get_async())
+            except InterruptedWaitError:
+                pass
+        return await cast("WatchedResult", self._second).get_async()
+
+    def get(self, timeout_s: float | None) -> Any:
+        """The answer, waited for in a thread."""
+        if self._call.reading is None:
+            return self._inner.get(timeout_s)
+        return self._read_blocking(lambda: self._inner.get(timeout_s), whole=True)
+
+    def __next__(self) -> Any:
+        if self._call.reading is None:
+            return self._inner.__next__()
+        return self._read_blocking(self._inner.__next__)
+
+    async def __anext__(self) -> Any:
+        if self._second is None:
+            try:
+                return await self._read(self._inner.__anext__())
+            except InterruptedWaitError:
+                pass
+            except RayActorError:
+                begun = await self._after_death()
+                if begun is None:
+                    raise
+                self._take(*begun)
+        if not self._ahead:
+            return await cast("WatchedResult", self._second).__anext__()
+        item = self._ahead.pop()
+        if isinstance(item, StopAsyncIteration):
+            raise item
+        return item
+
+    def cancel(self) -> None:
+        """Cancel every attempt."""
+        self._inner.cancel()
+        for other in (self._trying, self._second):
+            if other is not None:
+                other.cancel()
+
+    async def _read(self, awaitable: Coroutine[Any, Any, Any], *, whole: bool = False) -> Any:
+        """The next item, or the `whole` answer, seen by the call's reading."""
+        call, reading = self._call, self._call.reading
+        if reading is None:
+            return await awaitable
+        asked_s = reading.ask()
+        try:
+            item = await (self._wait.until(awaitable) if call.had is not None else awaitable)
+        except InterruptedWaitError:
+            raise
+        except StopAsyncIteration:
+            self._read_end(None)
+            raise
+        except Exception as error:
+            self._read_end(error)
+            raise
+        except BaseException:  # the reader gave up; it may ask again
+            self._stay()
+            raise
+        reading.got(item, asked_s)
+        self._stay()
+        if call.had is not None:
+            call.had.append(item)
+        if whole:
+            self._read_end(None)
+        return item
+
+    def _read_blocking(self, read: Any, *, whole: bool = False) -> Any:
+        reading = self._call.reading
+        asked_s = reading.ask()  # type: ignore[union-attr]
+        try:
+            item = read()
+        except StopIteration:
+            self._read_end(None)
+            raise
+        except TimeoutError:
+            raise  # the reader may ask again
+        except Exception as error:
+            self._read_end(error)
+            raise
+        reading.got(item, asked_s)  # type: ignore[union-attr]
+        if self._call.had is not None:
+            self._call.had.append(item)
+        if whole:
+            self._read_end(None)
+        return item
+
+    def _read_end(self, error: BaseException | None) -> None:
+        self._call.reading.asked_s = None  # type: ignore[union-attr]
+        self._stay()
+        tell(self._calls.loop, self._calls.read_to_the_end, self._call, error)
+
+    # ------------------------------------------------------------------ going on elsewhere
+
+    @property
+    def movable(self) -> bool:
+        """Whether a caller waits in a way that can be interrupted, and no other attempt has taken over."""
+        return self._second is None and bool(self._wait.tasks)
+
+    def stop_waiting(self) -> bool:
+        """Do not wait for the replica's word any longer: Serve chooses again. False if nobody waits for it."""
+        return self._wait.end()
+
+    def move(self, second: WatchedResult) -> bool:
+        """Let the caller of a unary call await `second`, and cancel this attempt; False if it is too late."""
+        return self._on_the_callers_loop(second, [], lambda: True)
+
+    def trying(self, second: WatchedResult) -> None:
+        """Another attempt of this stream was accepted: it is cancelled once it is not needed."""
+        self._trying = second
+
+    def move_stream(self, second: WatchedResult, first_item: Any, after: int) -> bool:
+        """Let the reader read `second`, which begins after `after` items; unless this stream has gone on meanwhile."""
+
+        def still() -> bool:
+            return self._trying is second and len(cast("list[Any]", self._call.had)) == after
+
+        moved = self._on_the_callers_loop(second, [first_item], still)
+        if not moved:
+            self._stay()
+        return moved
+
+    def _on_the_callers_loop(self, second: WatchedResult, ahead: list[Any], still: Any) -> bool:
+        loop = self._wait.loop
+        if loop is None or not self._wait.tasks:
+            return False
+
+        def wake() -> None:
+            if still() and self._second is None and self._wait.end():
+                self._trying, self._second, self._ahead = None, second, ahead
+                tell(self._calls.loop, self._calls.tell, self._call, Event.MOVE)
+                self._inner.cancel()
+            else:  # this attempt has ended, or has gone on
+                second.cancel()
+
+        try:
+            loop.call_soon_threadsafe(wake)
+        except RuntimeError:  # the caller's loop is closed
+            return False
+        return True
+
+    async def _after_death(self) -> tuple[WatchedResult, Any] | None:
+        """The replica has died under a stream: another attempt that begins after what was read, and its first item."""
+        lost = self._calls.after_death(self._call)
+        if lost is None:
+            return None
+        try:
+            begun = asyncio.run_coroutine_threadsafe(lost, self._calls.loop)
+        except RuntimeError:  # the router's loop is closed
+            lost.close()
+            return None
+        return await asyncio.wrap_future(begun)
+
+    def _take(self, second: WatchedResult, first_item: Any) -> None:
+        self._trying, self._second, self._ahead = None, second, [first_item]
+
+    def _stay(self) -> None:
+        """This attempt has given an item, or has ended."""
+        trying, self._trying = self._trying, None
+        if trying is not None:
+            trying.cancel()
