@@ -1,4 +1,4 @@
-"""The Ray side of a node's forecaster: start one pinned to a node, keep it in touch with coordinator and registry.
+"""The Ray side of a node's forecaster: keeps it in touch with coordinator and registry, and one on every node.
 
 This module stays light (no torch, no pandas): the coordinator imports it to start forecasters. The actor's own process
 imports the model when it is constructed.
@@ -19,7 +19,6 @@ from dataclasses import dataclass, fields
 from typing import Any, Self
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from shadecast.errors import ConfigError, ShadecastError
 from shadecast.inbox import node_message
@@ -27,8 +26,6 @@ from shadecast.types import NodeReport
 
 logger = logging.getLogger(__name__)
 
-NAMESPACE = "shadecast"
-COORDINATOR = "shadecast-coordinator"
 HOUSEKEEPING_S = 5.0
 """Registry and log are looked after this often; a promotion is loaded within twice this."""
 MAX_PENDING = 3
@@ -77,11 +74,15 @@ class ForecasterSettings:
 
 
 class CoordinatorLink:
-    """Sends reports without ever waiting; finds the coordinator again by name when it is gone."""
+    """Sends reports without ever waiting; looks the coordinator up, and again when it is gone."""
 
-    def __init__(self, handle: Any, on_answer: Callable[[float, float], None]) -> None:
-        """`on_answer` gets what the coordinator answers: requests in flight on the node, arrivals per second."""
-        self._handle, self._on_answer = handle, on_answer
+    def __init__(self, look_up: Callable[[], Any | None], on_answer: Callable[[float, float], None]) -> None:
+        """`look_up` returns the coordinator's handle, or None while there is none.
+
+        `on_answer` gets what the coordinator answers to a report: requests in flight on the node, arrivals per second.
+        """
+        self._look_up, self._on_answer = look_up, on_answer
+        self._handle: Any = None
         self._pending: list[Any] = []
 
     def send(self, report: NodeReport) -> None:
@@ -106,17 +107,20 @@ class CoordinatorLink:
         """Look the coordinator up where it is lost or does not answer; may block on a slow control store."""
         if self._settled():
             return
-        try:
-            self._handle = ray.get_actor(COORDINATOR, namespace=NAMESPACE)
-        except ValueError:
-            return
-        self._pending = []
+        if (found := self._look_up()) is not None:
+            self._handle, self._pending = found, []
 
 
 class ForecasterActor:
     """One per node. A thread samples at 1 Hz, another looks after coordinator, registry and log; calls only ask."""
 
-    def __init__(self, node_id: str, coordinator: Any, settings: Mapping[str, Any], node_cpus: float) -> None:
+    def __init__(
+        self,
+        node_id: str,
+        find_coordinator: Callable[[], Any | None],
+        settings: Mapping[str, Any],
+        node_cpus: float,
+    ) -> None:
         import torch  # noqa: PLC0415 - the process that starts forecasters must not load torch
 
         from actors.gpu import open_gpu  # noqa: PLC0415
@@ -127,7 +131,7 @@ class ForecasterActor:
         torch.set_num_threads(1)
         self._settings = ForecasterSettings.from_mapping(settings)
         self._registry = Registry(self._settings.registry or str(SHIPPED))
-        self._link = CoordinatorLink(coordinator, self._note_serving)
+        self._link = CoordinatorLink(find_coordinator, self._note_serving)
         self._rows: queue.SimpleQueue[tuple[dict[str, Any], float]] = queue.SimpleQueue()
         self._log = self._open_log(node_id) if self._settings.telemetry_log else None
         self._forecaster = NodeForecaster(
@@ -248,45 +252,19 @@ def stand_up_to_others() -> bool:
     return True
 
 
-def actor_name(node_id: str) -> str:
-    """Name of a node's forecaster in the namespace `shadecast`."""
-    return f"shadecast-forecaster-{node_id[:16]}"
-
-
-def start_forecaster(
-    node_id: str, coordinator: Any, settings: Mapping[str, Any], node_cpus: float = 0.0, detached: bool = True
-) -> Any:
-    """The handle of the node's forecaster, started if there is none.
-
-    Pinned to the node, takes no CPU from the scheduler, restarted by Ray while the node lives; detached, so that it
-    outlives the coordinator. `coordinator` is its handle or None (looked up by name). Raises ConfigError.
-    """
-    ForecasterSettings.from_mapping(settings)
-    remote = ray.remote(ForecasterActor).options(
-        name=actor_name(node_id),
-        namespace=NAMESPACE,
-        get_if_exists=True,
-        lifetime="detached" if detached else "non_detached",
-        num_cpus=0,
-        max_restarts=-1,
-        max_concurrency=2,
-        scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
-    )
-    return remote.remote(node_id, coordinator, dict(settings), node_cpus)
-
-
 class ForecasterFleet:
     """Keeps one forecaster on every node that is alive; call it every few seconds."""
 
-    def __init__(self, settings: Mapping[str, Any], coordinator: Any = None) -> None:
-        self._settings, self._coordinator = settings, coordinator
+    def __init__(self, start: Callable[[str, float], Any]) -> None:
+        """`start(node_id, node_cpus)` returns the handle of that node's forecaster, started if there is none."""
+        self._start = start
         self._handles: dict[str, Any] = {}
 
     def __call__(self) -> list[str]:
         """Start forecasters where they are missing, end those of nodes that left; ids of the nodes that are alive."""
         alive = {n["NodeID"]: float(n["Resources"].get("CPU", 0.0)) for n in ray.nodes() if n["Alive"]}
         for node_id, node_cpus in alive.items():
-            self._handles[node_id] = start_forecaster(node_id, self._coordinator, self._settings, node_cpus)
+            self._handles[node_id] = self._start(node_id, node_cpus)
         for node_id in [n for n in self._handles if n not in alive]:
             ray.kill(self._handles.pop(node_id), no_restart=True)
         return list(alive)

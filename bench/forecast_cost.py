@@ -99,14 +99,14 @@ def actor_cost(seconds: float, registry: str) -> dict[str, Any]:
     import pandas as pd  # noqa: PLC0415
     import ray  # noqa: PLC0415
 
-    from actors.forecaster_actor import start_forecaster  # noqa: PLC0415
+    from serve_app.launch.processes import start_forecaster  # noqa: PLC0415
 
     with tempfile.TemporaryDirectory(prefix="shadecast-cost-") as folder:
         ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error")
         try:
             node_id = ray.get_runtime_context().get_node_id()
             settings = {"telemetry_log": folder, "registry": registry}
-            actor = start_forecaster(node_id, None, settings, detached=False)
+            actor = start_forecaster(settings, node_id, detached=False)
             idle = ray.remote(Idle).options(num_cpus=0).remote()
             pid, idle_pid = ray.get(actor.status.remote(), timeout=90)["pid"], ray.get(idle.pid.remote(), timeout=90)
             time.sleep(WARM_UP_S)

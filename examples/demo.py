@@ -30,7 +30,7 @@ from sklearn.datasets import load_digits
 from bench.simulate.workload import TraceRow
 from examples import demo_model
 from examples.trace import arrivals
-from serve_app.launch.control_plane import find_coordinator, start_control_plane
+from serve_app.launch.control_plane import running_coordinator, start_control_plane
 from serve_app.launch.local import LocalCluster
 
 console = Console(width=max(Console().width, 110))
@@ -175,7 +175,7 @@ async def run_arm(
     progress.update(task, description=f"{router:>10}: replaying")
     result = await replay(rows, url, seconds, join_s=seconds / 4, join=join, on_done=lambda: progress.advance(task))
     if router == "predictive":
-        state = await find_coordinator().status.remote()
+        state = await running_coordinator().status.remote()
         result.deployment = next(d for d in state["deployments"] if d["deployment"].endswith("/digits"))
         result.transitions = [t for t in state["transitions"] if t["ago_s"] < seconds + 5]
     progress.update(task, description=f"{router:>10}: done")

@@ -24,6 +24,7 @@ import torch
 from models.grid import LONGEST, N_TARGETS, Array
 from models.lstm import ForecastNet, LstmConfig
 from models.series import Series, series_of, source_of
+from serve_app.launch.own_installation import SETUP_HOOK
 from train.dataset import Split, made_up_pieces, parts
 from train.loop import WARM_UP, Pieces, Progress, TrainConfig, fit, pieces_of, source_weight
 
@@ -213,10 +214,11 @@ def run_on_ray(  # noqa: PLR0917 - what a run consists of
     """Connect (or start a local cluster), make the pieces, train; the cluster that was started is stopped again."""
     mine = not ray.is_initialized()
     if mine:
+        own = {"worker_process_setup_hook": SETUP_HOOK}  # workers, too, import our `models` and `train`, not a user's
         if run.address == "local":
-            ray.init(address="local", logging_level="warning", include_dashboard=False)
+            ray.init(address="local", logging_level="warning", runtime_env=own, include_dashboard=False)
         else:
-            ray.init(address=run.address, logging_level="warning")
+            ray.init(address=run.address, logging_level="warning", runtime_env=own)
     try:
         dataset = piece_dataset(folder, split, run.made_up, config).materialize()
         return train_on_ray(dataset, net, config, run, start)

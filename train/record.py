@@ -86,7 +86,7 @@ def schedules(rng: np.random.Generator, length_s: int, cpu_share: float) -> tupl
 
 def record(folder: Path, minutes: float, nodes: int, seed: int, cpu_share: float) -> pd.DataFrame:
     """Record and return the log as one table; the cluster is gone when this returns."""
-    from actors.forecaster_actor import start_forecaster  # noqa: PLC0415
+    from serve_app.launch.processes import start_forecaster  # noqa: PLC0415
 
     length_s = int(minutes * 60)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
@@ -97,7 +97,7 @@ def record(folder: Path, minutes: float, nodes: int, seed: int, cpu_share: float
         settings: Mapping[str, Any] = {"telemetry_log": str(folder), "count_loopback": True, "log_flush_s": 10.0}
         running, forecasters = [], []
         for index, node in enumerate(ray.nodes()):
-            forecasters.append(start_forecaster(node["NodeID"], None, settings, node_cpus=1.0))
+            forecasters.append(start_forecaster(settings, node["NodeID"], 1.0))
             pin = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             worker = ray.remote(LoadWorker).options(num_cpus=0, scheduling_strategy=pin).remote()
             plan = schedules(np.random.default_rng([seed, index]), length_s, cpu_share)

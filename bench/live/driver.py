@@ -30,7 +30,7 @@ from bench.live.arms import ARMS
 from bench.live.journal import Journal, plain
 from bench.live.workload import Work, exchange_folder, right_answer
 from serve_app.gateway.model_call import retry_budget
-from serve_app.launch.control_plane import find_coordinator, start_control_plane
+from serve_app.launch.control_plane import running_coordinator, start_control_plane
 
 MARK = "@@"
 HTTP_PORT = 8018
@@ -307,7 +307,7 @@ class Driver:
 
     async def _status(self) -> dict[str, Any]:
         try:
-            status = await asyncio.wait_for(find_coordinator().status.remote(), 3.0)
+            status = await asyncio.wait_for(running_coordinator().status.remote(), 3.0)
         except Exception as error:  # killed by the scenario, perhaps
             return {"error": repr(error)}
         mine = [d for d in status["deployments"] if d["deployment"] == f"{self._app}/{self._name}"]

@@ -87,7 +87,7 @@ def kill(scene: Scene, fault: Fault) -> End:
 
 def coordinator_kill(scene: Scene, fault: Fault) -> End:
     """SIGKILL to the coordinator; Ray restarts it."""
-    return _kill_actor(scene.world.named("_CoordinatorActor"), "the coordinator")
+    return _kill_actor(scene.world.named("CoordinatorProcess"), "the coordinator")
 
 
 def replica_kill(scene: Scene, fault: Fault) -> End:
@@ -98,7 +98,7 @@ def replica_kill(scene: Scene, fault: Fault) -> End:
 
 def forecaster_kill(scene: Scene, fault: Fault) -> End:
     """SIGKILL to the node's forecaster."""
-    found = scene.world.named("ForecasterActor")
+    found = scene.world.named("ForecasterProcess")
     if scene.node.host is not None:
         own = scene.node.host.group.pids()
         found = [process for process in found if process.pid in own]

@@ -28,7 +28,7 @@ from bench.results import Row
 
 WORKERS = 4
 _ATTEMPTS = 2
-_CONTROL_PLANE = {"coordinator": "_CoordinatorActor", "forecasters": "ForecasterActor"}
+_CONTROL_PLANE = {"coordinator": "CoordinatorProcess", "forecasters": "ForecasterProcess"}
 
 
 class Rows:

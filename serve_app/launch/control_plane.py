@@ -15,15 +15,12 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.coordinator import Coordinator
-from actors.forecaster_actor import ForecasterFleet, ForecasterSettings, actor_name
-from serve_app.launch.packages import check_packages
-from serve_app.names import COORDINATOR, NAMESPACE, PAGE
-from serve_app.page.server import Page
-from serve_app.ray_api import HEAD_NODE_RESOURCE, deployed_router
-from shadecast.config import sections
+from serve_app.coordinator import COORDINATOR, NAMESPACE, find_coordinator
+from serve_app.launch.processes import CoordinatorProcess, PageProcess, forecaster_name
+from serve_app.ray_api import HEAD_NODE_RESOURCE
 from shadecast.errors import ShadecastError
 
+PAGE = "shadecast-page"
 _ON_THE_HEAD = {HEAD_NODE_RESOURCE: 0.001}
 """Where Serve's controller is, too. Ray puts an actor that asks for nothing anywhere, whatever its soft affinity: on a
 node that is starved, the coordinator could not tell routers to leave it."""
@@ -42,42 +39,19 @@ class ControlPlane:
     token: str
 
 
-class _CoordinatorActor(Coordinator):
-    """The coordinator as an actor: makes its supervisor in its own process, also after a restart."""
-
-    def __init__(self, settings: Mapping[str, Any]) -> None:
-        check_packages()  # the import path of the actor's process counts, not only the starter's
-        super().__init__(supervise=ForecasterFleet(settings), deployed=_deployed)
-
-
-def _deployed(deployment: str) -> tuple[bool, Any] | None:
-    """Whether the router that a deployment was last deployed with only observes, and its settings.
-
-    Where that is Serve's own, the routers of ours that Serve has kept do as Serve does.
-    """
-    app_name, _, name = deployment.rpartition("/")
-    found = deployed_router(app_name, name)
-    if found is None:
-        return None
-    path, router_kwargs = found
-    return not path or path.endswith("ObservingRouter"), sections(router_kwargs)
-
-
 def start_control_plane(
     settings: Mapping[str, Any] | None = None, page_host: str = "127.0.0.1", page_port: int = 8266
 ) -> ControlPlane:
     """Start what is not running yet on the connected cluster; blocks until the coordinator answers.
 
-    Raises ShadowedPackageError before anything is started if another package hides one of ours,
-    ConfigError on a wrong forecaster setting.
+    Raises ConfigError on a wrong forecaster setting, before anything is started.
     """
-    check_packages()
-    ForecasterSettings.from_mapping(settings or {})
+    _check(settings or {})
     here = ray.get_runtime_context().get_node_id()
     only_here = NodeAffinitySchedulingStrategy(here, soft=False)  # the page's address is this node's loopback
     common = {"namespace": NAMESPACE, "lifetime": "detached", "num_cpus": 0, "get_if_exists": True}
     coordinator = (
-        ray.remote(_CoordinatorActor)
+        ray.remote(CoordinatorProcess)
         .options(name=COORDINATOR, max_restarts=-1, resources=_ON_THE_HEAD, **common)
         .remote(dict(settings or {}))
     )
@@ -86,7 +60,7 @@ def start_control_plane(
     url = ""
     if page_port:
         page = (
-            ray.remote(Page)
+            ray.remote(PageProcess)
             .options(name=PAGE, max_restarts=3, scheduling_strategy=only_here, **common)
             .remote(page_host, page_port, token)
         )
@@ -94,20 +68,27 @@ def start_control_plane(
     return ControlPlane(coordinator, url, token)
 
 
-def find_coordinator() -> Any:
-    """The running coordinator. Raises ControlPlaneError, saying how to start one."""
-    try:
-        return ray.get_actor(COORDINATOR, namespace=NAMESPACE)
-    except ValueError as error:
+def _check(settings: Mapping[str, Any]) -> None:
+    """Raises ConfigError on a wrong forecaster setting."""
+    if settings:
+        from actors.forecaster_actor import ForecasterSettings  # noqa: PLC0415 - a driver may have an `actors` of its own
+
+        ForecasterSettings.from_mapping(settings)
+
+
+def running_coordinator() -> Any:
+    """The coordinator's handle. Raises ControlPlaneError, saying how to start one."""
+    if (found := find_coordinator()) is None:
         raise ControlPlaneError(
             "no Shadecast control plane on this cluster: start one with `shadecast up`, or `make serve` for a local one"
-        ) from error
+        )
+    return found
 
 
 def forecasters() -> dict[str, Any]:
     """The running forecasters by the beginning of their node's id."""
     names = [e["name"] for e in ray.util.list_named_actors(all_namespaces=True) if e["namespace"] == NAMESPACE]
-    prefix = actor_name("")
+    prefix = forecaster_name("")
     return {name.removeprefix(prefix): ray.get_actor(name, NAMESPACE) for name in names if name.startswith(prefix)}
 
 

@@ -31,8 +31,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ray.exceptions import RayActorError
 from starlette.exceptions import HTTPException
 
+from serve_app.coordinator import COORDINATOR, find_coordinator
 from serve_app.http_guard import App, Receive, Scope, Send, send_error
-from serve_app.names import COORDINATOR, NAMESPACE
 from serve_app.page.metrics import prometheus_text
 from serve_app.page.watch import ControlPlaneAwayError, Watch, one_line
 from serve_app.protocol_error import ProtocolError
@@ -228,13 +228,13 @@ class Page:
         host: str = "127.0.0.1",
         port: int = 8266,
         token: str = "",
-        find: Callable[[], Any] | None = None,
+        find: Callable[[], Any | None] = find_coordinator,
     ) -> None:
-        """Port 0 takes any free one. `find` returns the coordinator's handle or raises; it may block."""
+        """Port 0 takes any free one. `find` looks the coordinator up; it may block, and returns None for none."""
         self._host = host
         self._port = port
         self._token = token
-        self._find = find if find is not None else find_coordinator
+        self._find = find
         self._coordinator: Any = None
         self._running: _Running | None = None
         _start_again_after_restart()
@@ -296,6 +296,8 @@ class Page:
             async with asyncio.timeout(_COORDINATOR_ANSWER_S):
                 if self._coordinator is None:
                     self._coordinator = await asyncio.to_thread(self._find)
+                if self._coordinator is None:
+                    raise ControlPlaneAwayError(f"no actor {COORDINATOR!r} on this cluster; `shadecast up` starts one")
                 return await getattr(self._coordinator, method).remote(*args)
         except TimeoutError as error:
             self._coordinator = None
@@ -304,14 +306,6 @@ class Page:
         except RayActorError as error:
             self._coordinator = None
             raise ControlPlaneAwayError(f"the coordinator is down or restarting ({one_line(error)})") from error
-
-
-def find_coordinator() -> Any:
-    """The coordinator's handle. Blocks. Raises ControlPlaneAwayError while there is none."""
-    try:
-        return ray.get_actor(COORDINATOR, namespace=NAMESPACE)
-    except ValueError as error:
-        raise ControlPlaneAwayError(f"no actor {COORDINATOR!r} on this cluster; `shadecast up` starts one") from error
 
 
 def _start_again_after_restart() -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import RayActorError
 
-from serve_app.names import COORDINATOR, NAMESPACE
+from serve_app.coordinator import NAMESPACE, find_coordinator
 from serve_app.ray_api import shared_secret
 from shadecast.config import REPORT_S
 from shadecast.errors import MessageError
@@ -90,7 +90,7 @@ class _Link:
             return
         try:
             if self._coordinator is None:
-                self._coordinator = await loop.run_in_executor(None, _find_coordinator)
+                self._coordinator = await loop.run_in_executor(None, find_coordinator)
             if self._coordinator is None or not self._speaks_our_language():
                 return
             if self._poll is None or self._poll.done():
@@ -164,11 +164,3 @@ class _Link:
 def _cluster_secret() -> bytes:
     """What session ids are hashed with, made by the first router of a cluster. Blocks: call it in a thread."""
     return shared_secret(b"session-secret", os.urandom(16), NAMESPACE)
-
-
-def _find_coordinator() -> Any:
-    """The coordinator's handle, or None while there is none. Blocks: call it in a thread."""
-    try:
-        return ray.get_actor(COORDINATOR, namespace=NAMESPACE)
-    except ValueError:
-        return None

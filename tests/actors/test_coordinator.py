@@ -6,7 +6,7 @@ import json
 import pytest
 
 from actors.coordinator import Coordinator
-from serve_app.launch.cli import _finite
+from serve_app.launch.commands import _finite
 from shadecast.types import (
     Forecast,
     NodeReport,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.forecaster_actor import ForecasterSettings, actor_name
+from actors.forecaster_actor import ForecasterSettings
 from actors.node_forecaster import UNKNOWN, NodeForecaster
 from actors.telemetry import Sample
 from models.forecaster import Model
@@ -275,7 +275,6 @@ def test_settings_are_checked_before_an_actor_is_started() -> None:
         ForecasterSettings.from_mapping({"perod_s": 1.0})
     with pytest.raises(ConfigError, match=r"forecaster\.period_s = 0"):
         ForecasterSettings.from_mapping({"period_s": 0})
-    assert actor_name("abcdef0123456789ffff") == "shadecast-forecaster-abcdef0123456789"
 
 
 def test_all_threads_of_a_forecaster_get_the_usual_priority_where_the_system_allows_it() -> None:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -50,7 +50,9 @@ def start_serve(address: str) -> None:
     )
 
 
-def deploy(folder: Any, import_path: str, app_name: str, **deployment: Any) -> Any:
+def deploy(
+    folder: Any, import_path: str, app_name: str, env_vars: Mapping[str, str] | None = None, **deployment: Any
+) -> Any:
     """Deploy an application from `folder` as a config file would; a second call only changes what differs."""
     config = {
         "applications": [
@@ -58,7 +60,7 @@ def deploy(folder: Any, import_path: str, app_name: str, **deployment: Any) -> A
                 "name": app_name,
                 "route_prefix": None,
                 "import_path": import_path,
-                "runtime_env": {"env_vars": {"PYTHONPATH": str(folder)}},
+                "runtime_env": {"env_vars": {"PYTHONPATH": str(folder), **(env_vars or {})}},
                 "deployments": [deployment],
             }
         ]

@@ -62,7 +62,7 @@ def run(coroutine):
 
 async def linked(monkeypatch, found):
     """A router that is in touch with the last coordinator of `found`, and the task that keeps it so."""
-    monkeypatch.setattr(module, "_find_coordinator", lambda: found[-1])
+    monkeypatch.setattr(module, "find_coordinator", lambda: found[-1])
     router = make_router(FakeReplica("a"))
     if router._control is not None:
         router._control.cancel()
