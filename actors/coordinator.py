@@ -95,6 +95,7 @@ class Coordinator:
         self._nodes: dict[str, tuple[float, NodeReport]] = {}
         self._serving = ServingLoad()
         self._transitions: deque[tuple[float, Transition]] = deque(maxlen=1000)
+        self._tick_s: deque[float] = deque(maxlen=1000)
         self._tasks: list[asyncio.Task[None]] = []
 
     # ------------------------------------------------------------------ calls from routers and forecasters
@@ -252,6 +253,7 @@ class Coordinator:
             "uptime_s": now_s - self._started_s,
             "nodes": [_node_view(report, now_s - at_s) for at_s, report in self._nodes.values()],
             "deployments": [self._deployment_view(known, now_s) for known in self._deployments.values()],
+            "ticks": _quantiles(self._tick_s),
             "transitions": [{**asdict(t), "ago_s": now_s - at_s} for at_s, t in self._transitions],
         }
 
@@ -304,10 +306,12 @@ class Coordinator:
         known.routers.clear()
         known.nodes.clear()
         known.commands.clear()
+        started_s = time.perf_counter()
         output = known.balancer.on_tick(TickInput(now_s, routers, nodes, commands))
         known.output = output
         known.made_s = now_s
         known.publisher.publish(output.table)
+        self._tick_s.append(time.perf_counter() - started_s)
         known.seen = {router: seen for router, seen in known.seen.items() if now_s - seen[0] < _FORGET_S}
         for transition in output.transitions:
             self._transitions.append((now_s, transition))
@@ -375,6 +379,15 @@ class Coordinator:
             ],
             "replicas": [asdict(view) for view in output.replicas] if output is not None else [],
         }
+
+
+def _quantiles(seconds: Iterable[float]) -> dict[str, float]:
+    """Of the last ticks' durations, those with no deployment left out."""
+    ordered = sorted(seconds)
+    if not ordered:
+        return {"count": 0}
+    p50_s, p99_s = (ordered[int(q * (len(ordered) - 1))] for q in (0.5, 0.99))
+    return {"count": len(ordered), "p50_s": p50_s, "p99_s": p99_s}
 
 
 def _node_view(report: NodeReport, age_s: float) -> dict[str, Any]:

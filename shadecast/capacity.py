@@ -136,19 +136,20 @@ class SpeedEstimate:
     is equal and cost more than a slow node did (docs/decisions/0030).
     """
 
-    __slots__ = ("_fast", "_plain", "_slow", "_updated_s")
+    __slots__ = ("_all", "_fast", "_plain", "_slow", "_updated_s")
 
     def __init__(self, half_life_s: float, now_s: float) -> None:
         self._slow = _Decayed(_SLOW_HALF_LIFE_S)
         self._fast = (_Decayed(half_life_s), _Decayed(half_life_s / 4.0))
         self._plain = _Decayed(half_life_s)
+        self._all = (self._slow, *self._fast, self._plain)
         self._updated_s = now_s
 
     def advance(self, now_s: float) -> None:
         """Let older observations fade; a clock that went back changes nothing."""
         elapsed_s = now_s - self._updated_s
         if elapsed_s > 0.0:
-            for mean in (self._slow, *self._fast, self._plain):
+            for mean in self._all:
                 fade = 0.5 ** (elapsed_s / mean.half_life_s)
                 mean.total *= fade
                 mean.weight *= fade
@@ -158,7 +159,7 @@ class SpeedEstimate:
         """Add one observation of log speed minus what the headroom explains; NaN is ignored."""
         if math.isfinite(residual_log_speed):
             value = weight * min(max(residual_log_speed, _MIN_LOG_SPEED), _MAX_LOG_SPEED)
-            for mean in (self._slow, *self._fast, self._plain):
+            for mean in self._all:
                 mean.total += value
                 mean.weight += weight
 
@@ -166,7 +167,7 @@ class SpeedEstimate:
         """Take changes that are not chance into the slower means; once a tick."""
         middle, quick = self._fast
         for slower, faster in ((middle, quick), (self._slow, middle)):
-            if _differs(slower.mean, faster, noise_sigma):
+            if (faster.mean - slower.mean) ** 2 * faster.weight > _SURPRISE * (noise_sigma * noise_sigma + 1e-9):
                 slower.total, slower.weight = faster.total, faster.weight
 
     def renew(self) -> None:
@@ -194,15 +195,11 @@ class SpeedEstimate:
         variance = noise_sigma * noise_sigma + 1e-9
         estimate = self._slow.total / (self._slow.weight + variance / _PRIOR_SIGMA**2)
         for fast in self._fast:
-            seen = _Decayed(0.0, fast.total + extra_sum, fast.weight + extra_weight)
-            if _differs(estimate, seen, noise_sigma):
-                estimate = seen.mean
+            weight = fast.weight + extra_weight
+            mean = (fast.total + extra_sum) / weight if weight > 1e-6 else 0.0
+            if (mean - estimate) ** 2 * weight > _SURPRISE * variance:  # three standard errors
+                estimate = mean
         return estimate
-
-
-def _differs(estimate: float, seen: _Decayed, noise_sigma: float) -> bool:
-    """Whether a mean of observations differs from an estimate by more than three standard errors."""
-    return (seen.mean - estimate) ** 2 * seen.weight > _SURPRISE * (noise_sigma * noise_sigma + 1e-9)
 
 
 class Sensitivity:

@@ -132,6 +132,7 @@ class Node:
 
     report: NodeReport
     made_s: float
+    headroom: cap.Headroom
     changes: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """Change of log headroom between the last four samples, the greatest of all resources."""
     back_s: float = -math.inf
@@ -196,15 +197,14 @@ class Fleet:
         if not (math.isfinite(report.age_s) and report.age_s >= 0.0):
             self.dropped += 1
             return
-        made_s = self.now_s - report.age_s
+        made_s, headroom = self.now_s - report.age_s, cap.headroom_now(report.snapshot)
         before = self.nodes.get(report.node_id)
         if before is None:
-            self.nodes[report.node_id] = Node(report, made_s)
+            self.nodes[report.node_id] = Node(report, made_s, headroom)
             return
-        was, is_ = cap.headroom_now(before.report.snapshot), cap.headroom_now(report.snapshot)
-        change = max(abs(b - a) for a, b in zip(was, is_, strict=True))
+        change = max(abs(b - a) for a, b in zip(before.headroom, headroom, strict=True))
         back_s = self.now_s if made_s - before.made_s > LOST_AFTER_S else before.back_s
-        self.nodes[report.node_id] = Node(report, made_s, (change, *before.changes[:2]), back_s)
+        self.nodes[report.node_id] = Node(report, made_s, headroom, (change, *before.changes[:2]), back_s)
 
     def take_router(self, report: RouterReport) -> bool:
         """Membership and counts of one report; False if it cannot be true."""
@@ -302,7 +302,7 @@ class Fleet:
         """Log headroom of a node, as it last said."""
         node = self.nodes.get(node_id)
         known = node is not None and self.age_s(node) <= max(_SILENT_S, self.config.forecast.ttl_s)
-        return cap.headroom_now(node.report.snapshot) if node is not None and known else cap.NO_HEADROOM
+        return node.headroom if node is not None and known else cap.NO_HEADROOM
 
     def settled(self, node_id: str) -> bool:
         """Whether a node's load has been steady for the last samples."""

@@ -14,7 +14,7 @@ from typing import Any
 from shadecast.config import LOST_AFTER_S
 from shadecast.errors import MessageError
 from shadecast.ledger import TOTALS, ReplicaTotals
-from shadecast.messages import as_list, check, from_columns, from_mapping, message, numbers, to_mapping
+from shadecast.messages import as_list, check, from_columns, from_mapping, message, numbers, rows_of, to_mapping
 from shadecast.tables import read_table
 from shadecast.types import (
     Forecast,
@@ -28,7 +28,7 @@ from shadecast.types import (
     Unfinished,
 )
 
-_Counted = tuple[int, int, int, int, float]
+_Counted = tuple[float, ...]
 """Started, finished, failed, items, stream-seconds."""
 _NOTHING: _Counted = (0, 0, 0, 0, 0.0)
 
@@ -82,29 +82,29 @@ class Inbox:
             del self._routers[router_id]
 
     def _read(self, message: Mapping[str, Any], known: _Router | None, seq: int, base: int) -> _Read:
-        rows = from_columns(ReplicaTotals, message.get("replicas", {}))
+        rows = list(rows_of(ReplicaTotals, message.get("replicas", {})))
         since = known.seq if known is not None else 0
         outcomes = _of_replicas(Outcome, message.get("outcomes", {}), len(rows), since)
         unfinished = _of_replicas(Unfinished, message.get("unfinished", {}), len(rows), None)
         counted, views = {}, []
-        for at, row in enumerate(rows):
-            now = (int(row.started), int(row.finished), int(row.failed), int(row.items), float(row.stream_s))
-            before = known.replicas.get(row.replica_id) if known is not None else None
-            if before is None:  # a router's first second counts; what a router did before we knew it does not
-                before = now if known is None and seq > 1 else _NOTHING
+        for at, (replica_id, node_id, max_ongoing, in_flight, *totals_now) in enumerate(rows):
+            now = (*map(int, totals_now[:4]), float(totals_now[4]))
+            # a router's first second counts; what a router did before we knew it does not
+            unknown = now if known is None and seq > 1 else _NOTHING
+            before = known.replicas.get(replica_id, unknown) if known is not None else unknown
             started, finished, failed, items, stream_s = (max(b - a, 0) for a, b in zip(before, now, strict=True))
-            counted[str(row.replica_id)] = now
+            counted[str(replica_id)] = now
             views.append(
                 ReplicaReport(
-                    str(row.replica_id),
-                    str(row.node_id),
-                    int(row.max_ongoing),
-                    int(row.in_flight),
+                    str(replica_id),
+                    str(node_id),
+                    int(max_ongoing),
+                    int(in_flight),
                     int(started),
                     int(finished),
                     int(failed),
-                    tuple(outcomes[at]),
-                    tuple(unfinished[at]),
+                    tuple(outcomes.get(at, ())),
+                    tuple(unfinished.get(at, ())),
                     int(items),
                     float(stream_s),
                 )

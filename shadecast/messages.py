@@ -66,6 +66,11 @@ def to_columns(rows: Sequence[Any]) -> dict[str, list[Any]]:
 
 def from_columns(kind: type[T], columns: Any) -> list[T]:
     """Objects of a dataclass from columns; raises MessageError where these cannot be such objects."""
+    return [kind(*values) for values in rows_of(kind, columns)]
+
+
+def rows_of(kind: type[Any], columns: Any) -> Iterable[tuple[Any, ...]]:
+    """The fields of each object, in order, from columns; raises MessageError as `from_columns`."""
     if not isinstance(columns, Mapping) or not all(isinstance(column, list) for column in columns.values()):
         raise MessageError(f"{kind.__name__}: columns are expected, not {type(columns).__name__}")
     counts = {len(column) for column in columns.values()}
@@ -82,7 +87,7 @@ def from_columns(kind: type[T], columns: Any) -> list[T]:
                 raise MessageError(f"{kind.__name__}: the column {name!r} is missing")
             column = [default] * count
         found.append(column)
-    return [kind(*values) for values in zip(*found, strict=True)]
+    return zip(*found, strict=True)
 
 
 def to_mapping(value: Any) -> Any:
