@@ -16,9 +16,8 @@ class _Router:
     at_s: float = 0.0
     replicas: dict[str, tuple[str, int]] = field(default_factory=dict)
     """Node and requests under way of each replica."""
-    in_flight: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     arrivals_per_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """Both by node."""
+    """By node."""
 
 
 @dataclass(slots=True)
@@ -26,28 +25,46 @@ class ServingLoad:
     """Requests under way and arriving by node; feed every router's reports."""
 
     _routers: dict[tuple[str, str], _Router] = field(default_factory=dict)
+    _in_flight: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
+    _arrivals_per_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """Both by node, of all routers: many nodes ask, so they are kept up to date and not summed when asked for."""
 
     def take(self, report: RouterReport, now_s: float) -> None:
         """What a router says now; of a partial report, in place of what it has said of the same replicas."""
         key = report.deployment, report.router_id
-        router = self._routers.get(key)
-        if router is None or not report.partial:
-            router = self._routers[key] = _Router()
+        if not report.partial:
+            self._forget(key)
+        router = self._routers.setdefault(key, _Router())
         router.at_s = now_s
+        self._add_arrivals(router, -1.0)
         router.arrivals_per_s.clear()
         for replica_id in report.gone:
             node_id, in_flight = router.replicas.pop(replica_id, ("", 0))
-            router.in_flight[node_id] -= in_flight
+            self._in_flight[node_id] -= in_flight
         for view in report.replicas:
             node_id, in_flight = router.replicas.get(view.replica_id, (view.node_id, 0))
-            router.in_flight[node_id] += view.in_flight - in_flight
+            self._in_flight[node_id] += view.in_flight - in_flight
             router.replicas[view.replica_id] = (node_id, view.in_flight)
-            router.arrivals_per_s[node_id] += view.started / max(report.interval_s, 1e-3)
+            if view.started:
+                router.arrivals_per_s[node_id] += view.started / max(report.interval_s, 1e-3)
+        self._add_arrivals(router, 1.0)
+
+    def _add_arrivals(self, router: _Router, sign: float) -> None:
+        for node_id, arrivals_per_s in router.arrivals_per_s.items():
+            self._arrivals_per_s[node_id] += sign * arrivals_per_s
+
+    def _forget(self, key: tuple[str, str]) -> None:
+        router = self._routers.pop(key, None)
+        if router is not None:
+            self._add_arrivals(router, -1.0)
+            for node_id, in_flight in router.replicas.values():
+                self._in_flight[node_id] -= in_flight
+        if not self._routers:
+            self._in_flight.clear()
+            self._arrivals_per_s.clear()
 
     def on(self, node_id: str, now_s: float) -> tuple[float, float]:
         """(requests in flight, arrivals per second) on a node, over all deployments and routers."""
         for key in [k for k, router in self._routers.items() if now_s - router.at_s > STALE_S]:
-            del self._routers[key]
-        routers = self._routers.values()
-        in_flight = sum(router.in_flight.get(node_id, 0.0) for router in routers)
-        return in_flight, sum(router.arrivals_per_s.get(node_id, 0.0) for router in routers)
+            self._forget(key)
+        return float(self._in_flight.get(node_id, 0)), max(self._arrivals_per_s.get(node_id, 0.0), 0.0)

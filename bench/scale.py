@@ -25,8 +25,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from actors.coordinator import Coordinator
 from bench.simulate.report import machine
+from serve_app.launch.processes import CoordinatorProcess
 from shadecast.calls import Call, Calls, Event
 from shadecast.config import REPORT_S
 from shadecast.inbox import node_message
@@ -195,7 +195,7 @@ def _size(message: Any) -> int:
 
 def measure(replicas: int, routers: int, rate: float, seconds: float, seed: int) -> Row:
     """One size."""
-    coordinator = ray.remote(Coordinator).options(num_cpus=0).remote()
+    coordinator = ray.remote(CoordinatorProcess).options(num_cpus=0).remote({})
     try:
         pid = ray.get(coordinator.__ray_call__.remote(lambda _: os.getpid()))
         process = psutil.Process(pid)

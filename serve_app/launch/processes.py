@@ -8,6 +8,7 @@ the work. Whoever starts these actors needs neither `actors` nor `models`.
 from __future__ import annotations
 
 import functools
+import gc
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from shadecast.types import RoutingTable
 
 
+_COLLECT_EVERY = 10_000
+"""New objects between two collections: a tick of 1,000 replicas makes as many and keeps none."""
+
+
 class CoordinatorProcess:
     """`actors.coordinator.Coordinator` with a supervisor that keeps a forecaster on every node."""
 
@@ -31,6 +36,8 @@ class CoordinatorProcess:
 
         fleet = ForecasterFleet(functools.partial(start_forecaster, settings))
         self._coordinator = Coordinator(supervise=fleet, deployed=_deployed)
+        gc.freeze()  # what Ray has loaded lives as long as the process: a collection that looks through it is a pause
+        gc.set_threshold(_COLLECT_EVERY, 20, 20)
 
     async def report(self, received: Any) -> dict[str, Any]:
         """Take a router's report."""
