@@ -11,9 +11,11 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import msgpack
 
 from actors.serving_load import ServingLoad
 from shadecast import former
@@ -21,7 +23,7 @@ from shadecast.balancer import Balancer, Command, TickInput, TickOutput
 from shadecast.config import TICK_JITTER, TICK_S, Config
 from shadecast.errors import ConfigError, MessageError
 from shadecast.inbox import Inbox, read_node
-from shadecast.messages import check
+from shadecast.messages import check, message, numbers
 from shadecast.tables import Publisher
 from shadecast.types import HORIZONS_S, NodeReport, Observed, RouterReport, RoutingTable, Transition
 
@@ -33,6 +35,10 @@ _FORGET_S = 60.0
 """A deployment that no router has reported for so long is forgotten."""
 _SUPERVISE_S = 2.0
 _LOOK_AT_SETTINGS_S = 1.0
+_EXCHANGES_PER_S = 200.0
+"""With more routers than take a table per tick at this rate, each one pauses between two tables."""
+_LONGEST_PAUSE_S = 1.5
+"""A table must not get so old that routers stop going by it."""
 
 Deployed = Callable[[str], tuple[bool, Any] | None]
 """Whether a deployment's newest router only observes, and its settings; None where that cannot be told. Blocks."""
@@ -68,6 +74,16 @@ class _Deployment:
     observed: Observed = field(default_factory=Observed)
     finished: int = 0
     failed: int = 0
+    sent: dict[int, bytes] = field(default_factory=dict)
+    """Of the last table, by the version on which it builds."""
+
+    def packed(self, held: tuple[int, int]) -> bytes:
+        """The last table for who holds (epoch, version), packed once for all who hold the same."""
+        base = self.publisher.base(held)
+        packed = self.sent.get(base)
+        if packed is None:
+            packed = self.sent[base] = msgpack.packb(self.publisher.message(base))
+        return packed
 
 
 class Coordinator:
@@ -95,39 +111,54 @@ class Coordinator:
         self._nodes: dict[str, tuple[float, NodeReport]] = {}
         self._serving = ServingLoad()
         self._transitions: deque[tuple[float, Transition]] = deque(maxlen=1000)
-        self._tick_s: deque[float] = deque(maxlen=1000)
+        self._tick_s: deque[tuple[float, float]] = deque(maxlen=1000)
         self._tasks: list[asyncio.Task[None]] = []
 
     # ------------------------------------------------------------------ calls from routers and forecasters
 
-    async def report(self, received: Any) -> dict[str, Any]:
-        """Take a router's report; the answer says which one was taken, and what is wanted. Raises MessageError."""
-        self._wake()
-        now_s = self._now_s()
+    async def exchange(self, received: Any) -> dict[str, Any]:
+        """Take a router's report, where it brings one, and answer with the first table that is newer than its own.
+
+        After its `wait_s` the answer comes without one. Raises MessageError.
+        """
         try:
-            found = check(received, "report")
-            known = self._known(str(found.get("deployment", "")), now_s)
-            report, reply = known.inbox.take(found, now_s)
+            found = check(received, "exchange")
+            epoch, version, wait_s = numbers(found, ("epoch", "table_version", "wait_s"))
         except MessageError as error:
             self._warn(str(error))
             raise
+        deployment, report = str(found.get("deployment", "")), found.get("report")
+        answer = self._report(deployment, report) if report is not None else {}
+        known = None
+        if answer.get("acknowledged") != 0 and not answer.get("table_wanted"):  # else it has more to say first
+            known = await self._newer(deployment, (int(epoch), int(version)), wait_s)
+        if known is not None:
+            answer["table"] = known.packed((int(epoch), int(version)))
+            answer["age_s"] = self._now_s() - known.made_s
+            answer["settings"], answer["observing"] = known.settings, known.observing
+            answer["pause_s"] = min(max(len(known.seen) / _EXCHANGES_PER_S - TICK_S, 0.0), _LONGEST_PAUSE_S)
+        return message("answer", **answer)
+
+    def _report(self, deployment: str, received: Any) -> dict[str, Any]:
+        """What a router is told of its report: the number of the last one that was taken, and what is wanted."""
+        self._wake()
+        now_s = self._now_s()
+        known = self._known(deployment, now_s)
+        try:
+            report, acknowledged = known.inbox.take(received, now_s)
+        except MessageError as error:
+            self._warn(str(error))
+            return {"refused": str(error)}
         known.heard_s = now_s
-        started = found.get("started_wall_s", 0.0)
+        started = received.get("started_wall_s", 0.0)
         if isinstance(started, (int, float)) and started > known.settings_of:
             known.settings_of = float(started)
-            self._settle(known, bool(found.get("observes")), found.get("settings"))
+            self._settle(known, bool(received.get("observes")), received.get("settings"))
         if report is not None:
             self._take(known, report, now_s)
-        return {**reply, "table_wanted": not known.restored and known.output is None}
-
-    async def table(self, deployment: str, held: tuple[int, int], timeout_s: float) -> dict[str, Any] | None:
-        """What makes the newest table of the one held, (epoch, version), and the settings; None after `timeout_s`."""
-        known = await self._newer(deployment, held := (held[0], held[1]), timeout_s)
-        if known is None:
-            return None
-        message = known.publisher.message(held)
-        age_s = self._now_s() - known.made_s
-        return {**message, "age_s": age_s, "settings": known.settings, "observing": known.observing}
+        holds_one = report is not None and report.table_epoch not in (0, self._epoch)
+        table_wanted = holds_one and not known.restored and known.output is None
+        return {"acknowledged": acknowledged, "table_wanted": table_wanted}
 
     async def node(self, received: Any) -> tuple[float, float]:
         """Take a node's telemetry and forecast; what Serve has there: (requests in flight, arrivals per second)."""
@@ -306,12 +337,13 @@ class Coordinator:
         known.routers.clear()
         known.nodes.clear()
         known.commands.clear()
-        started_s = time.perf_counter()
+        started_s, started_cpu_s = time.perf_counter(), time.thread_time()
         output = known.balancer.on_tick(TickInput(now_s, routers, nodes, commands))
         known.output = output
         known.made_s = now_s
         known.publisher.publish(output.table)
-        self._tick_s.append(time.perf_counter() - started_s)
+        known.sent.clear()
+        self._tick_s.append((time.perf_counter() - started_s, time.thread_time() - started_cpu_s))
         known.seen = {router: seen for router, seen in known.seen.items() if now_s - seen[0] < _FORGET_S}
         for transition in output.transitions:
             self._transitions.append((now_s, transition))
@@ -381,13 +413,13 @@ class Coordinator:
         }
 
 
-def _quantiles(seconds: Iterable[float]) -> dict[str, float]:
-    """Of the last ticks' durations, those with no deployment left out."""
-    ordered = sorted(seconds)
-    if not ordered:
-        return {"count": 0}
-    p50_s, p99_s = (ordered[int(q * (len(ordered) - 1))] for q in (0.5, 0.99))
-    return {"count": len(ordered), "p50_s": p50_s, "p99_s": p99_s}
+def _quantiles(ticks: Collection[tuple[float, float]]) -> dict[str, float]:
+    """Of the last ticks' durations, and of the CPU time in them."""
+    found: dict[str, float] = {"count": len(ticks)}
+    for what, seconds in zip(("", "cpu_"), zip(*ticks, strict=True), strict=bool(ticks)):
+        ordered = sorted(seconds)
+        found[f"{what}p50_s"], found[f"{what}p99_s"] = (ordered[int(q * (len(ordered) - 1))] for q in (0.5, 0.99))
+    return found
 
 
 def _node_view(report: NodeReport, age_s: float) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """`python -m bench.scale [--json FILE]`: what many routers, replicas and nodes cost the coordinator.
 
 The coordinator is the real actor in a process of its own; messages are real ones, through Ray. Routers and nodes are
-simulated in this process: each router keeps the product's own book and ledger, reports every second and polls for
-tables as `serve_app.routing.link` does; each node reports every second. The coordinator's CPU is what its process used.
+simulated in this process: each router keeps the product's own book and ledger, and is in touch with the coordinator
+through the product's own link; each node reports every second. The coordinator's CPU is what its process used.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ import os
 import random
 import sys
 import time
+import weakref
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
+import msgpack
 import psutil
 import ray
 import typer
@@ -26,13 +29,13 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.simulate.report import machine
+from serve_app.coordinator import COORDINATOR, NAMESPACE
 from serve_app.launch.processes import CoordinatorProcess
+from serve_app.routing.link import Link
 from shadecast.calls import Call, Calls, Event
 from shadecast.config import REPORT_S
 from shadecast.inbox import node_message
 from shadecast.ledger import Ledger
-from shadecast.messages import check
-from shadecast.tables import read_table
 from shadecast.types import HORIZONS_S, Forecast, NodeReport, NodeSnapshot, RoutingTable
 
 SIZES = ((100, 10), (1_000, 10), (1_000, 100), (3_000, 300), (10_000, 1_000))
@@ -54,12 +57,13 @@ class Row:
     cpu: float
     tick_p50_s: float
     tick_p99_s: float
-    report_p50_s: float
-    report_p99_s: float
+    tick_cpu_p99_s: float
     report_bytes: float
     table_bytes: float
     table_rows: float
     kept_up: float
+    tables_per_s: float
+    """Of one router."""
     rss_mb: float
 
 
@@ -72,10 +76,14 @@ class _Router:
         self.number, self.alive, self.requests_per_s = number, alive, requests_per_s
         self.rng = random.Random(f"{seed}/{number}")
         self.running: list[tuple[float, Call]] = []
+        self.deployment = _DEPLOYMENT
         self.table: RoutingTable | None = None
+        self.lived_s: float | None = None
+        self.reports: list[dict[str, Any]] = []
 
-    def live(self, now_s: float, elapsed_s: float) -> None:
-        """The requests of the last moment: each on a random replica, for a log-normal time."""
+    def _live(self, now_s: float) -> None:
+        """The requests since the last call: each on a random replica, for a log-normal time."""
+        elapsed_s, self.lived_s = now_s - (self.lived_s or now_s), now_s
         still = []
         for ends_s, call in self.running:
             if ends_s <= now_s:
@@ -99,11 +107,49 @@ class _Router:
         self.calls.handle(call, Event.END, at_s, ok=True)
         self.ledger.record(call)
 
-    def report(self, now_s: float) -> dict[str, Any]:
-        """The next report."""
+    # what the product's link asks a router for
+
+    def has_replicas(self) -> bool:
+        """Always."""
+        return True
+
+    def make_report(self) -> dict[str, Any]:
+        """The next report, with what has happened meanwhile."""
+        now_s = time.monotonic()
+        self._live(now_s)
         level = "table" if self.table is not None else "power_of_two"
         epoch = self.table.epoch if self.table is not None else 0
-        return self.ledger.report(now_s, self.alive, level=level, table_epoch=epoch, settings={}, observes=False)
+        made = self.ledger.report(now_s, self.alive, level=level, table_epoch=epoch, settings={}, observes=False)
+        self.reports.append(made)
+        return made
+
+    def reported(self, acknowledged: int, *, table_wanted: bool) -> None:
+        """The coordinator's answer."""
+        assert not table_wanted
+        self.ledger.acknowledged(acknowledged)
+
+    def use_settings(self, observing: bool, settings: Any) -> None:
+        """The same ones always."""
+
+    def take_table(self, table: RoutingTable) -> None:
+        """A newer table."""
+        self.table = table
+
+
+class _Link(Link):
+    """A link that reads few of its tables: each router has a core of its own for that, here they share one."""
+
+    def __init__(self, router: _Router, seen: Callable[[bytes], None]) -> None:
+        super().__init__(cast("Any", weakref.ref(router)))
+        self.reads, self.seen = router.number % _READ == 0, seen
+
+    def read_table(self, packed: bytes, held: RoutingTable | None) -> RoutingTable | None:
+        """The table, without its rows in most routers."""
+        self.seen(packed)
+        if self.reads:
+            return super().read_table(packed, held)
+        message = msgpack.unpackb(packed)
+        return RoutingTable(_DEPLOYMENT, message["epoch"], message["table_version"], 1, ())
 
 
 class _Load:
@@ -116,14 +162,13 @@ class _Load:
         self.coordinator = coordinator
         self.routers = [_Router(k, alive, rate * replicas / routers, seed) for k in range(routers)]
         self.seen: Counter[str] = Counter()
-        self.report_s: list[float] = []
         self.bytes: dict[str, list[int]] = {"report": [], "table": [], "rows": []}
         self.counting = False
         self.rng = rng
 
     async def run(self, warm_s: float, seconds: float) -> None:
         """Warm up, then count."""
-        tasks = [asyncio.create_task(work(each)) for each in self.routers for work in (self._reports, self._tables)]
+        tasks = [asyncio.create_task(self._router(each)) for each in self.routers]
         tasks += [asyncio.create_task(self._node(i)) for i in range(self.nodes)]
         await asyncio.sleep(warm_s)
         self.counting = True
@@ -135,38 +180,24 @@ class _Load:
             if isinstance(end, Exception):
                 raise end
 
-    async def _reports(self, router: _Router) -> None:
+    async def _router(self, router: _Router) -> None:
+        link = _Link(router, self._table_seen)
         await asyncio.sleep(REPORT_S * self.rng.random())
-        last_s = time.monotonic()
         while True:
-            now_s = time.monotonic()
-            router.live(now_s, now_s - last_s)
-            last_s = now_s
-            message = router.report(now_s)
-            asked_s = time.perf_counter()
-            answer = check(await self.coordinator.report.remote(message), "answer")
-            router.ledger.acknowledged(answer["acknowledged"])
-            if self.counting:
-                self.seen["reports"] += 1
-                self.report_s.append(time.perf_counter() - asked_s)
+            pause_s = await link.exchange()
+            if self.counting and router.reports:
+                self.seen["reports"] += len(router.reports)
                 if self.seen["reports"] % 50 == 0:
-                    self.bytes["report"].append(_size(message))
-            await asyncio.sleep(max(REPORT_S - (time.monotonic() - now_s), 0.0))
+                    self.bytes["report"].append(_size(router.reports[-1]))
+            router.reports.clear()
+            await asyncio.sleep(pause_s)
 
-    async def _tables(self, router: _Router) -> None:
-        while True:
-            held = router.table
-            version = (held.epoch, held.version) if held is not None else (0, 0)
-            received = await self.coordinator.table.remote(_DEPLOYMENT, version, 5.0)
-            if received is None:
-                continue
-            whole = router.number % _READ == 0
-            router.table = read_table(received, held) if whole else _noted(received)
-            if self.counting:
-                self.seen["tables"] += 1
-                if self.seen["tables"] % 50 == 0:
-                    self.bytes["table"].append(_size(received))
-                    self.bytes["rows"].append(len(received["rows"].get("replica_id", ())))
+    def _table_seen(self, packed: bytes) -> None:
+        if self.counting:
+            self.seen["tables"] += 1
+            if self.seen["tables"] % 50 == 0:
+                self.bytes["table"].append(len(packed))
+                self.bytes["rows"].append(len(msgpack.unpackb(packed)["rows"].get("replica_id", ())))
 
     async def _node(self, number: int) -> None:
         await asyncio.sleep(self.rng.random())
@@ -182,11 +213,6 @@ class _Load:
             await asyncio.sleep(1.0)
 
 
-def _noted(message: Any) -> RoutingTable:
-    """A table whose rows are not read: each router has a core of its own for that, here they share one."""
-    return RoutingTable(_DEPLOYMENT, message["epoch"], message["table_version"], 1, ())
-
-
 def _size(message: Any) -> int:
     from ray import cloudpickle  # noqa: PLC0415
 
@@ -195,7 +221,7 @@ def _size(message: Any) -> int:
 
 def measure(replicas: int, routers: int, rate: float, seconds: float, seed: int) -> Row:
     """One size."""
-    coordinator = ray.remote(CoordinatorProcess).options(num_cpus=0).remote({})
+    coordinator = ray.remote(CoordinatorProcess).options(name=COORDINATOR, namespace=NAMESPACE, num_cpus=0).remote({})
     try:
         pid = ray.get(coordinator.__ray_call__.remote(lambda _: os.getpid()))
         process = psutil.Process(pid)
@@ -213,7 +239,6 @@ def measure(replicas: int, routers: int, rate: float, seconds: float, seed: int)
 
         asyncio.run(run())
         ticks = ray.get(coordinator.status.remote(), timeout=60)["ticks"]
-        quantiles = sorted(load.report_s) or [math.nan]
         return Row(
             replicas,
             routers,
@@ -222,12 +247,12 @@ def measure(replicas: int, routers: int, rate: float, seconds: float, seed: int)
             used[0],
             ticks["p50_s"],
             ticks["p99_s"],
-            quantiles[len(quantiles) // 2],
-            quantiles[int(0.99 * (len(quantiles) - 1))],
+            ticks["cpu_p99_s"],
             _mean(load.bytes["report"]),
             _mean(load.bytes["table"]),
             _mean(load.bytes["rows"]),
             load.seen["reports"] / (routers * seconds / REPORT_S),
+            load.seen["tables"] / (routers * seconds),
             process.memory_info().rss / 2**20,
         )
     finally:
@@ -275,8 +300,8 @@ def main(
 
 def _print(console: Console, rows: list[Row]) -> None:
     table = Table(
-        *("replicas", "routers", "nodes", "requests/s", "CPU, cores", "tick p50 / p99, ms", "report p50 / p99, ms"),
-        *("report, kB", "table, kB (rows)", "reports in time", "RSS, MB"),
+        *("replicas", "routers", "nodes", "requests/s", "CPU, cores", "tick p50 / p99 (CPU), ms"),
+        *("report, kB", "table, kB (rows)", "reports in time", "tables/s", "RSS, MB"),
     )
     for row in rows:
         table.add_row(
@@ -285,11 +310,11 @@ def _print(console: Console, rows: list[Row]) -> None:
             f"{row.nodes:,}",
             f"{row.requests_per_s:,.0f}",
             f"{row.cpu:.3f}",
-            f"{1e3 * row.tick_p50_s:.0f} / {1e3 * row.tick_p99_s:.0f}",
-            f"{1e3 * row.report_p50_s:.0f} / {1e3 * row.report_p99_s:.0f}",
+            f"{1e3 * row.tick_p50_s:.0f} / {1e3 * row.tick_p99_s:.0f} ({1e3 * row.tick_cpu_p99_s:.0f})",
             f"{row.report_bytes / 1e3:.1f}",
             f"{row.table_bytes / 1e3:.1f} ({row.table_rows:.0f})",
             f"{row.kept_up:.0%}",
+            f"{row.tables_per_s:.2f}",
             f"{row.rss_mb:.0f}",
         )
     console.print(table)

@@ -28,7 +28,7 @@ from shadecast.types import (
     Unfinished,
 )
 
-_Counted = tuple[float, ...]
+_Counted = tuple[int, int, int, int, float]
 """Started, finished, failed, items, stream-seconds."""
 _NOTHING: _Counted = (0, 0, 0, 0, 0.0)
 
@@ -49,8 +49,8 @@ class Inbox:
     def __init__(self) -> None:
         self._routers: dict[str, _Router] = {}
 
-    def take(self, received: Any, now_s: float) -> tuple[RouterReport | None, dict[str, Any]]:
-        """The report, None if it cannot be used, and the answer to its router.
+    def take(self, received: Any, now_s: float) -> tuple[RouterReport | None, int]:
+        """The report, None if it cannot be used, and the number of the last one taken; 0 asks for a full one.
 
         Raises MessageError, and keeps nothing of it, if it cannot be read.
         """
@@ -60,9 +60,9 @@ class Inbox:
         self._forget(now_s)
         known = self._routers.get(router_id) if isinstance(router_id, str) else None
         if base and (known is None or base > known.seq):
-            return None, answer(acknowledged=0)
+            return None, 0
         if known is not None and seq <= known.seq:
-            return None, answer(acknowledged=known.seq)
+            return None, known.seq
         try:
             read = self._read(report, known, seq, base)
         except (TypeError, ValueError, LookupError, OverflowError) as error:
@@ -74,7 +74,7 @@ class Inbox:
         known.replicas.update(read.counted)
         for replica_id in read.report.gone:
             known.replicas.pop(replica_id, None)
-        return read.report, answer(acknowledged=seq)
+        return read.report, seq
 
     def _forget(self, now_s: float) -> None:
         """Routers that were not heard of for so long are no more in the balancer's counts either."""
@@ -87,12 +87,13 @@ class Inbox:
         outcomes = _of_replicas(Outcome, message.get("outcomes", {}), len(rows), since)
         unfinished = _of_replicas(Unfinished, message.get("unfinished", {}), len(rows), None)
         counted, views = {}, []
-        for at, (replica_id, node_id, max_ongoing, in_flight, *totals_now) in enumerate(rows):
-            now = (*map(int, totals_now[:4]), float(totals_now[4]))
+        for at, (replica_id, node_id, max_ongoing, in_flight, started, finished, failed, items, stream_s) in enumerate(
+            rows
+        ):
+            now = int(started), int(finished), int(failed), int(items), float(stream_s)
             # a router's first second counts; what a router did before we knew it does not
             unknown = now if known is None and seq > 1 else _NOTHING
             before = known.replicas.get(replica_id, unknown) if known is not None else unknown
-            started, finished, failed, items, stream_s = (max(b - a, 0) for a, b in zip(before, now, strict=True))
             counted[str(replica_id)] = now
             views.append(
                 ReplicaReport(
@@ -100,13 +101,13 @@ class Inbox:
                     str(node_id),
                     int(max_ongoing),
                     int(in_flight),
-                    int(started),
-                    int(finished),
-                    int(failed),
+                    max(now[0] - before[0], 0),
+                    max(now[1] - before[1], 0),
+                    max(now[2] - before[2], 0),
                     tuple(outcomes.get(at, ())),
                     tuple(unfinished.get(at, ())),
-                    int(items),
-                    float(stream_s),
+                    max(now[3] - before[3], 0),
+                    max(now[4] - before[4], 0.0),
                 )
             )
         totals = numbers(message.get("totals", {}), TOTALS)
@@ -148,11 +149,6 @@ def _text(message: Mapping[str, Any], name: str) -> str:
     if not isinstance(value, str):
         raise MessageError(f"report: {name} = {value!r}: must be text")
     return value
-
-
-def answer(*, acknowledged: int, **more: Any) -> dict[str, Any]:
-    """What a router gets for its report: the number of the last one that was taken; 0 asks for a full one."""
-    return message("answer", acknowledged=acknowledged, **more)
 
 
 def _new(kind: type[Any], columns: Any, since: int) -> list[Any]:

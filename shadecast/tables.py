@@ -32,8 +32,6 @@ class Publisher:
         self._gone: dict[str, int] = {}
         self._first = 0
         """The oldest version on which a message may build."""
-        self._made: dict[int, dict[str, Any]] = {}
-        """Messages of the present table by the version that they build on."""
 
     def publish(self, table: RoutingTable) -> None:
         """A newer table."""
@@ -52,23 +50,22 @@ class Publisher:
             del self._changed[replica_id]
         self._first = max(self._first, version - _REMEMBERED)
         self._gone = {k: at for k, at in self._gone.items() if at > self._first and k not in rows}
-        self.table, self._rows, self._made = table, rows, {}
+        self.table, self._rows = table, rows
 
-    def message(self, held: tuple[int, int]) -> dict[str, Any]:
-        """The present table for who holds (epoch, version); (0, 0) is no table."""
+    def base(self, held: tuple[int, int]) -> int:
+        """The version on which the next message to who holds (epoch, version) may build; 0 is none."""
         table = self.table
-        if table is None:
-            raise MessageError("no table was published yet")
-        base = held[1] if held[0] == table.epoch and self._first <= held[1] <= table.version else 0
-        made = self._made.get(base)
-        if made is None:
-            made = self._made[base] = self._make(table, base)
-        return made
+        if table is None or held[0] != table.epoch or not self._first <= held[1] <= table.version:
+            return 0
+        return held[1]
 
-    def _make(self, table: RoutingTable, base: int) -> dict[str, Any]:
+    def message(self, base: int) -> dict[str, Any]:
+        """The present table for who holds its `base`."""
+        if self.table is None:
+            raise MessageError("no table was published yet")
         rows = [row for replica_id, row in self._rows.items() if self._changed[replica_id] > base]
         gone = [replica_id for replica_id, at in self._gone.items() if at > base] if base else []
-        return table_message(table, rows, base, gone)
+        return table_message(self.table, rows, base, gone)
 
 
 def table_message(

@@ -39,28 +39,24 @@ class CoordinatorProcess:
         gc.freeze()  # what Ray has loaded lives as long as the process: a collection that looks through it is a pause
         gc.set_threshold(_COLLECT_EVERY, 20, 20)
 
-    async def report(self, received: Any) -> dict[str, Any]:
-        """Take a router's report."""
-        return await self._coordinator.report(received)
-
-    async def table(self, deployment: str, held: tuple[int, int], timeout_s: float) -> dict[str, Any] | None:
-        """Wait for a deployment's next table."""
-        return await self._coordinator.table(deployment, held, timeout_s)
+    async def exchange(self, received: Any) -> dict[str, Any]:
+        """Take a router's report, and answer with its deployment's next table."""
+        return await self._coordinator.exchange(received)
 
     async def node(self, received: Any) -> tuple[float, float]:
         """Take a node's telemetry and forecast."""
         return await self._coordinator.node(received)
 
     async def report_router(self, received: Any, settings: Any) -> bool:
-        """`report` as Shadecast 0.1 calls it."""
+        """A report as Shadecast 0.1 sends it."""
         return await self._coordinator.report_router(received, settings)
 
     async def report_node(self, received: Any) -> tuple[float, float]:
-        """`node` as Shadecast 0.1 calls it."""
+        """A forecaster's report as Shadecast 0.1 sends it."""
         return await self._coordinator.report_node(received)
 
     async def wait_table(self, deployment: str, seen: tuple[int, int], timeout_s: float) -> RoutingTable | None:
-        """`table` as Shadecast 0.1 calls it."""
+        """The next table as Shadecast 0.1 asks for it."""
         return await self._coordinator.wait_table(deployment, seen, timeout_s)
 
     async def command(self, target: str, drain: bool) -> int:

@@ -214,8 +214,8 @@ class Product(Arm):
             (self.ids[member], f"node-{self.sim.replicas[member].node}", _MAX_ONGOING) for member in self.sim.members
         ]
         message = router.ledger.report(self.sim.now_s, alive, level=router.level(), table_epoch=1)
-        report, answer = self._inbox.take(message, self.sim.now_s)
-        router.ledger.acknowledged(answer["acknowledged"])
+        report, acknowledged = self._inbox.take(message, self.sim.now_s)
+        router.ledger.acknowledged(acknowledged)
         if report is not None:
             self._reports.append(report)
         router.counted = router.calls.all_in_flight()
