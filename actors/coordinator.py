@@ -8,31 +8,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from typing import Any
 
-import msgpack
-
+from actors.deployment import FORGET_S, Deployment
 from actors.serving_load import ServingLoad
 from shadecast import former
-from shadecast.balancer import Balancer, Command, TickInput, TickOutput
-from shadecast.config import TICK_JITTER, TICK_S, Config
-from shadecast.errors import ConfigError, MessageError
-from shadecast.inbox import Inbox, read_node
+from shadecast.balancer import Command
+from shadecast.config import TICK_JITTER, TICK_S
+from shadecast.errors import MessageError
+from shadecast.inbox import read_node
 from shadecast.messages import check, message, numbers
-from shadecast.tables import Publisher
-from shadecast.types import HORIZONS_S, NodeReport, Observed, RouterReport, RoutingTable, Transition
+from shadecast.types import HORIZONS_S, NodeReport, RoutingTable, Transition
 
 logger = logging.getLogger(__name__)
 
-_RESTORE_WAIT_S = 2.5
-"""How long a new coordinator waits for a router to hand back the table of its former life."""
-_FORGET_S = 60.0
-"""A deployment that no router has reported for so long is forgotten."""
 _SUPERVISE_S = 2.0
 _LOOK_AT_SETTINGS_S = 1.0
 _EXCHANGES_PER_S = 200.0
@@ -42,48 +37,6 @@ _LONGEST_PAUSE_S = 1.5
 
 Deployed = Callable[[str], tuple[bool, Any] | None]
 """Whether a deployment's newest router only observes, and its settings; None where that cannot be told. Blocks."""
-
-
-@dataclass(slots=True)
-class _Deployment:
-    """One deployment's balancer and what arrived for it since its last tick."""
-
-    balancer: Balancer
-    created_s: float
-    heard_s: float
-    settings: Any = None
-    """The newest, whether they are valid or not."""
-    observing: bool = False
-    settings_of: float = -1.0
-    """When the router was started whose settings they are, by its clock; infinite if they are Serve's own word."""
-    inbox: Inbox = field(default_factory=Inbox)
-    publisher: Publisher = field(default_factory=Publisher)
-    routers: list[RouterReport] = field(default_factory=list)
-    nodes: list[NodeReport] = field(default_factory=list)
-    commands: list[Command] = field(default_factory=list)
-    restored: bool = False
-    next_tick_s: float = 0.0
-    output: TickOutput | None = None
-    made_s: float = 0.0
-    published: asyncio.Event = field(default_factory=asyncio.Event)
-    seen: dict[str, tuple[float, str]] = field(default_factory=dict)
-    """When each router was heard, and its level."""
-    mirrored: int = 0
-    mirror_dropped: int = 0
-    rescued: int = 0
-    observed: Observed = field(default_factory=Observed)
-    finished: int = 0
-    failed: int = 0
-    sent: dict[int, bytes] = field(default_factory=dict)
-    """Of the last table, by the version on which it builds."""
-
-    def packed(self, held: tuple[int, int]) -> bytes:
-        """The last table for who holds (epoch, version), packed once for all who hold the same."""
-        base = self.publisher.base(held)
-        packed = self.sent.get(base)
-        if packed is None:
-            packed = self.sent[base] = msgpack.packb(self.publisher.message(base))
-        return packed
 
 
 class Coordinator:
@@ -107,11 +60,10 @@ class Coordinator:
         self._warned: set[str] = set()
         self._uniform = uniform
         self._started_s = now_s()
-        self._deployments: dict[str, _Deployment] = {}
+        self._deployments: dict[str, Deployment] = {}
         self._nodes: dict[str, tuple[float, NodeReport]] = {}
         self._serving = ServingLoad()
         self._transitions: deque[tuple[float, Transition]] = deque(maxlen=1000)
-        self._tick_s: deque[tuple[float, float]] = deque(maxlen=1000)
         self._tasks: list[asyncio.Task[None]] = []
 
     # ------------------------------------------------------------------ calls from routers and forecasters
@@ -133,10 +85,8 @@ class Coordinator:
         if answer.get("acknowledged") != 0 and not answer.get("table_wanted"):  # else it has more to say first
             known = await self._newer(deployment, (int(epoch), int(version)), wait_s)
         if known is not None:
-            answer["table"] = known.packed((int(epoch), int(version)))
-            answer["age_s"] = self._now_s() - known.made_s
-            answer["settings"], answer["observing"] = known.settings, known.observing
-            answer["pause_s"] = min(max(len(known.seen) / _EXCHANGES_PER_S - TICK_S, 0.0), _LONGEST_PAUSE_S)
+            answer |= known.table((int(epoch), int(version)), self._now_s())
+            answer["pause_s"] = min(max(known.routers / _EXCHANGES_PER_S - TICK_S, 0.0), _LONGEST_PAUSE_S)
         return message("answer", **answer)
 
     def _report(self, deployment: str, received: Any) -> dict[str, Any]:
@@ -145,20 +95,14 @@ class Coordinator:
         now_s = self._now_s()
         known = self._known(deployment, now_s)
         try:
-            report, acknowledged = known.inbox.take(received, now_s)
+            report, acknowledged = known.receive(received, now_s)
         except MessageError as error:
             self._warn(str(error))
             return {"refused": str(error)}
-        known.heard_s = now_s
-        started = received.get("started_wall_s", 0.0)
-        if isinstance(started, (int, float)) and started > known.settings_of:
-            known.settings_of = float(started)
-            self._settle(known, bool(received.get("observes")), received.get("settings"))
-        if report is not None:
-            self._take(known, report, now_s)
         holds_one = report is not None and report.table_epoch not in (0, self._epoch)
-        table_wanted = holds_one and not known.restored and known.output is None
-        return {"acknowledged": acknowledged, "table_wanted": table_wanted}
+        if report is not None:
+            self._serving.take(report, now_s)
+        return {"acknowledged": acknowledged, "table_wanted": holds_one and known.wants_table()}
 
     async def node(self, received: Any) -> tuple[float, float]:
         """Take a node's telemetry and forecast; what Serve has there: (requests in flight, arrivals per second)."""
@@ -176,7 +120,7 @@ class Coordinator:
             known.nodes.append(report)
         return self._serving.on(report.node_id, now_s)
 
-    async def _newer(self, deployment: str, held: tuple[int, ...], timeout_s: float) -> _Deployment | None:
+    async def _newer(self, deployment: str, held: tuple[int, ...], timeout_s: float) -> Deployment | None:
         """A deployment once its table is newer than the one held; None after `timeout_s`."""
         self._wake()
         deadline_s = self._now_s() + timeout_s
@@ -187,9 +131,7 @@ class Coordinator:
                 continue
             if known.output is not None and (known.output.table.epoch, known.output.table.version) > held:
                 return known
-            try:
-                await asyncio.wait_for(known.published.wait(), remaining_s)
-            except TimeoutError:
+            if not await known.published(remaining_s):
                 return None
         return None
 
@@ -201,12 +143,11 @@ class Coordinator:
         now_s = self._now_s()
         report = former.read_report(received)
         known = self._known(report.deployment, now_s)
-        known.heard_s = now_s
-        if known.settings_of < 0.0:
-            known.settings_of = 0.0
-            self._settle(known, report.level == "observing", settings)
-        self._take(known, report, now_s)
-        return not known.restored and known.output is None
+        if not known.has_settings:
+            known.settle(report.level == "observing", settings, 0.0)
+        known.take(report, now_s)
+        self._serving.take(report, now_s)
+        return known.wants_table()
 
     async def report_node(self, received: Any) -> tuple[float, float]:
         """A forecaster's report by position."""
@@ -217,45 +158,12 @@ class Coordinator:
         known = await self._newer(deployment, tuple(seen), timeout_s)
         return known.output.table if known is not None and known.output is not None else None
 
-    # ------------------------------------------------------------------ reports and settings
-
-    def _known(self, deployment: str, now_s: float) -> _Deployment:
+    def _known(self, deployment: str, now_s: float) -> Deployment:
         known = self._deployments.get(deployment)
         if known is None:
-            known = self._deployments[deployment] = _Deployment(
-                Balancer(deployment, Config(), self._epoch), now_s, now_s
-            )
-            known.nodes.extend(node for _, node in self._nodes.values())
+            known = self._deployments[deployment] = Deployment(deployment, self._epoch, now_s)
+            known.nodes += [node for _, node in self._nodes.values()]
         return known
-
-    def _take(self, known: _Deployment, report: RouterReport, now_s: float) -> None:
-        self._serving.take(report, now_s)
-        known.seen[report.router_id] = (now_s, report.level)
-        known.mirrored += report.mirrored
-        known.mirror_dropped += report.mirror_dropped
-        known.rescued += report.rescued
-        was, new = known.observed, report.observed
-        known.observed = Observed(
-            was.requests + new.requests, was.time_taken + new.time_taken, was.time_ours + new.time_ours
-        )
-        known.finished += sum(max(r.finished, 0) for r in report.replicas)
-        known.failed += sum(max(r.failed, 0) for r in report.replicas)
-        known.balancer.outrank(report.table_epoch)
-        if report.held_table is not None and not known.restored:
-            known.balancer.restore(report.held_table, now_s)
-            known.restored = True
-            logger.info("%s: went on from table %d", report.deployment, report.held_table.version)
-        known.routers.append(report)
-
-    def _settle(self, known: _Deployment, observing: bool, settings: Any) -> None:
-        """Go by newer settings: routers hear of them with the next table. States, evidence and holds stay."""
-        if (observing, settings) == (known.observing, known.settings):
-            return
-        known.observing, known.settings = observing, settings
-        try:
-            known.balancer.reconfigure(Config.from_mapping(settings))
-        except ConfigError as error:
-            self._warn(f"{known.balancer.deployment}: {error}. Balancing goes on as it was.")
 
     def _warn(self, text: str) -> None:
         """Once for each thing."""
@@ -267,12 +175,7 @@ class Coordinator:
 
     async def command(self, target: str, drain: bool) -> int:
         """Drain (or let back in) a replica, or all replicas of a node; the number of connections concerned."""
-        concerned = 0
-        for known in self._deployments.values():
-            known.commands.append(Command(target, drain))
-            views = known.output.replicas if known.output is not None else ()
-            concerned += sum(1 for v in views if target in (v.replica_id, v.node_id))
-        return concerned
+        return sum(known.command(Command(target, drain)) for known in self._deployments.values())
 
     async def status(self) -> dict[str, Any]:
         """Everything that `shadecast status` and the live page show, as plain values."""
@@ -283,8 +186,7 @@ class Coordinator:
             "epoch": self._epoch,
             "uptime_s": now_s - self._started_s,
             "nodes": [_node_view(report, now_s - at_s) for at_s, report in self._nodes.values()],
-            "deployments": [self._deployment_view(known, now_s) for known in self._deployments.values()],
-            "ticks": _quantiles(self._tick_s),
+            "deployments": [known.view(now_s) for known in self._deployments.values()],
             "transitions": [{**asdict(t), "ago_s": now_s - at_s} for at_s, t in self._transitions],
         }
 
@@ -324,28 +226,11 @@ class Coordinator:
     def tick(self, deployment: str, now_s: float) -> None:
         """One round of one deployment's balancer, and what follows from it."""
         known = self._deployments[deployment]
-        if now_s - known.heard_s > _FORGET_S:
+        if now_s - known.heard_s > FORGET_S:
             del self._deployments[deployment]
             return
-        if (
-            not known.restored
-            and now_s - known.created_s < _RESTORE_WAIT_S
-            and any(report.table_epoch not in (0, self._epoch) for report in known.routers)
-        ):
-            return  # a router goes by a table that this life of the coordinator did not make
-        routers, nodes, commands = tuple(known.routers), tuple(known.nodes), tuple(known.commands)
-        known.routers.clear()
-        known.nodes.clear()
-        known.commands.clear()
-        started_s, started_cpu_s = time.perf_counter(), time.thread_time()
-        output = known.balancer.on_tick(TickInput(now_s, routers, nodes, commands))
-        known.output = output
-        known.made_s = now_s
-        known.publisher.publish(output.table)
-        known.sent.clear()
-        self._tick_s.append((time.perf_counter() - started_s, time.thread_time() - started_cpu_s))
-        known.seen = {router: seen for router, seen in known.seen.items() if now_s - seen[0] < _FORGET_S}
-        for transition in output.transitions:
+        output = known.tick(now_s)
+        for transition in output.transitions if output is not None else ():
             self._transitions.append((now_s, transition))
             logger.info(
                 "%s: replica %s on node %s: %s -> %s: %s",
@@ -356,8 +241,6 @@ class Coordinator:
                 transition.after,
                 transition.reason,
             )
-        known.published.set()
-        known.published = asyncio.Event()
 
     async def _supervise_forever(self, supervise: Callable[[], Iterable[str]]) -> None:
         while True:
@@ -380,46 +263,8 @@ class Coordinator:
                     logger.debug("settings of %s: %r", deployment, error)
                     continue
                 if newest is not None:
-                    known.settings_of = float("inf")
-                    self._settle(known, *newest)
+                    known.settle(*newest, math.inf)
             await asyncio.sleep(_LOOK_AT_SETTINGS_S)
-
-    # ------------------------------------------------------------------ views
-
-    def _deployment_view(self, known: _Deployment, now_s: float) -> dict[str, Any]:
-        output = known.output
-        return {
-            "deployment": known.balancer.deployment,
-            "table_version": output.table.version if output is not None else 0,
-            "table_age_s": now_s - known.made_s if output is not None else None,
-            "panic": output.table.panic if output is not None else False,
-            "load": output.load if output is not None else None,
-            "slots": output.slots if output is not None else None,
-            "batch_half": output.batch_half if output is not None else None,
-            "gamma": list(output.gamma) if output is not None else None,
-            "look_ahead_s": output.look_ahead_s if output is not None else None,
-            "dropped_reports": output.dropped if output is not None else 0,
-            "finished": known.finished,
-            "failed": known.failed,
-            "mirrored": known.mirrored,
-            "mirror_dropped": known.mirror_dropped,
-            "rescued": known.rescued,
-            "observed": asdict(known.observed),
-            "routers": [
-                {"router_id": router_id, "level": level, "heard_s": now_s - at_s}
-                for router_id, (at_s, level) in known.seen.items()
-            ],
-            "replicas": [asdict(view) for view in output.replicas] if output is not None else [],
-        }
-
-
-def _quantiles(ticks: Collection[tuple[float, float]]) -> dict[str, float]:
-    """Of the last ticks' durations, and of the CPU time in them."""
-    found: dict[str, float] = {"count": len(ticks)}
-    for what, seconds in zip(("", "cpu_"), zip(*ticks, strict=True), strict=bool(ticks)):
-        ordered = sorted(seconds)
-        found[f"{what}p50_s"], found[f"{what}p99_s"] = (ordered[int(q * (len(ordered) - 1))] for q in (0.5, 0.99))
-    return found
 
 
 def _node_view(report: NodeReport, age_s: float) -> dict[str, Any]:

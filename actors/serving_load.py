@@ -45,8 +45,8 @@ class ServingLoad:
             node_id, in_flight = router.replicas.get(view.replica_id, (view.node_id, 0))
             self._in_flight[node_id] += view.in_flight - in_flight
             router.replicas[view.replica_id] = (node_id, view.in_flight)
-            if view.started:
-                router.arrivals_per_s[node_id] += view.started / max(report.interval_s, 1e-3)
+            if view.started and report.interval_s > 0.0:
+                router.arrivals_per_s[node_id] += view.started / report.interval_s
         self._add_arrivals(router, 1.0)
 
     def _add_arrivals(self, router: _Router, sign: float) -> None:

@@ -238,7 +238,8 @@ def measure(replicas: int, routers: int, rate: float, seconds: float, seed: int)
             used.append((sum(process.cpu_times()[:2]) - started) / (time.monotonic() - started_s))
 
         asyncio.run(run())
-        ticks = ray.get(coordinator.status.remote(), timeout=60)["ticks"]
+        (deployment,) = ray.get(coordinator.status.remote(), timeout=60)["deployments"]
+        ticks = deployment["tick"]
         return Row(
             replicas,
             routers,

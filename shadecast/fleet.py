@@ -83,6 +83,9 @@ class Replica:
     rates: Rates = field(default_factory=Rates)
     recent: Rates = field(default_factory=lambda: Rates(half_life_s=1.5))
     cusum: float = 0.0
+    scores: tuple[float, float] = (0.0, 0.0)
+    """What an error and a success add to it, by the rates of `scored_s`."""
+    scored_s: float = -math.inf
     duration: SlowMean = field(default_factory=SlowMean)
     pace: SlowMean = field(default_factory=SlowMean)
     paced_s: float = -math.inf

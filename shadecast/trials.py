@@ -120,14 +120,16 @@ class Trials:
 
     def _observe_error(self, known: Replica, ok: bool) -> None:
         """CUSUM of errors against the other replicas' own rate (Page 1954): errors that all share never trip it."""
-        usual = max(
-            _error_rate(self._fleet.all_rates, known.rates),
-            _error_rate(self._fleet.all_recent, known.recent),
-        )
-        usual = min(max(2.0 * usual, 0.02), 0.8)
-        raised = usual + 0.1
-        score = math.log((1.0 - raised) / (1.0 - usual)) if ok else math.log(raised / usual)
-        known.cusum = max(known.cusum + score, 0.0)
+        if known.scored_s != self._fleet.now_s:  # rates change once a tick
+            usual = max(
+                _error_rate(self._fleet.all_rates, known.rates),
+                _error_rate(self._fleet.all_recent, known.recent),
+            )
+            usual = min(max(2.0 * usual, 0.02), 0.8)
+            raised = usual + 0.1
+            known.scores = math.log(raised / usual), math.log((1.0 - raised) / (1.0 - usual))
+            known.scored_s = self._fleet.now_s
+        known.cusum = max(known.cusum + known.scores[ok], 0.0)
 
     # ------------------------------------------------------------------ judgements
 

@@ -1,0 +1,203 @@
+"""What the coordinator keeps of one deployment: its balancer, what has come for it since the last tick, its tables."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from dataclasses import asdict
+from typing import Any
+
+import msgpack
+
+from shadecast.balancer import Balancer, Command, TickInput, TickOutput
+from shadecast.config import Config
+from shadecast.errors import ConfigError
+from shadecast.inbox import Inbox
+from shadecast.tables import Publisher
+from shadecast.types import NodeReport, Observed, RouterReport
+
+logger = logging.getLogger(__name__)
+
+RESTORE_WAIT_S = 2.5
+"""How long a new coordinator waits for a router to hand back the table of its former life."""
+FORGET_S = 60.0
+"""A deployment, or a router of one, that was not heard of for so long is forgotten."""
+
+
+class Deployment:
+    """One deployment. Threads: everything on the coordinator's event loop."""
+
+    def __init__(self, name: str, epoch: int, now_s: float) -> None:
+        self.name = name
+        self._epoch = epoch
+        self.balancer = Balancer(name, Config(), epoch)
+        self._created_s = self.heard_s = now_s
+        self.settings: Any = None
+        """The newest, whether they are valid or not."""
+        self.observing = False
+        self._settings_of = -1.0
+        """When the router was started whose settings they are, by its clock; infinite if they are Serve's own word."""
+        self._inbox, self._publisher = Inbox(), Publisher()
+        self._packed: dict[int, bytes] = {}
+        """What was sent of the last table, by the version on which it builds."""
+        self.nodes: list[NodeReport] = []
+        self._reports: list[RouterReport] = []
+        self._commands: list[Command] = []
+        self._restored = False
+        self.next_tick_s = 0.0
+        self.output: TickOutput | None = None
+        self._made_s = 0.0
+        self._published = asyncio.Event()
+        self.tick_s: deque[tuple[float, float]] = deque(maxlen=1000)
+        """Duration of each tick, and the CPU time in it."""
+        self._routers: dict[str, tuple[float, str]] = {}
+        """When each was heard, and its level."""
+        self._finished = self._failed = self._mirrored = self._mirror_dropped = self._rescued = 0
+        self._observed = Observed()
+
+    # ------------------------------------------------------------------ reports
+
+    def receive(self, received: Any, now_s: float) -> tuple[RouterReport | None, int]:
+        """A router's report as `Inbox.take` reads it, taken in. Raises MessageError."""
+        report, acknowledged = self._inbox.take(received, now_s)
+        self.heard_s = now_s
+        started = received.get("started_wall_s", 0.0)
+        if isinstance(started, (int, float)) and started > self._settings_of:
+            self.settle(bool(received.get("observes")), received.get("settings"), float(started))
+        if report is not None:
+            self.take(report, now_s)
+        return report, acknowledged
+
+    def take(self, report: RouterReport, now_s: float) -> None:
+        """A router's report, for the next tick."""
+        self.heard_s = now_s
+        self._routers[report.router_id] = (now_s, report.level)
+        self._mirrored += report.mirrored
+        self._mirror_dropped += report.mirror_dropped
+        self._rescued += report.rescued
+        was, new = self._observed, report.observed
+        self._observed = Observed(
+            was.requests + new.requests, was.time_taken + new.time_taken, was.time_ours + new.time_ours
+        )
+        self._finished += sum(max(r.finished, 0) for r in report.replicas)
+        self._failed += sum(max(r.failed, 0) for r in report.replicas)
+        self.balancer.outrank(report.table_epoch)
+        if report.held_table is not None and not self._restored:
+            self.balancer.restore(report.held_table, now_s)
+            self._restored = True
+            logger.info("%s: went on from table %d", self.name, report.held_table.version)
+        self._reports.append(report)
+
+    def wants_table(self) -> bool:
+        """Whether this life of the coordinator has nothing to go on from yet."""
+        return not self._restored and self.output is None
+
+    def settle(self, observing: bool, settings: Any, since_s: float) -> None:
+        """Go by newer settings: routers hear of them with the next table. States, evidence and holds stay."""
+        self._settings_of = since_s
+        if (observing, settings) == (self.observing, self.settings):
+            return
+        self.observing, self.settings = observing, settings
+        try:
+            self.balancer.reconfigure(Config.from_mapping(settings))
+        except ConfigError as error:
+            logger.warning("%s: %s. Balancing goes on as it was.", self.name, error)
+
+    @property
+    def has_settings(self) -> bool:
+        """Whether any were heard."""
+        return self._settings_of >= 0.0
+
+    def command(self, command: Command) -> int:
+        """An operator's order, for the next tick; the number of connections concerned."""
+        self._commands.append(command)
+        views = self.output.replicas if self.output is not None else ()
+        return sum(1 for view in views if command.target in (view.replica_id, view.node_id))
+
+    # ------------------------------------------------------------------ ticks and tables
+
+    def tick(self, now_s: float) -> TickOutput | None:
+        """One round of the balancer; None while the table of a former life may still come."""
+        if (
+            not self._restored
+            and now_s - self._created_s < RESTORE_WAIT_S
+            and any(report.table_epoch not in (0, self._epoch) for report in self._reports)
+        ):
+            return None
+        taken = TickInput(now_s, tuple(self._reports), tuple(self.nodes), tuple(self._commands))
+        self._reports, self.nodes, self._commands = [], [], []
+        started_s, started_cpu_s = time.perf_counter(), time.thread_time()
+        self.output = self.balancer.on_tick(taken)
+        self.tick_s.append((time.perf_counter() - started_s, time.thread_time() - started_cpu_s))
+        self._made_s = now_s
+        self._publisher.publish(self.output.table)
+        self._packed = {}
+        self._routers = {name: heard for name, heard in self._routers.items() if now_s - heard[0] < FORGET_S}
+        self._published.set()
+        self._published = asyncio.Event()
+        return self.output
+
+    async def published(self, timeout_s: float) -> bool:
+        """Whether a table is published within that time."""
+        try:
+            await asyncio.wait_for(self._published.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True
+
+    def table(self, held: tuple[int, int], now_s: float) -> dict[str, Any]:
+        """The last table for who holds (epoch, version), packed once for all who hold the same; with settings."""
+        base = self._publisher.base(held)
+        packed = self._packed.get(base)
+        if packed is None:
+            packed = self._packed[base] = msgpack.packb(self._publisher.message(base))
+        return {
+            "table": packed,
+            "age_s": now_s - self._made_s,
+            "settings": self.settings,
+            "observing": self.observing,
+        }
+
+    @property
+    def routers(self) -> int:
+        """How many were heard lately."""
+        return len(self._routers)
+
+    def view(self, now_s: float) -> dict[str, Any]:
+        """What people see of it, as plain values."""
+        output = self.output
+        return {
+            "deployment": self.name,
+            "table_version": output.table.version if output is not None else 0,
+            "table_age_s": now_s - self._made_s if output is not None else None,
+            "panic": output.table.panic if output is not None else False,
+            "load": output.load if output is not None else None,
+            "slots": output.slots if output is not None else None,
+            "batch_half": output.batch_half if output is not None else None,
+            "gamma": list(output.gamma) if output is not None else None,
+            "look_ahead_s": output.look_ahead_s if output is not None else None,
+            "dropped_reports": output.dropped if output is not None else 0,
+            "tick": _quantiles(self.tick_s),
+            "finished": self._finished,
+            "failed": self._failed,
+            "mirrored": self._mirrored,
+            "mirror_dropped": self._mirror_dropped,
+            "rescued": self._rescued,
+            "observed": asdict(self._observed),
+            "routers": [
+                {"router_id": router_id, "level": level, "heard_s": now_s - at_s}
+                for router_id, (at_s, level) in self._routers.items()
+            ],
+            "replicas": [asdict(view) for view in output.replicas] if output is not None else [],
+        }
+
+
+def _quantiles(ticks: deque[tuple[float, float]]) -> dict[str, float]:
+    """Of the last ticks' durations, and of the CPU time in them."""
+    found: dict[str, float] = {"count": len(ticks)}
+    for what, seconds in zip(("", "cpu_"), zip(*ticks, strict=True), strict=bool(ticks)):
+        ordered = sorted(seconds)
+        found[f"{what}p50_s"], found[f"{what}p99_s"] = (ordered[int(q * (len(ordered) - 1))] for q in (0.5, 0.99))
+    return found
