@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from collections import deque
 from dataclasses import asdict
 from typing import Any
-
-import msgpack
 
 from shadecast.balancer import Balancer, Command, TickInput, TickOutput
 from shadecast.config import Config
@@ -152,7 +151,7 @@ class Deployment:
         base = self._publisher.base(held)
         packed = self._packed.get(base)
         if packed is None:
-            packed = self._packed[base] = msgpack.packb(self._publisher.message(base))
+            packed = self._packed[base] = json.dumps(self._publisher.message(base)).encode()
         return {
             "table": packed,
             "age_s": now_s - self._made_s,

@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, cast
 
-import msgpack
 import psutil
 import ray
 import typer
@@ -148,7 +147,7 @@ class _Link(Link):
         self.seen(packed)
         if self.reads:
             return super().read_table(packed, held)
-        message = msgpack.unpackb(packed)
+        message = json.loads(packed)
         return RoutingTable(_DEPLOYMENT, message["epoch"], message["table_version"], 1, ())
 
 
@@ -197,7 +196,7 @@ class _Load:
             self.seen["tables"] += 1
             if self.seen["tables"] % 50 == 0:
                 self.bytes["table"].append(len(packed))
-                self.bytes["rows"].append(len(msgpack.unpackb(packed)["rows"].get("replica_id", ())))
+                self.bytes["rows"].append(len(json.loads(packed)["rows"].get("replica_id", ())))
 
     async def _node(self, number: int) -> None:
         await asyncio.sleep(self.rng.random())

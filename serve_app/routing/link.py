@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import math
 import os
@@ -13,7 +14,6 @@ import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import msgpack
 import ray
 from ray.exceptions import RayActorError
 
@@ -153,7 +153,7 @@ class Link:
     def read_table(self, packed: bytes, held: RoutingTable | None) -> RoutingTable | None:
         """The table that a packed message makes of the one held; None if it builds on another one."""
         try:
-            received = msgpack.unpackb(packed)
+            received = json.loads(packed)
         except (TypeError, ValueError) as error:
             raise MessageError(f"a table cannot be unpacked: {error!r}") from None
         return read_table(received, held)

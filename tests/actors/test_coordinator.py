@@ -4,7 +4,6 @@ import asyncio
 import json
 from dataclasses import replace
 
-import msgpack
 import pytest
 
 from actors.coordinator import Coordinator
@@ -96,7 +95,7 @@ class Router:
             self.ledger.acknowledged(self.answer["acknowledged"])
         if "table" not in self.answer:
             return None
-        self.table = read_table(msgpack.unpackb(bytes.fromhex(self.answer["table"])), self.table)
+        self.table = read_table(json.loads(bytes.fromhex(self.answer["table"])), self.table)
         return self.table
 
 
@@ -162,11 +161,11 @@ def test_what_has_changed_is_sent_to_who_holds_the_last_table_and_all_of_it_to_o
         clock.now_s += 0.5
         coordinator.tick(APP, clock.now_s)
         await router.exchange()
-        sent = msgpack.unpackb(bytes.fromhex(router.answer["table"]))
+        sent = json.loads(bytes.fromhex(router.answer["table"]))
         assert sent["base"] == first.version
         assert sent["rows"]["replica_id"] == ["a"], "nothing has happened on b"
         await late.exchange()
-        assert msgpack.unpackb(bytes.fromhex(late.answer["table"]))["rows"]["replica_id"] == ["a", "b"]
+        assert json.loads(bytes.fromhex(late.answer["table"]))["rows"]["replica_id"] == ["a", "b"]
         by_id = {row.replica_id: row for row in router.table.rows}
         assert by_id == {row.replica_id: row for row in late.table.rows}
         assert by_id["a"].queue == 1.0
