@@ -1,4 +1,4 @@
-"""The diagrams in the docs are the tables in the code. Rewrite them with `python -m tests.shadecast.test_state_diagram`."""
+"""The docs' diagrams are the tables in the code. Rewrite them with `python -m tests.shadecast.test_state_diagram`."""
 
 from pathlib import Path
 

@@ -1,20 +1,143 @@
 """What we use of Ray's alpha and private router API, one claim each: when Ray moves, these say what broke."""
 
+import ast
 import inspect
+import subprocess
+import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import ray
-from ray.serve._private import replica_result
+from ray.serve._private import controller, replica_result
+from ray.serve._private.common import RequestMetadata
 from ray.serve._private.request_router import request_router as module
 from ray.serve._private.request_router.replica_wrapper import RunningReplica
 from ray.serve._private.router import AsyncioRouter
 from ray.serve.config import RequestRouterConfig
-from ray.serve.request_router import PendingRequest, RequestRouter
+from ray.serve.handle import DeploymentResponse, DeploymentResponseGenerator
+from ray.serve.request_router import LocalityMixin, MultiplexMixin, PendingRequest, RequestRouter
 
-from serve_app.router import PredictiveRouter
+from serve_app import ray_api
+from serve_app.router import ObservingRouter, PredictiveRouter
+from serve_app.routing import request_router
 
 SUPPORTED = (2, 60)
+ROOT = Path(__file__).resolve().parents[2]
+ROUTER_SOURCE = "".join(
+    map(inspect.getsource, (module, inspect.getmodule(LocalityMixin), inspect.getmodule(MultiplexMixin)))
+)
+CORE_WORKER = getattr(ray._private.worker, "CoreWorker", None) or ray._raylet.CoreWorker
+
+
+def is_set_by(source):
+    return lambda name: f"self.{name} " in source or f"self.{name}:" in source or f"def {name}(" in source
+
+
+def has(owner):
+    return lambda name: hasattr(owner, name)
+
+
+CLAIMS = {
+    # what `serve_app/ray_api.py` names: whether Ray still has it, and what we need it for
+    "_common": (has(ray), "the control plane is pinned to the head"),
+    "HEAD_NODE_RESOURCE_NAME": (lambda _: ray_api.HEAD_NODE_RESOURCE.startswith("node:"), "the same"),
+    "_internal_kv_get": (has(ray.experimental.internal_kv), "the secret that session ids are hashed with"),
+    "_internal_kv_put": (has(ray.experimental.internal_kv), "the same"),
+    "internal_kv": (has(ray.experimental), "the same"),
+    "_private": (has(ray), "where Serve's router lives"),
+    "_get_serve_request_context": (has(ray.serve.context), "calls that one request makes are known by its id"),
+    "_internal_request_id": (lambda _: ray_api.current_request_id() == "", "the same"),
+    "_choose_replica_for_request": (has(RequestRouter), "the usual choice is made at once"),
+    "_get_pending_request_matching_internal_request_id": (has(RequestRouter), "calls of one request share its id"),
+    "_record_queue_wait_time": (has(RequestRouter), "Serve's metric of the time in the queue stays true"),
+    "_pending_requests_to_route": (is_set_by(ROUTER_SOURCE), "who waits is served first"),
+    "_event_loop": (is_set_by(ROUTER_SOURCE), "callbacks of other threads come back to it"),
+    "_deployment_id": (is_set_by(ROUTER_SOURCE), "reports are by deployment"),
+    "_replica_queue_len_cache": (is_set_by(ROUTER_SOURCE), "a full replica is not sent more"),
+    "_prefer_local_node_routing": (is_set_by(ROUTER_SOURCE), "Serve's locality is kept"),
+    "_prefer_local_az_routing": (is_set_by(ROUTER_SOURCE), "the same"),
+    "_self_node_id": (is_set_by(ROUTER_SOURCE), "the same"),
+    "_self_availability_zone": (is_set_by(ROUTER_SOURCE), "the same"),
+    "_by_reference": (has(RequestMetadata("r", "i")), "how an answer can be watched"),
+    "_reserved_slot_token": (has(RequestMetadata("r", "i")), "a reserved place is another's"),
+    "_get_replica_wrapper": (has(RunningReplica), "large copies are sent from a thread"),
+    "_on_ready": (has(ray.ObjectRef), "outcomes without fetching answers; else the slower way"),
+    "_on_completed": (has(ray.ObjectRef), "errors of user code"),
+    "_fetch_future_result_async": (
+        lambda name: hasattr(DeploymentResponse, name) and hasattr(DeploymentResponseGenerator, name),
+        "the gateway times acceptance apart from the answer",
+    ),
+    "core_worker": (
+        lambda _: all(map(has(CORE_WORKER), ("get_local_object_locations", "get_objects"))),
+        "where an answer lies",
+    ),
+    "get_deployment_config": (has(controller.ServeController), "settings that `serve deploy` changes"),
+}
+
+
+def names_of(path):
+    """Every name that a file reads of something, and whether of `self`."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield node.attr, isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            for name in [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]:
+                yield from ((part, False) for part in name.split("."))
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node.name, False
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
+            yield node.value, False
+
+
+def is_private(name):
+    return name.startswith("_") and not name.endswith("_")
+
+
+def test_every_private_name_of_ray_has_a_claim():
+    used = {name for name, _ in names_of(Path(ray_api.__file__)) if is_private(name)}
+    assert used == {name for name in CLAIMS if is_private(name)}
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_ray_still_has(name):
+    there, why = CLAIMS[name]
+    assert there(name), f"{name} is gone or means something else: {why}; mend it in serve_app/ray_api.py"
+
+
+def test_no_other_file_touches_what_is_private_to_ray():
+    product = [
+        path for room in ("shadecast", "models", "actors", "serve_app", "train") for path in (ROOT / room).rglob("*.py")
+    ]
+    assert len(product) > 50
+    for path in product:
+        if path != Path(ray_api.__file__):
+            foreign = {name for name, own in names_of(path) if is_private(name) and not own and name in CLAIMS}
+            assert not foreign, f"{path}: {foreign}"
+            text = path.read_text(encoding="utf-8")
+            for where in ("ray._private", "ray.serve._private", "ray._raylet", "ray._common", "internal_kv"):
+                assert where not in text, f"{path}: {where} belongs into serve_app/ray_api.py"
+
+
+def test_our_router_neither_reads_nor_overwrites_a_private_name_of_serves():
+    ours = {name for name, own in names_of(Path(request_router.__file__)) if own and is_private(name)}
+    assert "_routes" in ours
+    assert not {name for name in ours if is_set_by(ROUTER_SOURCE)(name)}
+
+
+@pytest.mark.parametrize("router", [PredictiveRouter, ObservingRouter])
+def test_what_serve_sends_by_value_is_hardly_any_code(router):
+    """So that a process runs the code of its own installation while an upgrade rolls through."""
+    request_router_config = RequestRouterConfig(request_router_class=router)
+    sent = request_router_config._serialized_request_router_cls
+    assert len(sent) < 2_000
+    assert b"choose" not in sent
+    read = "import pickle, sys; k = pickle.load(sys.stdin.buffer); print(*sys.modules, k.__mro__[1].__module__)"
+    found = subprocess.run([sys.executable, "-c", read], input=sent, capture_output=True, check=True, cwd=ROOT)
+    *loaded, base = found.stdout.decode().split()
+    assert base == "serve_app.routing.request_router", "the rest comes by reference"
+    assert "serve_app.router" not in loaded, "what came by value needs no look at the file"
 
 
 def test_this_is_a_supported_ray():
@@ -34,8 +157,6 @@ def test_this_is_a_supported_ray():
         ("on_request_completed", ["replica_id", "internal_request_id"]),
         ("on_replica_actor_died", ["replica_id"]),
         ("update_replicas", ["replicas"]),
-        ("_add_pending_request_to_indices", ["pending_request"]),
-        ("_remove_pending_request_from_indices", ["pending_request"]),
         ("_get_pending_request_matching_internal_request_id", ["request_metadata"]),
         ("_choose_replica_for_request", ["pending_request", "is_retry"]),
         ("_record_queue_wait_time", ["pending_request"]),
@@ -79,17 +200,6 @@ def test_serve_still_does_what_we_rely_on(where, text, why):
     assert text in inspect.getsource(where), f"{where.__qualname__} no longer has `{text}`: {why}"
 
 
-def test_a_router_still_keeps_what_we_read():
-    source = inspect.getsource(module)
-    for name in (
-        *("_replicas", "_replicas_list", "_replica_queue_len_cache", "_event_loop", "_deployment_id"),
-        *("_pending_requests_to_route", "num_routing_tasks_in_backoff"),
-    ):
-        assert f"self.{name}" in source or f"def {name}(" in source, f"RequestRouter.{name} is gone"
-    for name in ("_prefer_local_node_routing", "_prefer_local_az_routing", "_self_node_id", "_self_availability_zone"):
-        assert f"self.{name}" in source, f"LocalityMixin.{name} is gone"
-
-
 def test_a_running_replica_still_has_what_we_use():
     for name in ("replica_id", "node_id", "availability_zone", "max_ongoing_requests", "multiplexed_model_ids"):
         assert isinstance(getattr(RunningReplica, name, None), property), f"RunningReplica.{name} is gone"
@@ -106,16 +216,6 @@ def test_a_result_still_can_be_watched(kind):
     assert inspect.iscoroutinefunction(kind.__anext__), f"{kind.__name__}.__anext__ is no coroutine any more"
 
 
-def test_an_object_can_still_be_looked_at_without_fetching_it():
-    core_worker = (
-        ray._private.worker.CoreWorker if hasattr(ray._private.worker, "CoreWorker") else ray._raylet.CoreWorker
-    )
-    for name in ("get_local_object_locations", "get_objects"):
-        assert hasattr(core_worker, name), f"CoreWorker.{name} is gone: outcomes are watched the slower way"
-    assert hasattr(ray.ObjectRef, "_on_ready"), "ObjectRef._on_ready is gone: outcomes are watched the slower way"
-    assert hasattr(ray.ObjectRef, "_on_completed"), "ObjectRef._on_completed is gone: errors of user code go unseen"
-
-
 def test_a_request_still_carries_what_we_read():
     fields = PendingRequest.__dataclass_fields__
     for name in ("args", "kwargs", "metadata", "future", "routing_context", "resolved"):
@@ -130,8 +230,6 @@ def test_a_request_still_carries_what_we_read():
 
 
 def test_metadata_still_says_what_a_call_is():
-    from ray.serve._private.common import RequestMetadata  # noqa: PLC0415
-
     metadata = RequestMetadata(request_id="r", internal_request_id="i")
     for name in (
         *("call_method", "session_id", "multiplexed_model_id", "is_streaming", "is_http_request", "is_grpc_request"),
