@@ -223,6 +223,10 @@ class Calls(Generic[C]):
         for replica_id in gone:
             del self._replicas[replica_id]
 
+    def knows(self, replica_id: str) -> bool:
+        """Whether there are totals of a replica."""
+        return replica_id in self._replicas
+
     # ------------------------------------------------------------------ what is in the book
 
     def in_flight(self, replica_id: str) -> int:

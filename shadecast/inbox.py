@@ -31,6 +31,8 @@ from shadecast.types import (
 _Counted = tuple[int, int, int, int, float]
 """Started, finished, failed, items, stream-seconds."""
 _NOTHING: _Counted = (0, 0, 0, 0, 0.0)
+_FORGET_S = 60.0
+"""What was counted of a router is remembered longer than the router counts, so that its evidence is not taken twice."""
 
 
 @dataclass(slots=True)
@@ -59,8 +61,8 @@ class Inbox:
         router_id = report.get("router_id")
         self._forget(now_s)
         known = self._routers.get(router_id) if isinstance(router_id, str) else None
-        if base and (known is None or base > known.seq):
-            return None, 0
+        if base and (known is None or base > known.seq or now_s - known.heard_s > LOST_AFTER_S):
+            return None, 0  # the balancer counts nothing of it any more
         if known is not None and seq <= known.seq:
             return None, known.seq
         try:
@@ -68,17 +70,16 @@ class Inbox:
         except (TypeError, ValueError, LookupError, OverflowError) as error:
             version = report.get("version", "?")
             raise MessageError(f"a report of Shadecast {version} cannot be read: {error!r}") from None
-        if known is None or not base:
+        if known is None:
             known = self._routers[read.report.router_id] = _Router(seq, now_s)
         known.seq, known.heard_s, known.totals = seq, now_s, read.totals
-        known.replicas.update(read.counted)
-        for replica_id in read.report.gone:
+        for replica_id in read.forgotten - read.counted.keys():
             known.replicas.pop(replica_id, None)
+        known.replicas.update(read.counted)
         return read.report, seq
 
     def _forget(self, now_s: float) -> None:
-        """Routers that were not heard of for so long are no more in the balancer's counts either."""
-        for router_id in [k for k, router in self._routers.items() if now_s - router.heard_s > LOST_AFTER_S]:
+        for router_id in [k for k, router in self._routers.items() if now_s - router.heard_s > _FORGET_S]:
             del self._routers[router_id]
 
     def _read(self, message: Mapping[str, Any], known: _Router | None, seq: int, base: int) -> _Read:
@@ -86,6 +87,7 @@ class Inbox:
         since = known.seq if known is not None else 0
         outcomes = _of_replicas(Outcome, message.get("outcomes", {}), len(rows), since)
         unfinished = _of_replicas(Unfinished, message.get("unfinished", {}), len(rows), None)
+        began_anew = _newer(message.get("forgotten", {}), since)
         counted, views = {}, []
         for at, (replica_id, node_id, max_ongoing, in_flight, started, finished, failed, items, stream_s) in enumerate(
             rows
@@ -94,6 +96,8 @@ class Inbox:
             # a router's first second counts; what a router did before we knew it does not
             unknown = now if known is None and seq > 1 else _NOTHING
             before = known.replicas.get(replica_id, unknown) if known is not None else unknown
+            if replica_id in began_anew:
+                before = _NOTHING
             counted[str(replica_id)] = now
             views.append(
                 ReplicaReport(
@@ -134,7 +138,7 @@ class Inbox:
             tuple(str(replica_id) for replica_id in as_list(message.get("gone", ()), "gone")),
             int(waiting),
         )
-        return _Read(report, totals, counted)
+        return _Read(report, totals, counted, began_anew)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +146,7 @@ class _Read:
     report: RouterReport
     totals: list[Any]
     counted: dict[str, _Counted]
+    forgotten: set[str]
 
 
 def _text(message: Mapping[str, Any], name: str) -> str:
@@ -149,6 +154,14 @@ def _text(message: Mapping[str, Any], name: str) -> str:
     if not isinstance(value, str):
         raise MessageError(f"report: {name} = {value!r}: must be text")
     return value
+
+
+def _newer(columns: Any, since: int) -> set[str]:
+    """The replicas in columns whose `seq` is newer than `since`."""
+    if not isinstance(columns, Mapping):
+        raise MessageError(f"forgotten: columns are expected, not {type(columns).__name__}")
+    replica_ids, seqs = (as_list(columns.get(name, ()), name) for name in ("replica_id", "seq"))
+    return {replica_id for replica_id, seq in zip(replica_ids, seqs, strict=True) if seq > since}
 
 
 def _new(kind: type[Any], columns: Any, since: int) -> list[Any]:

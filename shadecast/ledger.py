@@ -56,6 +56,8 @@ class _Told:
     state: tuple[Any, ...] = ()
     changed: int = 0
     """Number of the report in which that changed."""
+    recorded: int = 0
+    """Outcomes since the start."""
     items: int = 0
     stream_s: float = 0.0
     outcomes: deque[tuple[int, Outcome]] = field(default_factory=lambda: deque(maxlen=_MAX_OUTCOMES))
@@ -69,6 +71,8 @@ class Ledger:
         self._replicas: dict[str, _Told] = {}
         self._gone: dict[str, int] = {}
         """Replicas that were reported and are not alive any more: the report that says so."""
+        self._forgotten: dict[str, int] = {}
+        """Replicas whose totals begin anew if they come back: the report that says so."""
         self._pairs: deque[tuple[int, PairedSample]] = deque(maxlen=_MAX_PAIRS)
         self._seq = 0
         self._acknowledged = 0
@@ -80,12 +84,16 @@ class Ledger:
     def record(self, call: Call) -> None:
         """A call has ended: its outcome."""
         outcome = Outcome(call.duration_s, call.others, call.ok, call.cost, call.first_item_s, call.items)
-        self._of(call.replica_id).outcomes.append((self._seq + 1, outcome))
+        self._keep(call.replica_id, outcome)
 
     def evidence(self, call: Call) -> None:
         """A call was taken off its replica after so long: that must not take the evidence along. No request ended."""
-        outcome = Outcome(call.duration_s, call.others, True, call.cost)
-        self._of(call.replica_id).outcomes.append((self._seq + 1, outcome))
+        self._keep(call.replica_id, Outcome(call.duration_s, call.others, True, call.cost))
+
+    def _keep(self, replica_id: str, outcome: Outcome) -> None:
+        told = self._of(replica_id)
+        told.outcomes.append((self._seq + 1, outcome))
+        told.recorded += 1
 
     def pace(self, replica_id: str, items: int, stream_s: float) -> None:
         """Streams on a replica gave `items` in `stream_s` seconds of waiting for them (summed over the streams)."""
@@ -128,7 +136,7 @@ class Ledger:
             told = self._of(replica_id)
             started, finished, failed, chosen = self._calls.totals(replica_id)
             in_flight = self._calls.in_flight(replica_id)
-            state = (node_id, max_ongoing, in_flight, chosen, started, finished, failed, told.items, told.stream_s)
+            state = (node_id, max_ongoing, in_flight, chosen, started, finished, failed, told.recorded, told.stream_s)
             if state != told.state:
                 told.state, told.changed = state, self._seq
             if told.changed <= base:
@@ -151,6 +159,7 @@ class Ledger:
             interval_s=interval_s,
             replicas=to_columns(rows),
             gone=[replica_id for replica_id, seq in self._gone.items() if seq > base] if base else [],
+            forgotten={"replica_id": list(self._forgotten), "seq": list(self._forgotten.values())},
             outcomes={
                 "at": [at for at, _, _ in outcomes],
                 "seq": [seq for _, seq, _ in outcomes],
@@ -164,13 +173,17 @@ class Ledger:
         )
 
     def _forget(self, listed: set[str]) -> None:
+        self._calls.forget(listed)
         for replica_id in [r for r in self._replicas if r not in listed]:
-            if self._replicas[replica_id].state:
+            told = self._replicas[replica_id]
+            if told.state:
                 self._gone[replica_id] = self._seq
-            del self._replicas[replica_id]
+                told.state = ()
+            if not self._calls.knows(replica_id):
+                self._forgotten[replica_id] = self._seq
+                del self._replicas[replica_id]
         for replica_id in listed & self._gone.keys():
             del self._gone[replica_id]
-        self._calls.forget(listed)
 
     def acknowledged(self, seq: int) -> None:
         """The coordinator has taken report `seq`; 0 means that it wants to have everything."""
@@ -181,3 +194,4 @@ class Ledger:
         while self._pairs and self._pairs[0][0] <= seq:
             self._pairs.popleft()
         self._gone = {replica_id: at for replica_id, at in self._gone.items() if at > seq}
+        self._forgotten = {replica_id: at for replica_id, at in self._forgotten.items() if at > seq}

@@ -39,6 +39,7 @@ class Locality:
 
     def remove(self, i: int) -> None:
         """The replica at index `i` is gone."""
+        self._eligible = [j for j in self._eligible if j != i]
         for pool in (self._near_node, self._near_zone, *self._with_model.values()):
             if i in pool:
                 pool.remove(i)

@@ -35,19 +35,19 @@ def check(received: Any, kind: str) -> Mapping[str, Any]:
     """The message if it can be read; raises MessageError, one line that names both versions."""
     if not isinstance(received, Mapping) or not isinstance(received.get("schema"), int):
         raise MessageError(
-            f"a {type(received).__name__} where Shadecast {VERSION} (schema {SCHEMA}) expects a {kind}: "
+            f"a {type(received).__name__} where Shadecast {VERSION} (schema {SCHEMA}) expects the message {kind!r}: "
             "its sender is of another version; upgrade the older one"
         )
     version, schema, needs = received.get("version", "?"), received["schema"], received.get("needs", SCHEMA)
     if needs > SCHEMA:
         raise MessageError(
-            f"a {kind} of Shadecast {version} (schema {schema}) cannot be read by Shadecast {VERSION} "
+            f"the message {kind!r} of Shadecast {version} (schema {schema}) cannot be read by Shadecast {VERSION} "
             f"(schema {SCHEMA}, needed: {needs}): upgrade the latter"
         )
     if received.get("kind") != kind:
         raise MessageError(
             f"a {received.get('kind')!r} of Shadecast {version} (schema {schema}) where Shadecast {VERSION} "
-            f"(schema {SCHEMA}) expects a {kind}"
+            f"(schema {SCHEMA}) expects {kind!r}"
         )
     return received
 

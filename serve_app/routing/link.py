@@ -57,7 +57,7 @@ async def keep_in_touch(router: weakref.ref[Router]) -> None:
                     known_secret = True
             del this
             await asyncio.sleep(await link.exchange() * random.uniform(0.95, 1.05))
-        if link.taken is not None and not ray.is_initialized():
+        if link.holds_something and not ray.is_initialized():
             await asyncio.sleep(_SHUTDOWN_S)
     finally:
         if (this := router()) is not None:
@@ -70,12 +70,18 @@ class Link:
     def __init__(self, router: weakref.ref[Router]) -> None:
         self._router = router
         self._coordinator: Any = None
-        self.taken: Any = None
-        """The last call's object."""
+        self._found: Any = None
+        """The last handle, of any version, and the last call's object: see `keep_in_touch`."""
+        self._taken: Any = None
         self._reported_s = -math.inf
         self._builds_on_ours = True
         self._quiet = False
         self._warned = ""
+
+    @property
+    def holds_something(self) -> bool:
+        """Whether something of Ray's is held."""
+        return self._found is not None or self._taken is not None
 
     async def exchange(self) -> float:
         """One call, if somebody is there to take it; how long to wait until the next one, in seconds. Never raises."""
@@ -88,9 +94,9 @@ class Link:
         try:
             if not await self._find() or not ray.is_initialized():
                 return REPORT_S
-            self.taken = self._coordinator.exchange.remote(self._message(router))
+            self._taken = self._coordinator.exchange.remote(self._message(router))
             del router  # it may go while we wait
-            answer = check(await asyncio.wait_for(self.taken, REPORT_S + _TIMEOUT_S), "answer")
+            answer = check(await asyncio.wait_for(self._taken, REPORT_S + _TIMEOUT_S), "answer")
             self._quiet = empty
             if (router := self._router()) is not None:
                 return self._take(router, answer)
@@ -108,6 +114,7 @@ class Link:
         """Whether there is a coordinator that knows messages by name; that of Shadecast 0.1 does not."""
         if self._coordinator is None:
             self._coordinator = await asyncio.get_running_loop().run_in_executor(None, find_coordinator)
+            self._found = self._coordinator or self._found
         if self._coordinator is None or hasattr(self._coordinator, "exchange"):
             return self._coordinator is not None
         self._warn(

@@ -132,6 +132,8 @@ class WatchedResult:
         """Of a stream: an attempt that has given no item yet."""
         self._ahead: list[Any] = []
         """What the second attempt has given before it was read."""
+        self._lost: RayActorError | None = None
+        """What a stream has ended with that does not go on: Ray's own ends as if complete when it is read once more."""
 
     def __getattr__(self, name: str) -> Any:
         if name == "_inner":  # while it is being made, or copied
@@ -194,11 +196,14 @@ class WatchedResult:
 
     async def __anext__(self) -> Any:
         if self._second is None:
+            if self._lost is not None:  # its reader gave up before the stream could go on elsewhere
+                raise self._lost
             try:
                 return await self._read(self._inner.__anext__())
             except InterruptedWaitError:
                 pass
             except RayActorError as error:
+                self._lost = error
                 begun = await self._after_death(error)
                 if begun is None:
                     raise

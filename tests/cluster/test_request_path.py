@@ -493,6 +493,44 @@ def test_without_forecasters_requests_go_on(model):
     assert router_of(model).level == "table"
 
 
+def test_picks_that_are_never_sent_take_no_place(model):
+    # so does Ray's own ingress for language models, which sends the request itself
+    async def picks(count):
+        taken_s = []
+        for _ in range(count):
+            started_s = time.monotonic()
+            async with model.predict.choose_replica(1, _reserve=False):
+                taken_s.append(time.monotonic() - started_s)
+        return taken_s
+
+    shares = dict.fromkeys(replicas_of(model), 1.0)
+    with table(model, shares) as router:
+        taken_s = asyncio.run(picks(3 * 8 * 2))
+        assert max(taken_s) < 0.5, "twice as many picks as there are places, and none has to wait for one"
+        wait_for(lambda: not router.calls.book.all_in_flight(), 5, "nothing is left of them")
+    assert_idle(model)
+
+
+def test_requests_that_are_dispatched_to_a_pick_count_like_others(model):
+    # as Ray's servers do whose prefill and decode are apart
+    async def both(x):
+        async with model.predict.choose_replica(x) as selection:
+            return await model.predict.dispatch(selection, x)
+
+    async def all_of_them():
+        assert [await both(i) for i in range(5)] == list(range(5))
+        with pytest.raises(ValueError, match="user code"):
+            await both("bad")
+
+    with table(model, dict.fromkeys(replicas_of(model), 1.0)) as router, recorded(router) as seen:
+        asyncio.run(all_of_them())
+        wait_for(lambda: sum(v.finished for r in seen for v in r.replicas) >= 6, 10, "outcomes are reported")
+    views = [v for r in seen for v in r.replicas]
+    assert (sum(v.started for v in views), sum(v.finished for v in views), sum(v.failed for v in views)) == (6, 6, 1)
+    assert sorted(o.ok for v in views for o in v.outcomes) == [False] + [True] * 5
+    assert_idle(model)
+
+
 # ---------------------------------------------------------------- changes under load, soak
 
 

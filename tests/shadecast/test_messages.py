@@ -82,7 +82,7 @@ def test_a_state_that_we_do_not_know_takes_traffic_by_its_share():
         (RouterReport("r", "app/d", 1, 1.0, ()), ["RouterReport", VERSION, "another version"]),
         ("nonsense", ["str", VERSION]),
         (None, ["NoneType"]),
-        (message("table"), ["'table'", "expects a report"]),
+        (message("table"), ["'table'", "expects 'report'"]),
         (report(router_id=5), ["router_id"]),
         (report(seq="x"), ["seq", "'x'", "number"]),
         (report(replicas=[1, 2]), ["ReplicaTotals", "list"]),

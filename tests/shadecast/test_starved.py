@@ -2,6 +2,8 @@
 
 import pytest
 
+from shadecast.calls import Call, Calls, Do, Event
+from shadecast.inbox import Inbox
 from shadecast.ledger import Ledger
 from shadecast.types import State
 from tests.shadecast.world import grown
@@ -117,10 +119,23 @@ def test_a_node_that_falls_silent_while_it_is_busy_is_not_taken_for_idle():
     assert world.row("old0").capacity > busy, "not for ever: then telemetry is simply broken"
 
 
-def test_a_request_taken_off_a_replica_remains_as_evidence_of_at_least_that_duration():
-    ledger = Ledger("router", "app/model")
-    ledger.give_up("a", 2.5, 3.0)
-    (view,) = ledger.report(1.0, [("a", "node", 8)]).replicas
-    assert [(o.duration_s, o.in_flight_at_start, o.ok) for o in view.outcomes] == [(2.5, 3.0, True)]
-    assert (view.started, view.finished, view.failed, view.in_flight) == (0, 0, 0, 0)
-    assert ledger.report(2.0, [("a", "node", 8)]).replicas[0].outcomes == ()
+@pytest.mark.parametrize(("event", "others"), [(Event.RETRY, 0.0), (Event.MOVE, 3.0)])
+def test_a_request_taken_off_a_replica_remains_as_evidence_of_at_least_that_duration(event, others):
+    calls, inbox, alive = Calls(), Inbox(), [("a", "node", 8)]
+    ledger = Ledger("router", "app/model", calls)
+    calls.open(call := Call(), 0.0)
+    calls.handle(call, Event.CHOOSE, 0.0, replica_id="a")
+    calls.handle(call, Event.SEND, 0.0)
+    if event is Event.MOVE:
+        calls.handle(call, Event.ACCEPT, 0.0, others=others)
+    assert Do.EVIDENCE in calls.handle(call, event, 2.5)
+    ledger.evidence(call)
+    read, acknowledged = inbox.take(ledger.report(3.0, alive), 3.0)
+    (view,) = read.replicas
+    assert [(o.duration_s, o.in_flight_at_start, o.ok) for o in view.outcomes] == [(2.5, others, True)]
+    moved = event is Event.MOVE
+    assert (view.started, view.finished, view.failed, view.in_flight) == (moved, 0, 0, moved), "until it has noticed"
+    ledger.acknowledged(acknowledged)
+    calls.handle(call, Event.DROP, 3.5)
+    read, _ = inbox.take(ledger.report(4.0, alive), 4.0)
+    assert [(view.outcomes, view.finished, view.in_flight) for view in read.replicas] == ([((), 0, 0)] if moved else [])

@@ -6,8 +6,10 @@ import random
 import pytest
 
 from shadecast.balancer import Balancer, TickInput
+from shadecast.calls import Calls
 from shadecast.capacity import NO_HEADROOM, Sensitivity
 from shadecast.config import Config
+from shadecast.inbox import Inbox
 from shadecast.ledger import Ledger
 from shadecast.types import NodeReport, NodeSnapshot, Outcome, ReplicaReport, RouterReport
 from shadecast.yardstick import SlowMean, Yardstick
@@ -47,15 +49,18 @@ def test_the_noise_learned_is_that_of_the_times():
 
 
 def test_a_ledger_reports_the_items_and_their_time_once():
-    ledger = Ledger("router", "app/model")
-    ledger.start("s", "a", 0.0, 0.0)
+    inbox, alive = Inbox(), [("a", "n", 8)]
+    ledger = Ledger("router", "app/model", Calls())
     ledger.pace("a", 5, 0.1)
     ledger.pace("a", 7, 0.2)
     ledger.pace("unknown", 7, 0.2)
-    (first,) = ledger.report(1.0, [("a", "n", 8)]).replicas
-    (second,) = ledger.report(2.0, [("a", "n", 8)]).replicas
-    assert (first.items, first.stream_s) == (12, pytest.approx(0.3))
-    assert (second.items, second.stream_s) == (0, 0.0)
+    first, acknowledged = inbox.take(ledger.report(1.0, alive), 1.0)
+    second, _ = inbox.take(ledger.report(2.0, alive), 2.0)  # the answer to the first one is on its way
+    ledger.acknowledged(acknowledged)
+    third, _ = inbox.take(ledger.report(3.0, alive), 3.0)
+    found = [(view.replica_id, view.items, view.stream_s) for read in (first, second) for view in read.replicas]
+    assert found == [("a", 12, pytest.approx(0.3)), ("a", 0, 0.0)]
+    assert third.replicas == (), "nothing has changed"
 
 
 class Streams:

@@ -8,8 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
+import functools
+import gc
 import itertools
+import logging
+import selectors
+import time
 from collections import deque
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +30,7 @@ from ray.serve._private.router import AsyncioRouter
 from ray.serve.request_router import PendingRequest
 
 from serve_app.router import PredictiveRouter
+from serve_app.routing.request_router import Router
 from shadecast.types import RoutingTable, State, TableRow
 
 DEPLOYMENT = DeploymentID(name="model", app_name="app")
@@ -32,7 +40,8 @@ _IDS = itertools.count()
 class Result(ReplicaResult):
     """What a replica gives back. The test decides: `accept`, `reject`, then `give` and `end`, or `die`.
 
-    Done-callbacks come later and from elsewhere, as Ray's do.
+    Done-callbacks come later and from elsewhere, as Ray's do. Who asks gets an error of its own, as with Ray: its
+    traceback keeps the caller's frames, and with them whatever they hold.
     """
 
     def __init__(self, replica: Replica, request: PendingRequest, with_rejection: bool) -> None:
@@ -103,25 +112,31 @@ class Result(ReplicaResult):
             raise
         except TaskCancelledError:
             raise asyncio.CancelledError from None
+        except Exception as error:
+            raise copy.copy(error) from None
 
     async def get_async(self) -> Any:
         try:
             return await asyncio.shield(self.answer)
         except TaskCancelledError:
             raise asyncio.CancelledError from None
+        except Exception as error:
+            raise copy.copy(error) from None
 
     def get(self, timeout_s: float | None) -> Any:
         return asyncio.run_coroutine_threadsafe(self.get_async(), self.loop).result(timeout_s)
 
     async def __anext__(self) -> Any:
         while not self.items:
+            if self.done:  # read on behind the end, or behind the error: Ray's streams simply end there
+                raise StopAsyncIteration
             self.more.clear()
             await self.more.wait()
         item = self.items.popleft()
         if isinstance(item, TaskCancelledError):
             raise asyncio.CancelledError
         if isinstance(item, Exception):
-            raise item
+            raise copy.copy(item)
         return item
 
     def __next__(self) -> Any:
@@ -176,7 +191,11 @@ class Replica:
     reserved: set[str] = field(default_factory=set)
     queue: int | None = None
     """What it says when asked; None: what is running."""
+    tells_after_s: float = 0.0
+    """How long it takes to say so."""
     is_cross_language: bool = False
+    make: type[Result] = Result
+    """The kind of its results."""
     _replica_info: Any = field(default_factory=lambda: SimpleNamespace(node_ip="192.0.2.1", port=None))
 
     @property
@@ -200,10 +219,11 @@ class Replica:
     def try_send_request(self, pr: PendingRequest, with_rejection: bool) -> Result:
         if self.says == "error":
             raise RuntimeError("no way there")
-        result = Result(self, pr, with_rejection)
+        result = self.make(self, pr, with_rejection)
         self.sent.append(result)
+        self.reserved.discard(pr.metadata._reserved_slot_token)
         match self.says:
-            case "yes" if len(self.running) < self.max_ongoing_requests or not with_rejection:
+            case "yes" if len(self.running) + len(self.reserved) < self.max_ongoing_requests or not with_rejection:
                 self.running.add(result)
                 result.accept()
             case "yes" | "no":
@@ -214,22 +234,26 @@ class Replica:
 
     async def reserve_slot(self, metadata: RequestMetadata) -> tuple[str, QueueInfo]:
         await asyncio.sleep(0)
+        while self.says == "nothing":
+            await asyncio.sleep(0.05)
         if self.says == "dead":
             raise ActorDiedError
+        if self.says == "error":
+            raise RuntimeError("no way there")
         token = f"slot-{next(_IDS)}"
         ongoing = len(self.running) + len(self.reserved)
-        accepted = self.says == "yes" and ongoing < self.max_ongoing_requests
-        if accepted:
-            self.reserved.add(token)
-        return token, QueueInfo(accepted=accepted, num_ongoing_requests=ongoing + accepted)
+        if self.says == "no" or ongoing >= self.max_ongoing_requests:
+            return token, QueueInfo(accepted=False, num_ongoing_requests=self.max_ongoing_requests)
+        self.reserved.add(token)
+        return token, QueueInfo(accepted=True, num_ongoing_requests=ongoing + 1)
 
     async def release_slot(self, slot_token: str) -> int:
         self.reserved.discard(slot_token)
         return len(self.running) + len(self.reserved)
 
     async def get_queue_len(self, *, deadline_s: float) -> int:
-        await asyncio.sleep(0)
-        return len(self.running) if self.queue is None else self.queue
+        await asyncio.sleep(self.tells_after_s)
+        return len(self.running) + len(self.reserved) if self.queue is None else self.queue
 
     def __hash__(self) -> int:
         return id(self)
@@ -245,16 +269,28 @@ class _Metrics:
 
 
 class Serve(AsyncioRouter):
-    """Serve's router of one process, with a request router of ours and these replicas."""
+    """Serve's router of one process, with a request router of ours and these replicas.
 
-    def __init__(self, *replicas: Replica, kind: type[PredictiveRouter] = PredictiveRouter, **config: Any) -> None:
-        self.router = kind(
+    `options` are further arguments of Serve's to the request router, `config` its sections of settings, and
+    `router_kwargs` what a deployment gives in place of `{"config": config}`.
+    """
+
+    def __init__(
+        self,
+        *replicas: Replica,
+        kind: type[Router] = PredictiveRouter,
+        options: dict[str, Any] | None = None,
+        router_kwargs: dict[str, Any] | None = None,
+        **config: Any,
+    ) -> None:
+        self.router: Any = kind(
             deployment_id=DEPLOYMENT,
             handle_source=DeploymentHandleSource.REPLICA,
             self_node_id="node",
             use_replica_queue_len_cache=True,
+            **(options or {}),
         )
-        self.router.initialize_state(config=config)
+        self.router.initialize_state(**({"config": config} if router_kwargs is None else router_kwargs))
         self.router.update_replicas(list(replicas))
         self.replicas = {replica.name: replica for replica in replicas}
         self.deployment_id = DEPLOYMENT
@@ -278,6 +314,11 @@ class Serve(AsyncioRouter):
         """The same in a task of its own, as every handle call has one."""
         return asyncio.get_running_loop().create_task(self.send(*args, **metadata))
 
+    def scale(self, *replicas: Replica) -> None:
+        """The deployment has these replicas now."""
+        self.replicas = {replica.name: replica for replica in replicas}
+        self.router.update_replicas(list(replicas))
+
     def take(self, made: RoutingTable) -> None:
         """A table of the coordinator's has come."""
         self.router.take_table(made)
@@ -289,14 +330,120 @@ class Serve(AsyncioRouter):
         message = self.router.make_report()
         if not hasattr(self, "_inbox"):
             self._inbox = Inbox()
-        read, answer = self._inbox.take(message, 0.0)
-        self.router.reported(answer["acknowledged"], table_wanted=False)
+        read, acknowledged = self._inbox.take(message, 0.0)
+        self.router.reported(acknowledged, table_wanted=False)
         return read
 
     def close(self) -> None:
         """Nothing goes on."""
         if self.router._control is not None:
             self.router._control.cancel()
+
+
+@contextlib.asynccontextmanager
+async def serving(*replicas: Replica, **config: Any) -> AsyncIterator[Serve]:
+    """A `Serve` for one scenario, at whose end every call must be over and nothing may be pending.
+
+    Takes 1.2 s at the end, because picks that nobody sends count for a second: for scenarios in `VirtualTime`.
+    """
+    before = asyncio.all_tasks()
+    serve = Serve(*replicas, **config)
+    await settle()  # the replicas tell their queues
+    try:
+        yield serve
+        await asyncio.sleep(1.2)
+        if serve.router.calls.book.open_calls:
+            gc.collect()  # streams that nobody reads any more
+            await settle()
+        assert serve.router.calls.book.open_calls == 0
+        assert not any(serve.router.calls.routes.picks.in_flight)
+    finally:
+        serve.close()
+    await settle()
+    assert asyncio.all_tasks() <= before
+
+
+class VirtualTime:
+    """Time that passes only while everybody waits, and then at once, up to the next timer.
+
+    Event loops of `loop`, and `time.monotonic` and `time.time` of all modules while it is `installed`, go by it.
+    """
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+        self.waits = 0
+        """How often an event loop had nothing to do but to wait for a timer."""
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[VirtualTime]:
+        real = time.monotonic, time.time
+        time.monotonic, time.time = (lambda: self.now_s), (lambda: 1.7e9 + self.now_s)
+        try:
+            yield self
+        finally:
+            time.monotonic, time.time = real
+
+    def loop(self) -> asyncio.AbstractEventLoop:
+        return asyncio.SelectorEventLoop(_NoWaiting(self))
+
+    def run(self, scenario: Any, timeout_s: float = 1000.0) -> Any:
+        """Run a scenario in this time."""
+        with self.installed(), asyncio.Runner(loop_factory=self.loop) as runner:
+            return runner.run(asyncio.wait_for(scenario, timeout_s))
+
+
+def in_virtual_time(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """An asynchronous test, run in a `VirtualTime` of its own."""
+
+    @functools.wraps(test)
+    def run_it(*args: Any, **kwargs: Any) -> None:
+        VirtualTime().run(test(*args, **kwargs))
+
+    return run_it
+
+
+_MOST_ROUNDS = 100_000
+"""Of an event loop in one instant."""
+
+
+class _NoWaiting(selectors.DefaultSelector):
+    """Instead of waiting it puts the clock on."""
+
+    def __init__(self, clock: VirtualTime) -> None:
+        super().__init__()
+        self.clock, self.rounds = clock, 0
+
+    def select(self, timeout: float | None = None) -> Any:
+        ready = super().select(0 if timeout is not None else None)
+        self.rounds += 1
+        if not ready and timeout:
+            self.clock.now_s += timeout
+            self.clock.waits += 1
+            self.rounds = 0
+        assert self.rounds < _MOST_ROUNDS, "somebody asks again and again without a pause: time stands still"
+        return ready
+
+
+class Log(logging.Handler):
+    """What "ray.serve" logs while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+    def lines(self, least: int = logging.WARNING) -> list[str]:
+        """Of that level and above."""
+        return [record.getMessage() for record in self.records if record.levelno >= least]
+
+    def __enter__(self) -> Log:
+        logging.getLogger("ray.serve").addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("ray.serve").removeHandler(self)
 
 
 async def _as_it_is(_: Any, __: Any) -> None:
