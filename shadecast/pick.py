@@ -211,7 +211,10 @@ class PickTable:
             score = scores[i]
             if best < 0 or score < best_score:
                 best, best_score = i, score * _TIE
-        return best if best >= 0 or pool[k] == without else pool[k]  # none was eligible this time
+        if best >= 0 or pool[k] == without:
+            return best
+        # none was eligible this time; of a part of the pool, a share holds against the others, too
+        return pool[k] if pool is self.pool else self._pick_carefully(random, choices, without, self.pool)
 
     def power_of_two(self, random: Callable[[], float]) -> int:
         """Power of two choices over this router's own counts: what is left without a usable table."""

@@ -61,6 +61,16 @@ def test_a_share_is_the_fraction_of_picks_that_may_reach_a_replica():
     assert share == pytest.approx(0.1, abs=4 * (0.1 * 0.9 / 20_000) ** 0.5)
 
 
+@pytest.mark.parametrize("near", [[4], [3, 4]])
+def test_a_share_holds_among_those_that_are_preferred_too(near):
+    rows = [(1, 0.1, 0), (1, 0.1, 0), (1, 0.1, 0), (1, 0.1, 0), (0.1, 4.0, 0)]
+    picks, rng = PickTable(ids(5), table(*rows), {}, {}, COST), random.Random(3)
+    counts = Counter(picks.pick(rng.random, 4, -1, near) for _ in range(20_000))
+    # with near = [4] a pick that finds it ineligible looks at all: at four draws of five, it has one more chance
+    assert counts[4] / 20_000 == pytest.approx(0.1 if len(near) > 1 else 0.1 + 0.9 * 0.08, abs=0.02)
+    assert len(near) == 1 or counts[3] + counts[4] == 20_000, "who is near and has its full share gets the rest"
+
+
 def test_equal_replicas_are_picked_equally():
     counts = spread(PickTable(ids(4), table(*[(1, 1, 0)] * 4), {}, {}, COST))
     for i in range(4):
