@@ -33,6 +33,8 @@ class Trials:
     def __init__(self, fleet: Fleet, estimates: Estimates, urgency: Urgency) -> None:
         self._fleet, self._estimates, self._urgency = fleet, estimates, urgency
         self._canaries: list[Canary] = []
+        self._all_are_new = False
+        """None is ACTIVE, after a rollout, say: those on the ramp are judged by each other."""
         self.transitions: list[Transition] = []
 
     @property
@@ -42,7 +44,9 @@ class Trials:
     def begin(self) -> None:
         """A tick begins: no transition yet, and these canaries want to know of other replicas' outcomes."""
         self.transitions = []
-        self._canaries = [r.canary for r in self._fleet.replicas.values() if r.canary is not None]
+        replicas = self._fleet.replicas.values()
+        self._canaries = [r.canary for r in replicas if r.canary is not None]
+        self._all_are_new = not any(r.connection.state is State.ACTIVE for r in replicas)
 
     # ------------------------------------------------------------------ transitions
 
@@ -103,10 +107,11 @@ class Trials:
         now_s = self._fleet.now_s
         if known.canary is not None:
             known.canary.observe(candidate=True, outcome=outcome, now_s=now_s, log_speed=known.expected)
-        elif self._canaries and known.connection.state is State.ACTIVE:
+        if self._canaries and (known.connection.state is State.ACTIVE or self._all_are_new):
             log_speed = self._estimates.advantage(known)
             for canary in self._canaries:
-                canary.observe(candidate=False, outcome=outcome, now_s=now_s, log_speed=log_speed)
+                if canary is not known.canary:
+                    canary.observe(candidate=False, outcome=outcome, now_s=now_s, log_speed=log_speed)
 
     def observe_pair(self, candidate: Replica, primary: Replica | None, pair: PairedSample) -> None:
         """A request and its copy, for the paired test."""

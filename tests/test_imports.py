@@ -8,7 +8,7 @@ HEAVY = ("torch", "pandas", "ray.data", "ray.train", "models", "train", "actors"
 
 def test_importing_the_router_loads_nothing_heavy_that_ray_serve_does_not():
     code = (
-        "import sys; import ray.serve; before = set(sys.modules); import serve_app.router; "
+        "import sys; import ray.serve; before = set(sys.modules); import serve_app.routing.request_router; "
         f"print([m for m in {HEAVY!r} if m in sys.modules and m not in before])"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)

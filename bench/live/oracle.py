@@ -12,13 +12,13 @@ from typing import Any
 from ray.serve.request_router import PendingRequest, RunningReplica
 
 from bench.live.workload import bad_path
-from serve_app.router import PredictiveRouter
+from serve_app.routing.request_router import Router
 from shadecast.types import RoutingTable
 
 _LOOK_S = 0.01
 
 
-class OracleRouter(PredictiveRouter):
+class OracleRouter(Router):
     """`PredictiveRouter` whose table gives replicas on bad nodes no share."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import os
 import subprocess
 import sys
 from importlib.metadata import version
@@ -126,18 +127,62 @@ def test_our_router_neither_reads_nor_overwrites_a_private_name_of_serves():
     assert not {name for name in ours if is_set_by(ROUTER_SOURCE)(name)}
 
 
+MAKE = """
+import asyncio, io, logging, pickle, sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in str(finder)]  # PYTHONPATH alone counts
+from ray.serve._private.common import DeploymentHandleSource, DeploymentID
+
+heard = io.StringIO()
+logging.getLogger("ray.serve").addHandler(logging.StreamHandler(heard))
+
+async def make(kind):
+    router = kind(
+        deployment_id=DeploymentID("d", "a"),
+        handle_source=DeploymentHandleSource.PROXY,
+        self_actor_id="a",
+        use_replica_queue_len_cache=True,
+    )
+    router.initialize_state(config={"trial": {"margin": 1.2}})
+    assert isinstance(router, kind)
+    return [k.__module__ for k in type(router).__mro__]
+
+loaded = set(sys.modules)
+kind = pickle.load(sys.stdin.buffer)
+assert not any(name.split(".")[0] in ("serve_app", "shadecast") for name in set(sys.modules) - loaded), "to take it"
+print(*asyncio.run(make(kind)), "WARNED" if "another version" in heard.getvalue() else "")
+"""
+
+
+def made(router, path):
+    """Modules of the classes of a router that Serve has sent by value to a process with this import path."""
+    sent = RequestRouterConfig(request_router_class=router)._serialized_request_router_cls
+    environment = {**os.environ, "PYTHONPATH": str(path)}
+    command = [sys.executable, "-P", "-c", MAKE]
+    ran = subprocess.run(command, input=sent, capture_output=True, check=False, cwd=path, env=environment)
+    assert ran.returncode == 0, ran.stderr.decode()
+    return ran.stdout.decode().split()
+
+
 @pytest.mark.parametrize("router", [PredictiveRouter, ObservingRouter])
-def test_what_serve_sends_by_value_is_hardly_any_code(router):
-    """So that a process runs the code of its own installation while an upgrade rolls through."""
-    request_router_config = RequestRouterConfig(request_router_class=router)
-    sent = request_router_config._serialized_request_router_cls
-    assert len(sent) < 2_000
-    assert b"choose" not in sent
-    read = "import pickle, sys; k = pickle.load(sys.stdin.buffer); print(*sys.modules, k.__mro__[1].__module__)"
-    found = subprocess.run([sys.executable, "-c", read], input=sent, capture_output=True, check=True, cwd=ROOT)
-    *loaded, base = found.stdout.decode().split()
-    assert base == "serve_app.routing.request_router", "the rest comes by reference"
-    assert "serve_app.router" not in loaded, "what came by value needs no look at the file"
+def test_a_process_makes_a_router_of_its_own_installation(router):
+    found = made(router, ROOT)
+    assert "serve_app.routing.request_router" in found
+    assert "WARNED" not in found
+
+
+@pytest.mark.parametrize("there", ["no module", "a module of another version"])
+@pytest.mark.parametrize("router", [PredictiveRouter, ObservingRouter])
+def test_a_process_with_another_version_takes_the_class_says_so_and_routes_as_serve_does(router, there, tmp_path):
+    for package in ("serve_app", "shadecast"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").touch()
+    if there == "a module of another version":
+        (tmp_path / "serve_app" / "routing").mkdir()
+        (tmp_path / "serve_app" / "routing" / "request_router.py").write_text("from shadecast.config import REPORT_S")
+        (tmp_path / "shadecast" / "config.py").touch()
+    found = made(router, tmp_path)
+    assert "ray.serve._private.request_router.pow_2_router" in found
+    assert found[-1] == "WARNED"
 
 
 def test_this_is_a_supported_ray():

@@ -329,6 +329,21 @@ def test_when_the_last_replicas_go_those_on_trial_take_over_under_guard():
     assert world.state("new") is State.SHIFTING
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_where_all_replicas_are_new_at_once_the_one_that_fails_is_found_by_the_others(seed):
+    world = grown(3, copyable=False, seed=seed)
+    for i in range(3):
+        world.machines[f"old{i}"].alive = False
+        world.add(f"new{i}", failing=float(i == seed % 3))
+        world.run(1)
+    assert not any(row.state is State.ACTIVE for row in world.output.table.rows)
+    world.run(10)
+    world.live.clear()
+    world.failed_live = 0
+    world.run(20)
+    assert world.failed_live < 0.1 * 20 * 20
+
+
 # ---------------------------------------------------------------- capacity
 
 
