@@ -1,7 +1,7 @@
 """How fast each replica is, now and in a moment: from outcomes, unfinished requests, streams, copies and telemetry.
 
 The parts are elsewhere: what a speed is and how a forecast changes it in `capacity`, how long n requests take together
-in `service_curve`, what something usually takes in `yardstick`. Here they meet.
+in `service_curve`, what something usually takes in `baseline`. Here they meet.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from statistics import median
 
 from shadecast import capacity as cap
+from shadecast.baseline import Baseline
 from shadecast.config import TICK_S
 from shadecast.fleet import Fleet, Replica
 from shadecast.service_curve import Curve, CurveLearner
 from shadecast.types import Outcome, PairedSample, ReplicaReport, State
-from shadecast.yardstick import Yardstick
 
 _PACED_S = 5.0
 """So long after items of streams were last seen, they alone say how fast a replica is."""
@@ -36,9 +36,9 @@ class Estimates:
         balance = fleet.config.balance
         self._curve = CurveLearner(balance.slots, balance.batch_half)
         self._sensitivity = cap.Sensitivity()
-        self._duration = Yardstick()
+        self._duration = Baseline()
         """Processing time of a request alone on a replica."""
-        self._pace = Yardstick()
+        self._pace = Baseline()
         """Time per item of a stream alone on a replica."""
         self._veto = cap.Veto()
         self._usual = 0.0

@@ -1,7 +1,7 @@
 """What a deployment's balancer knows of its replicas, of their nodes, and of the routers that report.
 
 State and plain questions about it. What follows is decided elsewhere: `estimates` (how fast is each replica),
-`admission` (who may enter, and when there is no time), `trials` (who goes on, who is withdrawn).
+`admission` (who may enter, and when there is no time), `trials` (who goes on, who is turned away).
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from shadecast import capacity as cap
+from shadecast.baseline import SlowMean
 from shadecast.config import LOST_AFTER_S, Config
 from shadecast.connection import Connection
 from shadecast.gate import Canary, Ruling, Trial
 from shadecast.types import NodeReport, ReplicaReport, RouterReport, RoutingTable, State, Unfinished
-from shadecast.yardstick import SlowMean
 
 BOOTSTRAP_REQUESTS = 20
 """Of a deployment that has finished fewer, nothing is known that a trial could compare with."""

@@ -6,8 +6,8 @@ routers agree. A known one stays while its replica takes traffic, whatever the w
 - at once, if the replica is gone, or drains and the session has been idle;
 - at a bounded rate, if the replica drains, or is hot: its score exceeds `repin_ratio` x the best + `migration_cost`.
 
-While a replica hardly answers at all, requests of its sessions make a detour, each session's to the same place: they
-would be caught with it, and a session that goes back finds its caches.
+While a replica is very slow, its sessions have a fallback, the same one for all requests of a session: they would be
+caught with the replica, and a session that goes back finds its caches.
 
 The bounded rate has two halves. Each session has a fixed rank in [0, 1) per replica, and those below a fraction that
 grows by `moves_per_s` may go: so all routers move the same ones, to the same place. And a budget of the same rate, over
@@ -61,7 +61,18 @@ class SessionMap:
     """One router's sessions. `update` with each routing table, `lookup` with each request; both never raise."""
 
     __slots__ = (
-        *("_config", "_cool", "_detour", "_drain_s", "_latest_s", "_leaving", "_open", "_ring", "_secret", "_sessions"),
+        *(
+            "_config",
+            "_cool",
+            "_fallback",
+            "_drain_s",
+            "_latest_s",
+            "_leaving",
+            "_open",
+            "_ring",
+            "_secret",
+            "_sessions",
+        ),
         *("_takes", "counts", "moved"),
     )
 
@@ -78,7 +89,7 @@ class SessionMap:
         """Where unknown sessions and those that move are placed."""
         self._takes: dict[str, float] = {}
         """Weights of all that take sessions, hot or not."""
-        self._detour: tuple[Collection[str], dict[str, float], Rendezvous] = ((), self._takes, self._cool)
+        self._fallback: tuple[Collection[str], dict[str, float], Rendezvous] = ((), self._takes, self._cool)
         """Replicas to avoid, the weights at that time, and a ring without those."""
         self._latest_s = 0.0
         self.counts: dict[str, int] = {}
@@ -140,7 +151,7 @@ class SessionMap:
     def lookup(self, session_id: str | bytes, now_s: float, away: Collection[str] = ()) -> str | None:
         """The replica for the session's next request; None if no replica takes traffic. Remembers where it lives.
 
-        A session that lives on one of `away`, which hardly answer, stays there; its request goes elsewhere.
+        A session that lives on one of `away`, which are very slow, stays there; its request goes to its fallback.
         """
         now_s = self._now(now_s)
         key = session_key(session_id, self._secret)
@@ -161,11 +172,11 @@ class SessionMap:
         return replica_id if replica_id not in away else self._around(away).place(key)
 
     def _around(self, away: Collection[str]) -> Rendezvous:
-        """Where detours go: all but `away`, hot or not, so that they change no more often than `away` does."""
-        avoided, before, ring = self._detour
+        """Fallbacks: all but `away`, hot or not, so that they change no more often than `away` does."""
+        avoided, before, ring = self._fallback
         if before is not self._takes or avoided != away:
             ring = Rendezvous({k: w for k, w in self._takes.items() if k not in away}, self._secret)
-            self._detour = (away, self._takes, ring)
+            self._fallback = (away, self._takes, ring)
         return ring
 
     def destination(self, session_id: str | bytes) -> str | None:

@@ -33,7 +33,7 @@ class SlowMean:
     weight: float = 0.0
 
 
-class Yardstick:
+class Baseline:
     """Log of the usual time (the median over replicas), the spread of one observation around it."""
 
     def __init__(self) -> None:

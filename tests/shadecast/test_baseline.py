@@ -6,46 +6,46 @@ import random
 import pytest
 
 from shadecast.balancer import Balancer, TickInput
+from shadecast.baseline import Baseline, SlowMean
 from shadecast.calls import Calls
 from shadecast.capacity import NO_HEADROOM, Sensitivity
 from shadecast.config import Config
 from shadecast.inbox import Inbox
 from shadecast.ledger import Ledger
 from shadecast.types import NodeReport, NodeSnapshot, Outcome, ReplicaReport, RouterReport
-from shadecast.yardstick import SlowMean, Yardstick
 
 ITEM_S = 0.02
 
 
 def test_the_reference_is_the_median_over_replicas_and_one_slow_one_does_not_move_it():
-    yardstick, sensitivity = Yardstick(), Sensitivity()
+    baseline, sensitivity = Baseline(), Sensitivity()
     means = [SlowMean() for _ in range(5)]
     for _ in range(50):
         for k, mean in enumerate(means):
-            yardstick.observe(mean, math.log(8.0 if k == 0 else 2.0), NO_HEADROOM, sensitivity, 0.0, settled=True)
-    yardstick.refer(means)
-    assert yardstick.reference == pytest.approx(math.log(2.0))
-    assert yardstick.observe(means[0], math.log(8.0), NO_HEADROOM, sensitivity, 0.0, settled=True) == pytest.approx(
+            baseline.observe(mean, math.log(8.0 if k == 0 else 2.0), NO_HEADROOM, sensitivity, 0.0, settled=True)
+    baseline.refer(means)
+    assert baseline.reference == pytest.approx(math.log(2.0))
+    assert baseline.observe(means[0], math.log(8.0), NO_HEADROOM, sensitivity, 0.0, settled=True) == pytest.approx(
         -math.log(4.0)
     )
 
 
 def test_nothing_is_said_of_speed_before_a_reference_is_known():
-    assert math.isnan(Yardstick().observe(SlowMean(), 0.0, NO_HEADROOM, Sensitivity(), 0.0, settled=True))
+    assert math.isnan(Baseline().observe(SlowMean(), 0.0, NO_HEADROOM, Sensitivity(), 0.0, settled=True))
 
 
 def test_a_time_too_short_to_be_true_counts_only_as_far_as_it_is_plausible():
-    yardstick = Yardstick()
-    yardstick.reference, yardstick.noise = 0.0, 0.1
-    assert yardstick.observe(SlowMean(), -10.0, NO_HEADROOM, Sensitivity(), 0.0, settled=True) < 1.0
+    baseline = Baseline()
+    baseline.reference, baseline.noise = 0.0, 0.1
+    assert baseline.observe(SlowMean(), -10.0, NO_HEADROOM, Sensitivity(), 0.0, settled=True) < 1.0
 
 
 def test_the_noise_learned_is_that_of_the_times():
-    yardstick, rng = Yardstick(), random.Random(0)
-    yardstick.reference = 0.0
+    baseline, rng = Baseline(), random.Random(0)
+    baseline.reference = 0.0
     for _ in range(3000):
-        yardstick.observe(SlowMean(), rng.gauss(0.0, 0.3), NO_HEADROOM, Sensitivity(), 0.0, settled=True)
-    assert yardstick.noise == pytest.approx(0.3, rel=0.15)
+        baseline.observe(SlowMean(), rng.gauss(0.0, 0.3), NO_HEADROOM, Sensitivity(), 0.0, settled=True)
+    assert baseline.noise == pytest.approx(0.3, rel=0.15)
 
 
 def test_a_ledger_reports_the_items_and_their_time_once():
