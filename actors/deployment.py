@@ -141,7 +141,8 @@ class Deployment:
     async def published(self, timeout_s: float) -> bool:
         """Whether a table is published within that time."""
         try:
-            await asyncio.wait_for(self._published.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._published.wait()
         except TimeoutError:
             return False
         return True

@@ -96,7 +96,8 @@ class Link:
                 return REPORT_S
             self._taken = self._coordinator.exchange.remote(self._message(router))
             del router  # it may go while we wait
-            answer = check(await asyncio.wait_for(self._taken, REPORT_S + _TIMEOUT_S), "answer")
+            async with asyncio.timeout(REPORT_S + _TIMEOUT_S):
+                answer = check(await self._taken, "answer")
             self._quiet = empty
             if (router := self._router()) is not None:
                 return self._take(router, answer)
