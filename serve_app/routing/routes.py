@@ -303,7 +303,8 @@ class Sessions:
         left_s = self._born_s + _SECRET_WAIT_S - time.monotonic()
         if left_s > 0.0:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._secret_known.wait(), left_s)
+                async with asyncio.timeout(left_s):
+                    await self._secret_known.wait()
         self._secret_known.set()
 
     def forget(self) -> None:
