@@ -112,8 +112,8 @@ class Deployment:
     def command(self, command: Command) -> int:
         """An operator's order, for the next tick; the number of connections concerned."""
         self._commands.append(command)
-        views = self.output.replicas if self.output is not None else ()
-        return sum(1 for view in views if command.target in (view.replica_id, view.node_id))
+        rows = self.output.table.rows if self.output is not None else ()
+        return sum(1 for row in rows if command.target in (row.replica_id, row.node_id))
 
     # ------------------------------------------------------------------ ticks and tables
 
@@ -190,7 +190,7 @@ class Deployment:
                 {"router_id": router_id, "level": level, "heard_s": now_s - at_s}
                 for router_id, (at_s, level) in self._routers.items()
             ],
-            "replicas": [asdict(view) for view in output.replicas] if output is not None else [],
+            "replicas": [asdict(view) for view in self.balancer.views()],
         }
 
 

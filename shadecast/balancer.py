@@ -80,7 +80,6 @@ class TickOutput:
 
     table: RoutingTable
     transitions: tuple[Transition, ...]
-    replicas: tuple[ReplicaView, ...]
     slots: float
     batch_half: float
     gamma: tuple[float, float, float]
@@ -220,10 +219,10 @@ class Balancer:
     def _publish(self) -> TickOutput:
         self._version += 1
         panic = self._fleet.panic()
-        rows, views = [], []
+        rows = []
         for known in self._fleet.replicas.values():
             c = known.connection
-            share = 1.0 if panic and not c.held and not c.rejections else c.share(self.config.trial.ramp)
+            share = self._share(c, panic=panic)
             known.session_weight = steady_weight(known.session_weight or 1.0, known.slow_capacity * share)
             rows.append(
                 TableRow(
@@ -240,7 +239,6 @@ class Balancer:
                     known.live_capacity,
                 )
             )
-            views.append(self._view(known, share))
         curve, chosen_by = self._estimates.curve, self._estimates.cautious_curve
         table = RoutingTable(
             self.deployment,
@@ -256,13 +254,22 @@ class Balancer:
         return TickOutput(
             table,
             tuple(self._trials.transitions),
-            tuple(views),
             curve.slots,
             curve.batch_half,
             self._estimates.gamma,
             self._estimates.load,
             self._estimates.look_ahead_s(),
             self._fleet.dropped,
+        )
+
+    def _share(self, c: Connection, *, panic: bool) -> float:
+        return 1.0 if panic and not c.held and not c.rejections else c.share(self.config.trial.ramp)
+
+    def views(self) -> tuple[ReplicaView, ...]:
+        """What people see of each replica, as of the last tick."""
+        panic = self._fleet.panic()
+        return tuple(
+            self._view(known, self._share(known.connection, panic=panic)) for known in self._fleet.replicas.values()
         )
 
     def _view(self, known: Replica, share: float) -> ReplicaView:

@@ -52,15 +52,15 @@ class Estimates:
         """A live request that went well."""
         if not outcome.duration_s > 0.0:
             return
+        node_id, paced, sensitivity = known.connection.node_id, self.is_paced(known), self._sensitivity
+        headroom, settled = self._fleet.headroom(node_id), self._fleet.settled(node_id)
         log_duration = math.log(outcome.duration_s) - math.log(outcome.cost)
-        headroom = self._fleet.headroom(known.connection.node_id)
-        before = known.speed.residual(self._noise(known))
-        explained = cap.explained(self._sensitivity.gamma, headroom)
+        before = known.speed.residual(self._pace.noise if paced else self._duration.noise)
+        explained = cap.explained(sensitivity.gamma, headroom)
         self._curve.observe(outcome.in_flight_at_start, log_duration + explained + before)
-        log_alone = log_duration - math.log(self.curve.correction(outcome.in_flight_at_start))
-        settled = self._fleet.settled(known.connection.node_id)
-        shown = self._duration.observe(known.duration, log_alone, headroom, self._sensitivity, before, settled=settled)
-        if not self.is_paced(known):
+        log_alone = log_duration - math.log(self._curve.curve.correction(outcome.in_flight_at_start))
+        shown = self._duration.observe(known.duration, log_alone, headroom, sensitivity, before, settled=settled)
+        if not paced:
             known.speed.observe(shown)
 
     def observe_pace(self, known: Replica, view: ReplicaReport) -> None:

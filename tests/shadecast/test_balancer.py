@@ -456,7 +456,7 @@ def test_a_veto_nearly_empties_a_node_but_never_many_at_once():
     for machine in world.machines.values():
         machine.forecast = flat_forecast(memory=0.99, veto=True)
     world.run(5)
-    vetoed = [view for view in world.output.replicas if view.vetoed]
+    vetoed = [view for view in world.balancer.views() if view.vetoed]
     assert len(vetoed) == 2
     assert all(view.capacity < 0.1 for view in vetoed)
 
