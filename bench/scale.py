@@ -186,7 +186,7 @@ class _Load:
             pause_s = await link.exchange()
             if self.counting and router.reports:
                 self.seen["reports"] += len(router.reports)
-                if self.seen["reports"] % 50 == 0:
+                if self.seen["reports"] % 50 in (0, 1):
                     self.bytes["report"].append(_size(router.reports[-1]))
             router.reports.clear()
             await asyncio.sleep(pause_s)
@@ -194,7 +194,7 @@ class _Load:
     def _table_seen(self, packed: bytes) -> None:
         if self.counting:
             self.seen["tables"] += 1
-            if self.seen["tables"] % 50 == 0:
+            if self.seen["tables"] % 50 == 1:
                 self.bytes["table"].append(len(packed))
                 self.bytes["rows"].append(len(json.loads(packed)["rows"].get("replica_id", ())))
 
@@ -273,7 +273,7 @@ def main(
 ) -> None:
     """Measure the coordinator."""
     console = Console(width=None if sys.stdout.isatty() else 150)
-    wanted = [tuple(map(int, size.split("x"))) for size in sizes.split(",") if size] or SIZES
+    wanted = [_size_of(size) for size in sizes.split(",") if size] or SIZES
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     rows = []
@@ -281,7 +281,6 @@ def main(
         for replicas, routers in wanted:
             console.print(f"{replicas:,} replicas, {routers:,} routers", style="dim")
             rows.append(measure(replicas, routers, rate, seconds, seed))
-            _print(console, rows[-1:])
     finally:
         ray.shutdown()
     console.print("  ".join(f"{key}: {value}" for key, value in machine().items()), style="dim")
@@ -296,6 +295,13 @@ def main(
     if json_file is not None:
         json_file.write_text(json.dumps([asdict(row) for row in rows], indent=0) + "\n", encoding="utf-8")
         console.print(f"wrote {json_file}")
+
+
+def _size_of(text: str) -> tuple[int, int]:
+    replicas, _, routers = text.partition("x")
+    if not (replicas.isdigit() and routers.isdigit() and int(replicas) and int(routers)):
+        raise SystemExit(f"{text}: a size is replicas x routers, 1000x100 say")
+    return int(replicas), int(routers)
 
 
 def _print(console: Console, rows: list[Row]) -> None:
