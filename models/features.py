@@ -31,7 +31,6 @@ N_ANCHORS = len(ANCHORS)
 
 _COMPARED = [0, 3, 5]
 """Horizons whose anchor errors are inputs: nearest, middle, farthest."""
-_OWN = np.arange(N_TARGETS)
 _OTHERS = np.array([[c for c in np.roll(np.arange(len(CHANNELS)), -t - 1) if c != t] for t in range(N_TARGETS)])
 """Per target the other channels, [target, channel - 1]."""
 _IS_FRACTION = np.arange(len(CHANNELS)) < 2

@@ -37,7 +37,8 @@ _RETIRED = {
             *("dead_band", "rise_per_s", "fall_per_s", "half_life_s", "rescue_speed"),
             *("veto_speed", "veto_factor", "veto_max_fraction"),
         )
-    )
+    ),
+    "forecast": frozenset(("skill_full",)),
 }
 """Settings of former versions. Deployments that still name them must not lose their others: they are left out."""
 
@@ -212,7 +213,6 @@ class ForecastConfig(_Section):
     _name = "forecast"
 
     ttl_s: float = _bounded(5.0, 1.0, 60.0, "an older forecast is not used")
-    skill_full: float = _bounded(0.15, 0.01, 1.0, "skill at which a forecast counts in full")
     residence_s: float = _bounded(0.0, 0.0, 10.0, "H, the look-ahead; 0 takes the median residence of a request")
 
 

@@ -202,11 +202,6 @@ class Routes:
             self.lay_out()
         return self._laid_out_for
 
-    @property
-    def held_version(self) -> tuple[int, int]:
-        """Epoch and version of the table; (0, 0) without one."""
-        return (self.table.epoch, self.table.version) if self.table is not None else (0, 0)
-
     # ------------------------------------------------------------------ where to
 
     def preferred(self, pending_request: PendingRequest) -> Sequence[int] | None:
