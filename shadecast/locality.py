@@ -37,13 +37,6 @@ class Locality:
         """Whether some eligible replica is nearer than others."""
         self._with_model: dict[str, list[int]] = {}
 
-    def remove(self, i: int) -> None:
-        """The replica at index `i` is gone."""
-        self._eligible = [j for j in self._eligible if j != i]
-        for pool in (self._near_node, self._near_zone, *self._with_model.values()):
-            if i in pool:
-                pool.remove(i)
-
     def pool(self, model_id: str, tried: Tried) -> Sequence[int] | None:
         """Those to pick from first: replicas that have the multiplexed model, else those with the fewest models; or
         the same node, then the same zone. None if all are alike. Each is tried, and marked so, once per request.

@@ -140,19 +140,13 @@ class PickTable:
         self._ejected[i] = out
         self.scores[i] = self.score(i)
 
-    def remove(self, i: int) -> None:
-        """The replica at index `i` is gone: it is in no pool any more."""
-        if self.share[i] > 0.0:
-            self.share[i] = 0.0
-            self.pool.remove(i)
-
     def commit(self, i: int) -> None:
         """The pick of `i` is followed: where all are looked at, the next one begins behind it."""
         self._last = i
 
     # ------------------------------------------------------------------ questions
 
-    def has_place(self, i: int) -> bool:
+    def has_room(self, i: int) -> bool:
         """Whether the replica at index `i` has fewer of this router's calls than it takes, and is not ejected."""
         return self.in_flight[i] < self._limit[i] and not self._ejected[i]
 

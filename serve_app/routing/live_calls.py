@@ -19,9 +19,9 @@ from ray.serve.request_router import PendingRequest, RunningReplica
 from serve_app.ray_api import is_by_reference, reserved_slot
 from serve_app.routing.ends import http_status, tell, was_cancelled, watch_end
 from serve_app.routing.mirror import Mirror
-from serve_app.routing.places import Places
 from serve_app.routing.routes import Routes
 from serve_app.routing.second_attempts import SecondAttempts
+from serve_app.routing.waiting import Waiting
 from serve_app.routing.watched_result import WatchedReplica, WatchedResult
 from shadecast.calls import TRANSITIONS, Call, Calls, Do, Event, Phase
 from shadecast.config import Config
@@ -76,7 +76,7 @@ class LiveCalls:
         self.routes = Routes(deployment, self.book, config, own_place)
         self.ledger = Ledger(router_id, deployment, self.book)
         self.mirror = Mirror(config.trial, self.ledger.pair, lambda: self.ledger.count("mirror_dropped"))
-        self.places = Places()
+        self.waiting = Waiting()
         self.second = SecondAttempts(self, config)
         self.observing = False
         """Requests go as Serve sends them; nothing is copied, or sent again."""
@@ -102,8 +102,8 @@ class LiveCalls:
             return
         for do in self.book.handle(call, event, time.monotonic(), **facts):
             if do is _COUNT:
-                if self.routes.count(call.replica_id) and self.places.waiting:
-                    self.places.offer()
+                if self.routes.count(call.replica_id) and self.waiting.line:
+                    self.waiting.offer()
             elif do is _RECORD:
                 self._record(call)
             elif do is _CLOSE:
@@ -356,7 +356,7 @@ class LiveCalls:
 
     # ------------------------------------------------------------------ for results and reports
 
-    def places_of(self, replica_id: str) -> int:
+    def limit_of(self, replica_id: str) -> int:
         """Requests that a replica takes: the queue of one that seems full."""
         i = self.routes.picks.index.get(replica_id)
         return self.routes.replicas[i].max_ongoing_requests if i is not None else 1

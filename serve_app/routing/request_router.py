@@ -92,7 +92,7 @@ class Router(ServeRouter):
         """
         routes, metadata, context = self._routes, pending_request.metadata, pending_request.routing_context
         calls = self.calls
-        if calls.observing or calls.places.waiting or metadata.multiplexed_model_id:
+        if calls.observing or calls.waiting.line or metadata.multiplexed_model_id:
             return None
         now_s = time.monotonic()
         if now_s > routes.fresh_until_s and routes.check_level() == "power_of_two":
@@ -109,7 +109,7 @@ class Router(ServeRouter):
             return None
         replica = routes.replicas[i]
         queue = self.queue_of(replica.replica_id)
-        if queue is None or queue >= replica.max_ongoing_requests or not picks.has_place(i):
+        if queue is None or queue >= replica.max_ongoing_requests or not picks.has_room(i):
             context.tried_same_node = context.tried_same_az = False
             return None
         context.should_backoff = True
@@ -150,13 +150,13 @@ class Router(ServeRouter):
         if pool is None and (again or call.replica_id):
             return routes.next_best(call.replica_id)
         first = routes.picks.pick(routes.random, CHOICES, -1, pool)
-        if first < 0 or not routes.picks.has_place(first):
+        if first < 0 or not routes.picks.has_room(first):
             first = routes.pick(pool)
         if first < 0 and pool is not None:
             context.should_backoff = False  # the next preference, at once
             return []
         if first < 0 and routes.picks.pool:
-            first = await calls.places.wait(routes.pick)
+            first = await calls.waiting.wait(routes.pick)
         if first < 0:
             return routes.next_best("")
         calls.choose(call, first, now_s)
@@ -204,7 +204,7 @@ class Router(ServeRouter):
                 return None
             context.tried_same_az = context.tried_same_node
         elif call is not None and (
-            not routes.picks.has_place(own) or (context.tried_same_node and queue >= replica.max_ongoing_requests)
+            not routes.picks.has_room(own) or (context.tried_same_node and queue >= replica.max_ongoing_requests)
         ):
             worth_s = routes.migration_s
             left_s = min(pending_request.created_at + worth_s - time.time(), worth_s)
@@ -236,9 +236,9 @@ class Router(ServeRouter):
     def chosen(self, pending_request: PendingRequest, replica: RunningReplica) -> None:
         """Serve has taken one of those that it was offered."""
         replica_id = replica.replica_id.unique_id
-        self.calls.choose_by_id(self.calls.open(pending_request), replica_id)
         if self.calls.observing:
             self._observe(replica_id)
+        self.calls.choose_by_id(self.calls.open(pending_request), replica_id)
 
     def given_up(self, pending_request: PendingRequest) -> None:
         """A request is cancelled while it waits."""
@@ -274,7 +274,7 @@ class Router(ServeRouter):
         watched = [r if isinstance(r, WatchedReplica) else WatchedReplica(r, self.calls) for r in replicas]
         super().update_replicas(watched)
         self._routes.set_replicas(cast("list[RunningReplica]", watched))
-        self.calls.places.offer_all()
+        self.calls.waiting.offer_all()
         if self._control is None or self._control.done():
             self._control = self.loop.create_task(keep_in_touch(weakref.ref(self)))
 
@@ -299,6 +299,7 @@ class Router(ServeRouter):
         """Route by a newer table from now on."""
         if self._routes.take_table(table):
             self.calls.second.take_table(table)
+            self.calls.waiting.offer_all()
 
     def has_replicas(self) -> bool:
         """Whether there is anything to route to."""

@@ -29,9 +29,11 @@ _TOLD_S = 1.5
 _FORGET_TABLE_S = 60.0
 """After so long without a coordinator, replicas that the last table kept out are used again."""
 _SECRET_WAIT_S = 0.5
-_DRAWS_FOR_A_PLACE = 3
+_DRAWS_FOR_ROOM = 3
 """Of many replicas, a pick may fall on full ones while others have places."""
 _LONGEST_WAIT_FOR_AFFINITY_S = 1.0
+_TIMERS_EARLY_S = 0.005
+"""uvloop's timers may come a moment before their time."""
 _OFFERED = 16
 """Replicas that a request which has come back is offered."""
 
@@ -49,8 +51,6 @@ class Routes:
         self._table_s = 0.0
         self.replicas: list[RunningReplica] = []
         """Those that are alive, by the index of the picks."""
-        self._dead: set[str] = set()
-        """Found dead since those were laid out."""
         self._cost_key = (1.0, 0.0)
         self._costs = cost_table(*self._cost_key)
         self.picks = PickTable((), None, {}, {}, self._costs)
@@ -96,19 +96,14 @@ class Routes:
     def set_replicas(self, replicas: Sequence[RunningReplica]) -> None:
         """Serve's membership."""
         self.replicas = list(replicas)
-        self._dead.clear()
         self.ejections.keep({replica.replica_id.unique_id for replica in replicas})
         self.lay_out()
 
     def remove(self, replica_id: str) -> None:
-        """A replica has died: out of the picks at once, laid out anew later, however often that is said."""
-        i = self.picks.index.get(replica_id)
-        if i is not None and replica_id not in self._dead:
-            self._dead.add(replica_id)
-            self.picks.remove(i)
-            self._locality.remove(i)
-            if not self.picks.pool:
-                self.lay_out()  # whoever is left
+        """A replica has died: once, however often that is said."""
+        if replica_id in self.picks.index:
+            self.replicas = [r for r in self.replicas if r.replica_id.unique_id != replica_id]
+            self.lay_out()
 
     def count(self, replica_id: str) -> bool:
         """The number of calls on a replica has changed; whether it has a place."""
@@ -116,7 +111,7 @@ class Routes:
         if i is None:
             return False
         self.picks.count(i, self._calls.in_flight(replica_id))
-        return self.picks.has_place(i)
+        return self.picks.has_room(i)
 
     def told(self, replica_id: str, queue: float) -> None:
         """A replica's own count at this moment is fresher than any table's; what is on its way comes on top."""
@@ -132,7 +127,7 @@ class Routes:
         if i is not None:
             until_s = self.ejections.eject(replica_id, now_s)
             self.picks.eject(i, True)
-            loop.call_later(until_s - now_s, self._readmit, replica_id)
+            loop.call_later(until_s - now_s + _TIMERS_EARLY_S, self._readmit, replica_id)
 
     def answered(self, replica_id: str) -> None:
         """A replica has accepted a call."""
@@ -150,9 +145,6 @@ class Routes:
 
     def lay_out(self) -> None:
         """Precompute the picks for the present replicas and table."""
-        if self._dead:
-            self.replicas = [r for r in self.replicas if r.replica_id.unique_id not in self._dead]
-            self._dead.clear()
         table, picks_of = self.table, [replica.replica_id.unique_id for replica in self.replicas]
         if table is not None and (table.slots, table.batch_half) != self._cost_key:
             self._cost_key = (table.slots, table.batch_half)
@@ -215,9 +207,9 @@ class Routes:
         going by it alone, hundreds would be sent, and neither Serve's limit of waiting requests nor any other router's
         choice would see them.
         """
-        for _ in range(_DRAWS_FOR_A_PLACE):
+        for _ in range(_DRAWS_FOR_ROOM):
             i = self.picks.pick(self.random, CHOICES, without, pool)
-            if i < 0 or self.picks.has_place(i):
+            if i < 0 or self.picks.has_room(i):
                 return i
         return -1
 
@@ -230,14 +222,15 @@ class Routes:
         picks, replicas = self.picks, self.replicas
         drawn = sorted(_sample(self._allowed(), _OFFERED), key=lambda i: (picks.scores[i], self.random()))
         away = {tried, *self.slow}
-        well = [i for i in drawn if picks.has_place(i) and picks.ids[i] not in away]
-        ranks = (well[:1], well[1:CHOICES], [i for i in drawn if i not in well])
+        well = [i for i in drawn if picks.has_room(i) and picks.ids[i] not in away]
+        first = well[:CHOICES]  # those that seem to have a place may be full of other routers' requests
+        ranks = (first[:1], first[1:], [i for i in drawn if i not in first])
         return [[replicas[i] for i in rank] for rank in ranks if rank]
 
     def two_random(self) -> list[int]:
         """What Serve's own rule looks at, of those that the last table has not kept out."""
         allowed = self._allowed()
-        return _sample([i for i in allowed if self.picks.has_place(i)] or allowed, 2)
+        return _sample([i for i in allowed if self.picks.has_room(i)] or allowed, 2)
 
     def _allowed(self) -> Sequence[int]:
         """What the table has not kept out; all, if that is long ago."""

@@ -90,6 +90,8 @@ class SecondAttempts:
     def _look(self, due_s: float) -> None:
         """Cancel and retry what a replica has not accepted for too long; it is ejected for a moment."""
         self._looking = False
+        if self._calls.observing:
+            return
         loop_s, now_s, limit_s = self._calls.loop.time(), time.monotonic(), self.patience.limit_s
         sent = [call for call in self._calls.book.unaccepted() if call.retriable and call.phase is Phase.SENT]
         if sent:

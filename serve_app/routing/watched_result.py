@@ -157,7 +157,7 @@ class WatchedResult:
             info = await self._wait.until(self._inner.get_rejection_response())
         except InterruptedWaitError:
             self._calls.tell(self._call, Event.RETRY)
-            return QueueInfo(accepted=False, num_ongoing_requests=self._calls.places_of(self._call.replica_id))
+            return QueueInfo(accepted=False, num_ongoing_requests=self._calls.limit_of(self._call.replica_id))
         except BaseException:
             self._calls.drop(self._call)
             raise

@@ -101,24 +101,6 @@ def test_nobody_is_eligible():
     assert asked(locality, "m", 3) == [None] * 3
 
 
-def test_a_replica_that_is_gone_is_in_no_pool():
-    locality = Locality(range(5), REPLICAS, "here", "zone")
-    asked(locality, "m")
-    locality.remove(0)
-    assert asked(locality) == [[1], [1, 2], None, None]
-    assert asked(locality, "m", 3) == [[1], [2, 4], None]
-    locality.remove(1)
-    assert asked(locality) == [[2], None, None, None]
-    assert asked(locality, "m", 3) == [[2, 4], None, None]
-
-
-def test_a_replica_that_is_gone_is_in_no_pool_that_is_first_asked_for_later():
-    locality = Locality(range(5), REPLICAS, None, None)
-    locality.remove(0)
-    locality.remove(2)
-    assert asked(locality, "m", 3) == [[1], [4], None]
-
-
 @given(
     st.lists(
         st.builds(

@@ -286,7 +286,7 @@ class Routers(RuleBasedStateMachine):
         self.scores: dict[str, float] = {}
         self.now_s = 0.0
         self.sessions = SessionMap(replace(CONFIG, max_sessions=30), SECRET)
-        self.places: dict[str, str] = {}
+        self.waiting: dict[str, str] = {}
         self.fresh = 0
         self._update()
 
@@ -324,18 +324,18 @@ class Routers(RuleBasedStateMachine):
     def request(self, i):
         session = f"s{i}"
         if session_key(session, SECRET) not in self.sessions._sessions:
-            self.places.pop(session, None)  # forgotten: too old, or too many
+            self.waiting.pop(session, None)  # forgotten: too old, or too many
         place = self.sessions.lookup(session, self.now_s)
         takes = self.weights.keys() - self.draining
         if takes:
             assert place in self.weights
-        before = self.places.get(session)
+        before = self.waiting.get(session)
         if before is not None and place != before and before in takes:
             assert self.scores.get(before, 1.0) > 2.0  # it was hot
         if place is None:
-            self.places.pop(session, None)
+            self.waiting.pop(session, None)
         else:
-            self.places[session] = place
+            self.waiting[session] = place
 
     @rule()
     def new_session(self):
@@ -352,7 +352,7 @@ class Routers(RuleBasedStateMachine):
     @rule()
     def forget_all(self):
         self.now_s += 10 * CONFIG.idle_s
-        self.places.clear()
+        self.waiting.clear()
         self.sessions = SessionMap(replace(CONFIG, max_sessions=30), SECRET)
         self._update()
 
