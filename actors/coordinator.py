@@ -30,9 +30,9 @@ logger = logging.getLogger(__name__)
 
 _SUPERVISE_S = 2.0
 _LOOK_AT_SETTINGS_S = 1.0
-_EXCHANGES_PER_S = 200.0
-"""With more routers than take a table per tick at this rate, each one pauses between two tables."""
-_LONGEST_PAUSE_S = 1.5
+_EXCHANGES_PER_S = 100.0
+"""Where routers would ask more often together, each pauses: tables of 1 s cost no answers (simulated stale-table@1)."""
+_LONGEST_PAUSE_S = 2.0
 """A table must not get so old that routers stop going by it."""
 
 Deployed = Callable[[str], tuple[bool, Any] | None]
@@ -86,7 +86,8 @@ class Coordinator:
             known = await self._newer(deployment, (int(epoch), int(version)), wait_s)
         if known is not None:
             answer |= known.table((int(epoch), int(version)), self._now_s())
-            answer["pause_s"] = min(max(known.routers / _EXCHANGES_PER_S - TICK_S, 0.0), _LONGEST_PAUSE_S)
+            pause_s = known.routers / _EXCHANGES_PER_S
+            answer["pause_s"] = min(pause_s, _LONGEST_PAUSE_S) if pause_s > TICK_S else 0.0
         return message("answer", **answer)
 
     def _report(self, deployment: str, received: Any) -> dict[str, Any]:

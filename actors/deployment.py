@@ -39,8 +39,8 @@ class Deployment:
         self._settings_of = -1.0
         """When the router was started whose settings they are, by its clock; infinite if they are Serve's own word."""
         self._inbox, self._publisher = Inbox(), Publisher()
-        self._packed: dict[int, bytes] = {}
-        """What was sent of the last table, by the version on which it builds."""
+        self._packed: dict[tuple[int, int], bytes] = {}
+        """What was sent of the last table, by (epoch, version) held, and by (0, version on which it builds)."""
         self.nodes: list[NodeReport] = []
         self._reports: list[RouterReport] = []
         self._commands: list[Command] = []
@@ -49,8 +49,8 @@ class Deployment:
         self.output: TickOutput | None = None
         self._made_s = 0.0
         self._published = asyncio.Event()
-        self.tick_s: deque[tuple[float, float]] = deque(maxlen=1000)
-        """Duration of each tick, and the CPU time in it."""
+        self.tick_s: deque[tuple[float, float]] = deque(maxlen=120)
+        """Duration of each tick of the last minute, and the CPU time in it."""
         self._routers: dict[str, tuple[float, str]] = {}
         """When each was heard, and its level."""
         self._finished = self._failed = self._mirrored = self._mirror_dropped = self._rescued = 0
@@ -149,10 +149,11 @@ class Deployment:
 
     def table(self, held: tuple[int, int], now_s: float) -> dict[str, Any]:
         """The last table for who holds (epoch, version), packed once for all who hold the same; with settings."""
-        base = self._publisher.base(held)
-        packed = self._packed.get(base)
+        packed = self._packed.get(held)
         if packed is None:
-            packed = self._packed[base] = json.dumps(self._publisher.message(base)).encode()
+            base = self._publisher.base(held)
+            packed = self._packed.get((0, base)) or json.dumps(self._publisher.message(base)).encode()
+            self._packed[held] = self._packed[0, base] = packed
         return {
             "table": packed,
             "age_s": now_s - self._made_s,

@@ -267,7 +267,7 @@ def main(
     *,
     json_file: Annotated[Path | None, typer.Option("--json", help="write rows here")] = None,
     rate: Annotated[float, typer.Option(help="requests a second and replica")] = 5.0,
-    seconds: Annotated[float, typer.Option(help="that are counted, per size")] = 30.0,
+    seconds: Annotated[float, typer.Option(help="that are counted, per size")] = 60.0,
     sizes: Annotated[str, typer.Option(help="replicas x routers, e.g. 1000x100,3000x300; default: all")] = "",
     seed: Annotated[int, typer.Option()] = 1,
 ) -> None:

@@ -221,7 +221,9 @@ class Sensitivity:
 
     def observe(self, headroom_deviation: Headroom, log_speed_deviation: float) -> None:
         """Add one finished request's deviations from its replica's slow means."""
-        if not math.isfinite(log_speed_deviation) or max(map(abs, headroom_deviation)) < _NO_SIGNAL:
+        cpu, memory, network = headroom_deviation
+        small = abs(cpu) < _NO_SIGNAL and abs(memory) < _NO_SIGNAL and abs(network) < _NO_SIGNAL
+        if small or not math.isfinite(log_speed_deviation):
             return  # many small deviations are noise of telemetry, and would pull gamma to 0 (errors in variables)
         for a, x in enumerate(headroom_deviation):
             self._xy[a] = self._xy[a] * self._FADE + x * log_speed_deviation

@@ -234,15 +234,16 @@ class Fleet:
         known = self.replicas.get(replica_id)
         if known is None:
             known = self.add(Connection(replica_id, view.node_id, since_s=now_s), now_s)
-        before, now = router.in_flight.get(replica_id), max(view.in_flight, 0)
+        before, now = router.in_flight.get(replica_id), view.in_flight if view.in_flight > 0 else 0
         if before is None:
             known.listed += 1
             before = 0
-        known.max_ongoing = max(view.max_ongoing, 1)
-        finished = max(view.finished, 0)
+        known.max_ongoing = view.max_ongoing if view.max_ongoing > 1 else 1
+        started, finished = view.started if view.started > 0 else 0, view.finished if view.finished > 0 else 0
+        failed = min(view.failed, finished) if view.failed > 0 else 0
         if finished or not now or known.queue <= 0:
             known.progress_s = now_s
-        if view.started > 0 or now or before:
+        if started or now or before:
             known.asked_s = now_s
         router.in_flight[replica_id] = now
         known.queue += now - before
@@ -252,9 +253,9 @@ class Fleet:
             known.open.pop(router_id, None)
         self.finished_total += finished
         for rates in (known.rates, known.recent):
-            rates.started += max(view.started, 0)
+            rates.started += started
             rates.finished += finished
-            rates.failed += min(max(view.failed, 0), finished)
+            rates.failed += failed
 
     def _unlist(self, router_id: str, router: Router, replica_id: str) -> None:
         """A router does not list a replica any more."""

@@ -53,11 +53,15 @@ class Publisher:
         self.table, self._rows = table, rows
 
     def base(self, held: tuple[int, int]) -> int:
-        """The version on which the next message to who holds (epoch, version) may build; 0 is none."""
-        table = self.table
-        if table is None or held[0] != table.epoch or not self._first <= held[1] <= table.version:
+        """The version on which the next message to who holds (epoch, version) should build; 0 is none.
+
+        Where most rows have changed since, all of them are sent: that message is the same for everybody.
+        """
+        table, base = self.table, held[1]
+        if table is None or held[0] != table.epoch or not self._first <= base <= table.version:
             return 0
-        return held[1]
+        changed = sum(at > base for at in self._changed.values())
+        return base if 2 * changed <= len(self._rows) else 0
 
     def message(self, base: int) -> dict[str, Any]:
         """The present table for who holds its `base`."""
