@@ -30,10 +30,6 @@ logger = logging.getLogger(__name__)
 
 _SUPERVISE_S = 2.0
 _LOOK_AT_SETTINGS_S = 1.0
-_EXCHANGES_PER_S = 100.0
-"""Where routers would ask more often together, each pauses: tables of 1 s cost no answers (simulated stale-table@1)."""
-_LONGEST_PAUSE_S = 2.0
-"""A table must not get so old that routers stop going by it."""
 
 Deployed = Callable[[str], tuple[bool, Any] | None]
 """Whether a deployment's newest router only observes, and its settings; None where that cannot be told. Blocks."""
@@ -86,8 +82,6 @@ class Coordinator:
             known = await self._newer(deployment, (int(epoch), int(version)), wait_s)
         if known is not None:
             answer |= known.table((int(epoch), int(version)), self._now_s())
-            pause_s = known.routers / _EXCHANGES_PER_S
-            answer["pause_s"] = min(pause_s, _LONGEST_PAUSE_S) if pause_s > TICK_S else 0.0
         return message("answer", **answer)
 
     def _report(self, deployment: str, received: Any) -> dict[str, Any]:
@@ -220,7 +214,9 @@ class Coordinator:
                         self.tick(deployment, now_s)
                     except Exception:
                         logger.exception("%s: tick failed; the last table stays in force", deployment)
-                    known.next_tick_s = now_s + TICK_S * self._uniform(1.0 - TICK_JITTER, 1.0 + TICK_JITTER)
+                    known.next_tick_s = now_s + known.between_ticks_s * self._uniform(
+                        1.0 - TICK_JITTER, 1.0 + TICK_JITTER
+                    )
                 due_s = min(due_s, known.next_tick_s)
             await asyncio.sleep(max(due_s - self._now_s(), 0.01))
 

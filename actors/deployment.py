@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from shadecast.balancer import Balancer, Command, TickInput, TickOutput
-from shadecast.config import Config
+from shadecast.config import TICK_S, Config
 from shadecast.errors import ConfigError
 from shadecast.inbox import Inbox
 from shadecast.tables import Publisher
@@ -21,6 +21,10 @@ logger = logging.getLogger(__name__)
 
 RESTORE_WAIT_S = 2.5
 """How long a new coordinator waits for a router to hand back the table of its former life."""
+_TABLES_PER_S = 100.0
+"""To all routers together. Tables every second serve as well as twice as many (simulated: `stale-table@1`)."""
+_LONGEST_TICK_S = 2.0
+"""A table must not get so old that routers stop going by it."""
 FORGET_S = 60.0
 """A deployment, or a router of one, that was not heard of for so long is forgotten."""
 
@@ -162,9 +166,9 @@ class Deployment:
         }
 
     @property
-    def routers(self) -> int:
-        """How many were heard lately."""
-        return len(self._routers)
+    def between_ticks_s(self) -> float:
+        """The usual time; longer where so many routers take each table that this would be most of what is done."""
+        return min(max(TICK_S, len(self._routers) / _TABLES_PER_S), _LONGEST_TICK_S)
 
     def view(self, now_s: float) -> dict[str, Any]:
         """What people see of it, as plain values."""

@@ -40,6 +40,8 @@ from shadecast.types import HORIZONS_S, Forecast, NodeReport, NodeSnapshot, Rout
 SIZES = ((100, 10), (1_000, 10), (1_000, 100), (3_000, 300), (10_000, 1_000))
 _DEPLOYMENT = "scale/model"
 _REPLICAS_PER_NODE = 8
+_REQUESTS_PER_S = 5_000.0
+"""This process cannot make up more."""
 _READ = 20
 """One router of so many reads its tables."""
 _CPU_BOUND, _TICK_BOUND_S = 0.25, 0.1
@@ -266,7 +268,7 @@ def _mean(values: list[int]) -> float:
 def main(
     *,
     json_file: Annotated[Path | None, typer.Option("--json", help="write rows here")] = None,
-    rate: Annotated[float, typer.Option(help="requests a second and replica")] = 5.0,
+    rate: Annotated[float, typer.Option(help="requests a second and replica, 5,000 a second at most in all")] = 5.0,
     seconds: Annotated[float, typer.Option(help="that are counted, per size")] = 60.0,
     sizes: Annotated[str, typer.Option(help="replicas x routers, e.g. 1000x100,3000x300; default: all")] = "",
     seed: Annotated[int, typer.Option()] = 1,
@@ -280,7 +282,7 @@ def main(
     try:
         for replicas, routers in wanted:
             console.print(f"{replicas:,} replicas, {routers:,} routers", style="dim")
-            rows.append(measure(replicas, routers, rate, seconds, seed))
+            rows.append(measure(replicas, routers, min(rate, _REQUESTS_PER_S / replicas), seconds, seed))
     finally:
         ray.shutdown()
     console.print("  ".join(f"{key}: {value}" for key, value in machine().items()), style="dim")

@@ -10,7 +10,7 @@ Nothing expires by time: a book that forgets a live call is wrong for ever after
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from itertools import chain, islice
 from typing import Generic, TypeVar
@@ -129,23 +129,25 @@ _WAITING, _CHOSEN, _SENT, _ACCEPTED, _PRODUCED, _ENDED, _MOVED, _DROPPED = Phase
 class _Replica(Generic[C]):
     """Calls that take a place on one replica, each kind in the order in which they came; totals since the start."""
 
-    __slots__ = ("chosen", "failed", "finished", "on_the_way", "running", "started")
+    __slots__ = ("failed", "finished", "on_the_way", "running", "started")
 
     def __init__(self) -> None:
         self.on_the_way: dict[C, None] = {}
         self.running: dict[C, None] = {}
-        self.chosen = self.started = self.finished = self.failed = 0
+        self.started = self.finished = self.failed = 0
 
 
 class Calls(Generic[C]):
     """The book of one router's calls."""
 
-    __slots__ = ("_produced", "_replicas", "_waiting")
+    __slots__ = ("_produced", "_replicas", "_waiting", "changed")
 
     def __init__(self) -> None:
         self._waiting: dict[C, None] = {}
         self._produced: dict[C, None] = {}
         self._replicas: dict[str, _Replica[C]] = {}
+        self.changed: set[str] = set()
+        """Replicas whose counts have changed; whoever reads them empties it."""
 
     # ------------------------------------------------------------------ events
 
@@ -174,12 +176,16 @@ class Calls(Generic[C]):
         if after is _CHOSEN:
             self._waiting.pop(call, None)
             replica = self._replicas.get(replica_id) or self._of(replica_id)
+            self.changed.add(replica_id)
             call.replica_id, call.since_s = replica_id, now_s
             call.others = len(replica.running) + len(replica.on_the_way)
-            replica.chosen += 1
             replica.on_the_way[call] = None
             return follows
+        if before is _WAITING:
+            self._waiting.pop(call, None)
+            return follows
         replica = self._of(call.replica_id)
+        self.changed.add(call.replica_id)
         if after is _ACCEPTED:
             del replica.on_the_way[call]
             replica.running[call] = None
@@ -217,15 +223,13 @@ class Calls(Generic[C]):
             replica = self._replicas[replica_id] = _Replica()
         return replica
 
-    def forget(self, alive: Container[str]) -> None:
-        """Let go of replicas that are gone, once no call is left there."""
-        gone = [r for r, kept in self._replicas.items() if r not in alive and not kept.running and not kept.on_the_way]
-        for replica_id in gone:
-            del self._replicas[replica_id]
-
-    def knows(self, replica_id: str) -> bool:
-        """Whether there are totals of a replica."""
-        return replica_id in self._replicas
+    def forget(self, replica_id: str) -> bool:
+        """Let go of a replica that is gone, once no call is left there; whether that is so."""
+        kept = self._replicas.get(replica_id)
+        if kept is not None and (kept.running or kept.on_the_way):
+            return False
+        self._replicas.pop(replica_id, None)
+        return True
 
     # ------------------------------------------------------------------ what is in the book
 
@@ -243,10 +247,10 @@ class Calls(Generic[C]):
         """Of every replica that has any."""
         return {r: count for r, k in self._replicas.items() if (count := len(k.running) + len(k.on_the_way))}
 
-    def totals(self, replica_id: str) -> tuple[int, int, int, int]:
-        """Calls accepted, ended, ended badly, and chosen for a replica, as long as this router has known it."""
+    def totals(self, replica_id: str) -> tuple[int, int, int]:
+        """Calls accepted, ended, and ended badly on a replica, as long as this router has known it."""
         kept = self._replicas.get(replica_id)
-        return (kept.started, kept.finished, kept.failed, kept.chosen) if kept is not None else (0, 0, 0, 0)
+        return (kept.started, kept.finished, kept.failed) if kept is not None else (0, 0, 0)
 
     @property
     def waiting(self) -> int:
@@ -262,11 +266,14 @@ class Calls(Generic[C]):
         """Calls that were sent, or are about to be, on all replicas."""
         return chain.from_iterable(list(kept.on_the_way) for kept in self._replicas.values())
 
-    def running(self, replica_id: str, *, moved: bool = False) -> Iterator[C]:
-        """Calls that a replica works on, oldest first; those that have moved on only if asked for."""
+    def running(self, replica_id: str) -> Iterator[C]:
+        """Calls that a replica works on, oldest first, without those that have moved on."""
         kept = self._replicas.get(replica_id)
-        calls = list(kept.running) if kept is not None else []
-        return (call for call in calls if moved or call.phase is _ACCEPTED)
+        return (call for call in (list(kept.running) if kept is not None else ()) if call.phase is _ACCEPTED)
+
+    def all_running(self) -> Iterator[C]:
+        """Calls that any replica works on, also those that have moved on."""
+        return chain.from_iterable(list(kept.running) for kept in self._replicas.values())
 
     def unfinished(self, replica_id: str, most: int) -> list[C]:
         """The oldest calls that take a place on a replica, the oldest first."""

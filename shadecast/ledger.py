@@ -8,7 +8,7 @@ the last one that was acknowledged; the first one, and one that is asked for, ho
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,11 +53,8 @@ class ReplicaTotals:
 class _Told:
     """What was last reported of a replica."""
 
-    state: tuple[Any, ...] = ()
     changed: int = 0
-    """Number of the report in which that changed."""
-    recorded: int = 0
-    """Outcomes since the start."""
+    """Number of the report in which it last changed; 0: was never reported."""
     items: int = 0
     stream_s: float = 0.0
     outcomes: deque[tuple[int, Outcome]] = field(default_factory=lambda: deque(maxlen=_MAX_OUTCOMES))
@@ -69,6 +66,15 @@ class Ledger:
     def __init__(self, router_id: str, deployment: str, calls: Calls[Any]) -> None:
         self._router_id, self._deployment, self._calls = router_id, deployment, calls
         self._replicas: dict[str, _Told] = {}
+        self._alive: Sequence[tuple[str, str, int]] = ()
+        self._members: dict[str, tuple[str, int]] = {}
+        """Node and greatest number of calls of each replica that is alive."""
+        self._changed: set[str] = set()
+        """Replicas with evidence, or other members than before, since the last report."""
+        self._unheard: set[str] = set()
+        """Replicas with changes that no acknowledged report holds."""
+        self._leaving: set[str] = set()
+        """Replicas that are not alive any more, and have calls left."""
         self._gone: dict[str, int] = {}
         """Replicas that were reported and are not alive any more: the report that says so."""
         self._forgotten: dict[str, int] = {}
@@ -91,15 +97,15 @@ class Ledger:
         self._keep(call.replica_id, Outcome(call.duration_s, call.others, True, call.cost))
 
     def _keep(self, replica_id: str, outcome: Outcome) -> None:
-        told = self._of(replica_id)
-        told.outcomes.append((self._seq + 1, outcome))
-        told.recorded += 1
+        self._of(replica_id).outcomes.append((self._seq + 1, outcome))
+        self._changed.add(replica_id)
 
     def pace(self, replica_id: str, items: int, stream_s: float) -> None:
         """Streams on a replica gave `items` in `stream_s` seconds of waiting for them (summed over the streams)."""
         told = self._of(replica_id)
         told.items += items
         told.stream_s += stream_s
+        self._changed.add(replica_id)
 
     def pair(self, sample: PairedSample) -> None:
         """A mirrored pair is complete; the oldest give way."""
@@ -117,39 +123,33 @@ class Ledger:
 
     # ------------------------------------------------------------------ reports
 
-    def report(self, now_s: float, alive: Iterable[tuple[str, str, int]], **more: Any) -> dict[str, Any]:
-        """The next report. `alive` lists (replica_id, node_id, max_ongoing); `more` travels as it is.
+    def report(self, now_s: float, alive: Sequence[tuple[str, str, int]], **more: Any) -> dict[str, Any]:
+        """The next report. `alive` lists (replica_id, node_id, max_ongoing), the same object as long as it is the same.
 
         Calls that a replica has not accepted count as in flight: one that is too slow even to say yes would look idle
-        without them. Replicas that are gone are forgotten once no call is left on them.
+        without them. Replicas that are gone are forgotten once no call is left on them. `more` travels as it is.
         """
         interval_s = 0.0 if self._reported_s is None else max(now_s - self._reported_s, 0.0)
         self._reported_s = now_s
         self._seq += 1
         base = self._acknowledged
+        self._take_changes(alive)
         rows: list[ReplicaTotals] = []
         outcomes: list[tuple[int, int, Outcome]] = []
         unfinished: list[tuple[int, Unfinished]] = []
-        listed = set()
-        for replica_id, node_id, max_ongoing in alive:
-            listed.add(replica_id)
+        for at, replica_id in enumerate(sorted(self._unheard) if base else self._members):
             told = self._of(replica_id)
-            started, finished, failed, chosen = self._calls.totals(replica_id)
-            in_flight = self._calls.in_flight(replica_id)
-            state = (node_id, max_ongoing, in_flight, chosen, started, finished, failed, told.recorded, told.stream_s)
-            if state != told.state:
-                told.state, told.changed = state, self._seq
-            if told.changed <= base:
-                continue
-            totals = (in_flight, started, finished, failed, told.items, told.stream_s)
-            at = len(rows)
-            rows.append(ReplicaTotals(replica_id, node_id, max_ongoing, *totals))
+            started, finished, failed = self._calls.totals(replica_id)
+            node_id, max_ongoing = self._members[replica_id]
+            in_flight, items, stream_s = self._calls.in_flight(replica_id), told.items, told.stream_s
+            rows.append(
+                ReplicaTotals(replica_id, node_id, max_ongoing, in_flight, started, finished, failed, items, stream_s)
+            )
             outcomes += [(at, seq, outcome) for seq, outcome in told.outcomes]
             unfinished += [
                 (at, Unfinished(call.age_s(now_s), call.others, call.cost))
                 for call in self._calls.unfinished(replica_id, _MAX_UNFINISHED)
             ]
-        self._forget(listed)
         return message(
             "report",
             router_id=self._router_id,
@@ -172,25 +172,44 @@ class Ledger:
             **more,
         )
 
-    def _forget(self, listed: set[str]) -> None:
-        self._calls.forget(listed)
-        for replica_id in [r for r in self._replicas if r not in listed]:
-            told = self._replicas[replica_id]
-            if told.state:
-                self._gone[replica_id] = self._seq
-                told.state = ()
-            if not self._calls.knows(replica_id):
+    def _take_changes(self, alive: Sequence[tuple[str, str, int]]) -> None:
+        """What has changed since the last report, in the book, in the evidence and in who is alive."""
+        changed = self._changed | self._calls.changed
+        self._changed, self._calls.changed = set(), set()
+        if alive is not self._alive:
+            members = {replica_id: (node_id, max_ongoing) for replica_id, node_id, max_ongoing in alive}
+            changed.update(r for r, member in members.items() if self._members.get(r) != member)
+            changed.update(self._members.keys() - members.keys())
+            self._alive, self._members = alive, members
+        for replica_id in changed & self._members.keys():
+            self._of(replica_id).changed = self._seq
+            self._unheard.add(replica_id)
+            self._gone.pop(replica_id, None)
+        self._leaving = (self._leaving | changed) - self._members.keys()
+        for replica_id in list(self._leaving):
+            self._leave(replica_id)
+
+    def _leave(self, replica_id: str) -> None:
+        """A replica is not alive: say so, and forget it once no call is left there."""
+        self._unheard.discard(replica_id)
+        told = self._replicas.get(replica_id)
+        if told is not None and told.changed:
+            self._gone[replica_id] = self._seq
+            told.changed = 0
+        if self._calls.forget(replica_id):
+            self._leaving.discard(replica_id)
+            if self._replicas.pop(replica_id, None) is not None:
                 self._forgotten[replica_id] = self._seq
-                del self._replicas[replica_id]
-        for replica_id in listed & self._gone.keys():
-            del self._gone[replica_id]
 
     def acknowledged(self, seq: int) -> None:
         """The coordinator has taken report `seq`; 0 means that it wants to have everything."""
         self._acknowledged = seq
-        for told in self._replicas.values():
+        for replica_id in list(self._unheard):
+            told = self._replicas[replica_id]
             while told.outcomes and told.outcomes[0][0] <= seq:
                 told.outcomes.popleft()
+            if told.changed <= seq:
+                self._unheard.discard(replica_id)
         while self._pairs and self._pairs[0][0] <= seq:
             self._pairs.popleft()
         self._gone = {replica_id: at for replica_id, at in self._gone.items() if at > seq}

@@ -156,7 +156,7 @@ class Link:
             self._builds_on_ours = table is not None
             if table is not None:
                 router.take_table(table)
-        return max(float(answer.get("pause_s", 0.0)), _FAST_S)
+        return _FAST_S
 
     def read_table(self, packed: bytes, held: RoutingTable | None) -> RoutingTable | None:
         """The table that a packed message makes of the one held; None if it builds on another one."""

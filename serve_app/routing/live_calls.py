@@ -367,11 +367,9 @@ class LiveCalls:
 
     def report(self, **more: Any) -> dict[str, Any]:
         """This second's report."""
-        for replica in self.routes.replicas:
-            for call in self.book.running(replica.replica_id.unique_id, moved=True):
-                self._count_items(call)
-        alive = [(r.replica_id.unique_id, r.node_id or "", r.max_ongoing_requests) for r in self.routes.replicas]
-        made = self.ledger.report(time.monotonic(), alive, **more)
+        for call in self.book.all_running():
+            self._count_items(call)
+        made = self.ledger.report(time.monotonic(), self.routes.alive, **more)
         self.routes.reported()
         return made
 

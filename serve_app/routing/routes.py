@@ -51,6 +51,8 @@ class Routes:
         self._table_s = 0.0
         self.replicas: list[RunningReplica] = []
         """Those that are alive, by the index of the picks."""
+        self.alive: list[tuple[str, str, int]] = []
+        """Their ids, nodes and greatest numbers of calls, as reported."""
         self._cost_key = (1.0, 0.0)
         self._costs = cost_table(*self._cost_key)
         self.picks = PickTable((), None, {}, {}, self._costs)
@@ -96,14 +98,14 @@ class Routes:
     def set_replicas(self, replicas: Sequence[RunningReplica]) -> None:
         """Serve's membership."""
         self.replicas = list(replicas)
-        self.ejections.keep({replica.replica_id.unique_id for replica in replicas})
+        self.alive = [(r.replica_id.unique_id, r.node_id or "", r.max_ongoing_requests) for r in replicas]
+        self.ejections.keep({replica_id for replica_id, _, _ in self.alive})
         self.lay_out()
 
     def remove(self, replica_id: str) -> None:
         """A replica has died: once, however often that is said."""
         if replica_id in self.picks.index:
-            self.replicas = [r for r in self.replicas if r.replica_id.unique_id != replica_id]
-            self.lay_out()
+            self.set_replicas([r for r in self.replicas if r.replica_id.unique_id != replica_id])
 
     def count(self, replica_id: str) -> bool:
         """The number of calls on a replica has changed; whether it has a place."""

@@ -158,20 +158,28 @@ def test_the_oldest_unfinished_calls_come_first_and_no_more_than_asked_for():
 def test_a_moved_call_keeps_its_place_but_is_not_moved_again():
     calls, call = call_in(Phase.MOVED)
     assert list(calls.running("a")) == []
-    assert list(calls.running("a", moved=True)) == [call]
+    assert list(calls.all_running()) == [call]
     assert calls.in_flight("a") == 1
 
 
 def test_replicas_that_are_gone_are_forgotten_once_no_call_is_left_there():
     calls, call = call_in(Phase.ACCEPTED)
-    calls.forget(alive=set())
+    assert not calls.forget("a")
     assert calls.in_flight("a") == 1
     calls.handle(call, Event.END, 2.0)
-    assert calls.totals("a") == (1, 1, 0, 1)
-    calls.forget(alive={"a"})
-    assert calls.totals("a") == (1, 1, 0, 1)
-    calls.forget(alive=set())
-    assert calls.totals("a") == (0, 0, 0, 0)
+    assert calls.totals("a") == (1, 1, 0)
+    assert calls.forget("a")
+    assert calls.totals("a") == (0, 0, 0)
+    assert calls.forget("a")
+
+
+@pytest.mark.parametrize(("phase", "event"), TRANSITIONS, ids=[f"{p}-{e}" for p, e in TRANSITIONS])
+def test_a_replica_whose_counts_change_is_noted(phase, event):
+    calls, call = call_in(phase)
+    calls.changed.clear()
+    before = counts(calls)[1:3] + counts(calls)[4:]
+    calls.handle(call, event, 2.0, replica_id="a")
+    assert calls.changed == {"a"} or counts(calls)[1:3] + counts(calls)[4:] == before
 
 
 def test_a_call_costs_a_few_microseconds():
@@ -272,7 +280,7 @@ class History(RuleBasedStateMachine):
     def each_accepted_call_is_recorded_once_as_it_ends(self):
         assert {call for call, times in self.recorded.items() if times} == self.ended
         assert all(times <= 1 for times in self.recorded.values())
-        started, finished, _, _ = (sum(each) for each in zip(*(self.book.totals(n) for n in "abc"), strict=True))
+        started, finished, _ = (sum(each) for each in zip(*(self.book.totals(n) for n in "abc"), strict=True))
         assert (started, finished) == (len(self.accepted), len(self.ended))
 
     def teardown(self):

@@ -412,7 +412,7 @@ class RouterMachine(RuleBasedStateMachine):
     def count(self, fresh=False):
         """Totals since the start: the book forgets replicas that are gone, at a report."""
         for replica in self.everybody:
-            started, finished, failed, _ = self.book.totals(replica.name)
+            started, finished, failed = self.book.totals(replica.name)
             now = {"started": started, "finished": finished, "failed": failed}
             before = now if fresh else self.before.get(replica.name, dict.fromkeys(now, 0))
             for what, total in now.items():
