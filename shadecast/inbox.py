@@ -73,7 +73,7 @@ class Inbox:
         if known is None:
             known = self._routers[read.report.router_id] = _Router(seq, now_s)
         known.seq, known.heard_s, known.totals = seq, now_s, read.totals
-        for replica_id in read.forgotten - read.counted.keys():
+        for replica_id in read.began - read.counted.keys():
             known.replicas.pop(replica_id, None)
         known.replicas.update(read.counted)
         return read.report, seq
@@ -87,17 +87,18 @@ class Inbox:
         since = known.seq if known is not None else 0
         outcomes = _of_replicas(Outcome, message.get("outcomes", {}), len(rows), since)
         unfinished = _of_replicas(Unfinished, message.get("unfinished", {}), len(rows), None)
-        began_anew = _newer(message.get("forgotten", {}), since)
+        began = _newer(message.get("began", {}), since)
+        was_counted = known.replicas if known is not None else {}
         counted, views = {}, []
         for at, (replica_id, node_id, max_ongoing, in_flight, started, finished, failed, items, stream_s) in enumerate(
             rows
         ):
             now = int(started), int(finished), int(failed), int(items), float(stream_s)
-            # a router's first second counts; what a router did before we knew it does not
-            unknown = now if known is None and seq > 1 else _NOTHING
-            before = known.replicas.get(replica_id, unknown) if known is not None else unknown
-            if replica_id in began_anew:
+            # a router's first second counts; what it did before we knew of it does not
+            if replica_id in began and (known is not None or seq == 1):
                 before = _NOTHING
+            else:
+                before = was_counted.get(replica_id, now)
             counted[str(replica_id)] = now
             views.append(
                 ReplicaReport(
@@ -138,7 +139,7 @@ class Inbox:
             tuple(str(replica_id) for replica_id in as_list(message.get("gone", ()), "gone")),
             int(waiting),
         )
-        return _Read(report, totals, counted, began_anew)
+        return _Read(report, totals, counted, began)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +147,7 @@ class _Read:
     report: RouterReport
     totals: list[Any]
     counted: dict[str, _Counted]
-    forgotten: set[str]
+    began: set[str]
 
 
 def _text(message: Mapping[str, Any], name: str) -> str:
@@ -159,7 +160,7 @@ def _text(message: Mapping[str, Any], name: str) -> str:
 def _newer(columns: Any, since: int) -> set[str]:
     """The replicas in columns whose `seq` is newer than `since`."""
     if not isinstance(columns, Mapping):
-        raise MessageError(f"forgotten: columns are expected, not {type(columns).__name__}")
+        raise MessageError(f"began: columns are expected, not {type(columns).__name__}")
     replica_ids, seqs = (as_list(columns.get(name, ()), name) for name in ("replica_id", "seq"))
     return {replica_id for replica_id, seq in zip(replica_ids, seqs, strict=True) if seq > since}
 

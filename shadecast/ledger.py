@@ -54,7 +54,8 @@ class _Told:
     """What was last reported of a replica."""
 
     changed: int = 0
-    """Number of the report in which it last changed; 0: was never reported."""
+    """Number of the report in which it last changed; 0: it is not among those reported."""
+    new: bool = True
     items: int = 0
     stream_s: float = 0.0
     outcomes: deque[tuple[int, Outcome]] = field(default_factory=lambda: deque(maxlen=_MAX_OUTCOMES))
@@ -77,8 +78,8 @@ class Ledger:
         """Replicas that are not alive any more, and have calls left."""
         self._gone: dict[str, int] = {}
         """Replicas that were reported and are not alive any more: the report that says so."""
-        self._forgotten: dict[str, int] = {}
-        """Replicas whose totals begin anew if they come back: the report that says so."""
+        self._began: dict[str, int] = {}
+        """Replicas whose totals begin at nothing, now or when they come back: the report that says so."""
         self._pairs: deque[tuple[int, PairedSample]] = deque(maxlen=_MAX_PAIRS)
         self._seq = 0
         self._acknowledged = 0
@@ -159,7 +160,7 @@ class Ledger:
             interval_s=interval_s,
             replicas=to_columns(rows),
             gone=[replica_id for replica_id, seq in self._gone.items() if seq > base] if base else [],
-            forgotten={"replica_id": list(self._forgotten), "seq": list(self._forgotten.values())},
+            began={"replica_id": list(self._began), "seq": list(self._began.values())},
             outcomes={
                 "at": [at for at, _, _ in outcomes],
                 "seq": [seq for _, seq, _ in outcomes],
@@ -182,7 +183,10 @@ class Ledger:
             changed.update(self._members.keys() - members.keys())
             self._alive, self._members = alive, members
         for replica_id in changed & self._members.keys():
-            self._of(replica_id).changed = self._seq
+            told = self._of(replica_id)
+            if told.new:
+                self._began[replica_id] = self._seq
+            told.changed, told.new = self._seq, False
             self._unheard.add(replica_id)
             self._gone.pop(replica_id, None)
         self._leaving = (self._leaving | changed) - self._members.keys()
@@ -199,7 +203,7 @@ class Ledger:
         if self._calls.forget(replica_id):
             self._leaving.discard(replica_id)
             if self._replicas.pop(replica_id, None) is not None:
-                self._forgotten[replica_id] = self._seq
+                self._began[replica_id] = self._seq
 
     def acknowledged(self, seq: int) -> None:
         """The coordinator has taken report `seq`; 0 means that it wants to have everything."""
@@ -213,4 +217,4 @@ class Ledger:
         while self._pairs and self._pairs[0][0] <= seq:
             self._pairs.popleft()
         self._gone = {replica_id: at for replica_id, at in self._gone.items() if at > seq}
-        self._forgotten = {replica_id: at for replica_id, at in self._forgotten.items() if at > seq}
+        self._began = {replica_id: at for replica_id, at in self._began.items() if at > seq}

@@ -97,7 +97,7 @@ def path(cls: type) -> str:
         ({"retry_fraction": 2}, "retry_fraction = 2: input should be less than or equal to 1"),
         ({"session_cookie": "a b"}, "session_cookie = 'a b'"),
         ({"config": "{"}, "config = '{': must be a mapping, as JSON on the command line"),
-        ({"config": {"balance": {"tick_s": 99}}}, "balance.tick_s = 99: must be a number from 0.1 to 5"),
+        ({"config": {"balance": {"slots": -1}}}, "balance.slots = -1: must be a number from 0 to 4096"),
         ({"config": {"balanse": {}}}, "balanse = {}: unknown section"),
         ({"config": {"trial": {"copy_methods": "infer"}}}, "must be a list of method names"),
         (
@@ -260,4 +260,4 @@ def test_a_model_whose_generate_takes_what_was_had_has_its_streams_go_on_elsewhe
     assert asyncio.run(drain()) == [f"{i} after []" for i in range(3)]
     assert asyncio.run(drain(had=["a", "b"])) == ["2 after ['a', 'b']"]
     assert router_config({}, ModelInfo.of(Counter)) == {"balance": {"resume": "had"}}
-    assert router_config({"balance": {"tick_s": 1}}, ModelInfo.of(Writer)) == {"balance": {"tick_s": 1}}
+    assert router_config({"balance": {"slots": 1}}, ModelInfo.of(Writer)) == {"balance": {"slots": 1}}

@@ -15,7 +15,7 @@ import math
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from shadecast.calls import Call, Calls, Do, Event, Phase
@@ -577,5 +577,6 @@ def test_so_it_is_where_calls_are_taken_off_their_replicas(steps):
 
 @settings(max_examples=500, deadline=None)
 @given(st.lists(st.one_of(START, OVER, EXCHANGE, NET, COME_AND_GO), max_size=50))
+@example([("start", 0, "r0"), ("report", 0), ("gone", 0, "r0"), ("exchange", 0), ("back", 0, "r0")])
 def test_replicas_that_come_and_go_never_make_more_of_their_calls_than_there_were(steps):
     tell(steps, exact=False)

@@ -34,7 +34,7 @@ from serve_app.gateway import digits
 from tests.ports import free_port
 from tests.ray_start import start
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 

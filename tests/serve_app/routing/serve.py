@@ -439,11 +439,16 @@ class Log(logging.Handler):
         return [record.getMessage() for record in self.records if record.levelno >= least]
 
     def __enter__(self) -> Log:
-        logging.getLogger("ray.serve").addHandler(self)
+        logger = logging.getLogger("ray.serve")
+        logger.addHandler(self)
+        self.level_before = logger.level
+        logger.setLevel(logging.INFO)  # whatever tests before this one have made Ray be silent about
         return self
 
     def __exit__(self, *_: object) -> None:
-        logging.getLogger("ray.serve").removeHandler(self)
+        logger = logging.getLogger("ray.serve")
+        logger.removeHandler(self)
+        logger.setLevel(self.level_before)
 
 
 async def _as_it_is(_: Any, __: Any) -> None:
