@@ -1,12 +1,18 @@
-"""The loop closed: a cluster's own telemetry retrains its forecaster, and its nodes take up what is promoted."""
+"""The loop closed: a cluster's own telemetry retrains its forecaster, and its nodes take up what is promoted.
+
+The cluster's machines have a user's `models`, `train` and `actors` on their PYTHONPATH, which raise when they are
+imported, and the command line is called beside a clone: ours find their own packages in every process of a training.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +34,20 @@ NODES = 2
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def beside_a_clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A clone's parent folder, with a user's packages beside it, both on the PYTHONPATH of all machines."""
+    folder = tmp_path_factory.mktemp("users")
+    (folder / "shadecast" / "serve_app").mkdir(parents=True)
+    for name in ("models", "train", "actors"):
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text('raise ImportError(f"a user\'s {__name__}, imported by ours")\n')
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PYTHONPATH", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory, beside_a_clone: Path) -> Any:
     """(folder of the log, registry) of a cluster that forecasts with a registry of its own."""
     folder = tmp_path_factory.mktemp("loop")
     shipped, registry = Registry(), Registry(str(folder / "registry"))
@@ -45,14 +64,20 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Any:
         local.connect()
         start_control_plane(settings, page_port=0)
         wait_for(lambda: len(status()["nodes"]) == NODES, 90.0, "both nodes report")
-        yield folder / "log", registry, local.address
+        yield folder / "log", registry, functools.partial(command, address=local.address, folder=beside_a_clone)
 
 
-def command(*arguments: str, address: str) -> str:
+def command(*arguments: str, address: str, folder: Path) -> str:
     """The output of a command line, run as an operator would."""
     environment = {**os.environ, "RAY_ADDRESS": address, "RAY_USAGE_STATS_ENABLED": "0"}
     done = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, timeout=240, env=environment, check=False
+        [Path(sys.executable).with_name("shadecast"), *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=environment,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -68,7 +93,7 @@ def logged_rows(log: Path) -> int:
 
 
 def test_logged_telemetry_retrains_the_forecaster_and_the_nodes_run_the_promoted_version(running: Any) -> None:
-    log, registry, address = running
+    log, registry, shadecast = running
     first = registry.champion()
     before = {node: state["pid"] for node, state in forecaster_states().items()}
     assert in_use() == {first}
@@ -76,7 +101,7 @@ def test_logged_telemetry_retrains_the_forecaster_and_the_nodes_run_the_promoted
 
     small = ["--made-up", "0", "--epochs", "1", "--workers", "1", "--promote", "never"]
     folders = ["--telemetry", str(log), "--registry", registry.uri, "--storage", str(log.parent / "runs")]
-    out = command("-m", "train", *folders, *small, "--version", "retrained", "--address", address, address=address)
+    out = shadecast("train", *folders, *small, "--version", "retrained")
     assert "retrained: saved" in out
     card = registry.card("retrained")
     assert card["started_from"] == first
@@ -87,8 +112,7 @@ def test_logged_telemetry_retrains_the_forecaster_and_the_nodes_run_the_promoted
     wait_for(lambda: in_use("challenger") == {"retrained"}, 10.0, "every node scores the challenger in shadow")
     assert {n["model_version"] for n in status()["nodes"]} <= {first, ""}, "a challenger is not acted on"
 
-    promote = ["-m", "serve_app", "forecaster", "promote", "retrained", "--registry", registry.uri]
-    command(*promote, address=address)
+    shadecast("forecaster", "promote", "retrained", "--registry", registry.uri)
     started_s = time.monotonic()
     wait_for(lambda: in_use() == {"retrained"}, 10.0, "every node runs the promoted version")
     assert time.monotonic() - started_s < 10.0
@@ -97,7 +121,7 @@ def test_logged_telemetry_retrains_the_forecaster_and_the_nodes_run_the_promoted
     wait_for(
         lambda: all(n["model_version"] == "retrained" and n["skill"] for n in status()["nodes"]), 30.0, "live skill"
     )
-    state = json.loads(command("-m", "serve_app", "status", "--json", address=address))
+    state = json.loads(shadecast("status", "--json"))
     for node in state["nodes"]:
         assert node["model_version"] == "retrained"
         assert set(node["skill"]) >= {"cpu", "memory"}

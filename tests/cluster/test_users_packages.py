@@ -1,6 +1,7 @@
 """A cluster whose machines have a user's `models`, `train` and `actors` on their PYTHONPATH: both sides work.
 
-Imported by a process that is not the user's, the user's packages raise: whatever works here has found its own.
+Imported by a process that is not the user's, the user's packages raise: whatever works here has found its own. So it is
+with a training, in test_forecast_loop.py.
 """
 
 from __future__ import annotations
@@ -20,13 +21,11 @@ import pytest
 import ray
 from ray import serve
 
-from models.registry import Registry
 from serve_app.launch.control_plane import forecaster_states
 from serve_app.launch.local import LocalCluster
 from tests.cluster.conftest import deploy, deployment_status, start_serve, status, wait_for
 from tests.ports import free_port
 from tests.ray_start import started
-from tests.train.test_job import telemetry
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
@@ -134,11 +133,3 @@ def test_a_coordinator_and_a_forecaster_that_were_killed_come_back(shadecast):
     _, now = wait_for(restarted, 60, "another coordinator and another forecaster answer")
     assert {node for node, pid in now.items() if pid != processes[node]} == {killed}
     wait_for(lambda: len(status()["nodes"]) == NODES, 60, "every node reports to the new coordinator")
-
-
-def test_a_training_on_the_cluster_uses_our_packages_in_every_process(shadecast, tmp_path):
-    run, _ = shadecast
-    folders = ["--telemetry", str(telemetry(tmp_path / "log")), "--registry", str(tmp_path / "registry")]
-    small = ["--made-up", "0", "--epochs", "1", "--hidden", "8", "--version", "one", "--promote", "never"]
-    assert "one: saved" in run("train", *folders, "--storage", str(tmp_path / "runs"), *small)
-    assert Registry(str(tmp_path / "registry")).versions() == ["one"]

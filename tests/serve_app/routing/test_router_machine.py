@@ -491,5 +491,5 @@ class RouterMachine(RuleBasedStateMachine):
 
 TestRouterMachine = pytest.mark.timeout(900)(RouterMachine.TestCase)  # where it fails, it looks for a short example
 TestRouterMachine.settings = settings(
-    max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=25, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
 )
