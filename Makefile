@@ -27,7 +27,7 @@ demo: $(STAMP) ## Replay a trace while a slow and a failing replica join; both r
 	@$(BIN)/python -m examples.demo $(ARGS)
 
 test: $(STAMP) ## Run all tests, the real clusters too
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --no-loadscope-reorder $(ARGS)
 
 check: $(STAMP) ## ruff, mypy strict, import rules
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-cache

@@ -178,6 +178,7 @@ class Balancer:
 
     def _observe_outcomes(self, known: Replica, view: ReplicaReport) -> None:
         per_outcome = max(view.finished, 0) / max(len(view.outcomes), 1)  # a long list was cut to the newest
+        good = []
         for outcome in view.outcomes:
             if not is_plausible(outcome.duration_s, outcome.in_flight_at_start, outcome.cost):
                 self._fleet.dropped += 1
@@ -185,7 +186,9 @@ class Balancer:
             self._trials.observe_outcome(known, outcome)
             if outcome.ok:
                 known.rates.duration_sum_s += outcome.duration_s * per_outcome
-                self._estimates.observe_outcome(known, outcome)
+                good.append(outcome)
+        if good:
+            self._estimates.observe_outcomes(known, good)
 
     def _command(self, command: Command) -> None:
         for known in self._fleet.replicas.values():

@@ -7,7 +7,7 @@ in `service_curve`, what something usually takes in `baseline`. Here they meet.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from statistics import median
 
 from shadecast import capacity as cap
@@ -48,20 +48,21 @@ class Estimates:
 
     # ------------------------------------------------------------------ observations
 
-    def observe_outcome(self, known: Replica, outcome: Outcome) -> None:
-        """A live request that went well."""
-        if not outcome.duration_s > 0.0:
-            return
+    def observe_outcomes(self, known: Replica, outcomes: Iterable[Outcome]) -> None:
+        """Live requests that went well."""
         node_id, paced, sensitivity = known.connection.node_id, self.is_paced(known), self._sensitivity
         headroom, settled = self._fleet.headroom(node_id), self._fleet.settled(node_id)
-        log_duration = math.log(outcome.duration_s) - math.log(outcome.cost)
-        before = known.speed.residual(self._pace.noise if paced else self._duration.noise)
         explained = cap.explained(sensitivity.gamma, headroom)
-        self._curve.observe(outcome.in_flight_at_start, log_duration + explained + before)
-        log_alone = log_duration - math.log(self._curve.curve.correction(outcome.in_flight_at_start))
-        shown = self._duration.observe(known.duration, log_alone, headroom, sensitivity, before, settled=settled)
-        if not paced:
-            known.speed.observe(shown)
+        for outcome in outcomes:
+            if not outcome.duration_s > 0.0:
+                continue
+            log_duration = math.log(outcome.duration_s / outcome.cost)
+            before = known.speed.residual(self._pace.noise if paced else self._duration.noise)
+            self._curve.observe(outcome.in_flight_at_start, log_duration + explained + before)
+            log_alone = log_duration - math.log(self._curve.curve.correction(outcome.in_flight_at_start))
+            shown = self._duration.observe(known.duration, log_alone, headroom, sensitivity, before, settled=settled)
+            if not paced:
+                known.speed.observe(shown)
 
     def observe_pace(self, known: Replica, view: ReplicaReport) -> None:
         """Items that streams gave since the last report: the speed of this moment, whatever was asked."""
