@@ -39,16 +39,10 @@ class Admission:
         now_s = self._fleet.now_s
         fit = [r for r in waiting if now_s >= r.connection.not_before_s and not r.vetoed and self._heard(r)]
         urgent = self._urgency.why()
-        self._urgency.note_serving()
-        for known in fit:
-            if self._fleet.has_returned(known) and not known.connection.rejections:
-                event = Event.ADMIT_UNTRIED if urgent else Event.ADMIT_URGENT
-                self._trials.apply(known, event, "its machine served well, was away and is back")
-        fit = [r for r in fit if r.connection.state is State.INACTIVE]
         if urgent:
             shadowed = [r for r in replicas if r.connection.state is State.SHADOWING]
             for known in [*fit, *shadowed]:
-                if not known.connection.rejections or known.is_of_use:
+                if not known.connection.rejections:
                     self._trials.apply(known, Event.ADMIT_URGENT, f"{urgent}: no time for a trial")
             fit = [r for r in fit if r.connection.state is State.INACTIVE]
         on_trial = sum(1 for r in replicas if r.connection.state is State.SHADOWING)

@@ -154,6 +154,7 @@ class Balancer:
             self._observe(report)
         self._fleet.forget_routers()
         self._estimates.update(elapsed_s)
+        self._urgency.update(elapsed_s)
         for command in tick.commands:
             self._command(command)
         self._lose()
@@ -171,7 +172,7 @@ class Balancer:
         for pair in report.pairs:
             candidate, primary = replicas.get(pair.candidate_id), replicas.get(pair.primary_id)
             if candidate is not None:
-                self._trials.observe_pair(candidate, primary, pair)
+                self._trials.observe_pair(candidate, pair)
                 self._estimates.observe_pair(candidate, primary, pair)
         if report.mirrored + report.uncopyable > 0:
             self._fleet.copyable = report.mirrored > 0

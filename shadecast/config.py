@@ -38,6 +38,7 @@ _RETIRED = {
             *("veto_speed", "veto_factor", "veto_max_fraction"),
         )
     ),
+    "trial": frozenset(("hard_errors", "hard_errors_window", "error_margin", "primary_rise")),
     "forecast": frozenset(("skill_full",)),
 }
 """Settings of former versions. Deployments that still name them must not lose their others: they are left out."""
@@ -142,22 +143,20 @@ class TrialConfig(_Section):
     warmup_pairs: int = _bounded(5, 0, 100, "first pairs, not judged: caches are cold")
     min_pairs: int = _bounded(20, 2, 10_000, "no verdict on speed with fewer pairs")
     max_pairs: int = _bounded(600, 10, 100_000, "a trial ends here")
-    timeout_s: float = _bounded(120.0, 1.0, 86_400.0, "a trial ends here")
-    margin: float = _bounded(1.10, 1.0, 10.0, "slowdown that is still accepted, as a ratio")
+    timeout_s: float = _bounded(30.0, 1.0, 86_400.0, "a trial ends here")
+    margin: float = _bounded(4.0, 1.0, 100.0, "times slower than the others: beyond, a replica is of no use")
     alpha: float = _bounded(0.05, 1e-6, 0.5, "error probability a side")
     mixture: float = _bounded(0.03, 1e-6, 10.0, "r, where the anytime interval is tightest: small = later")
-    hard_errors: int = _bounded(2, 1, 100, "errors of the candidate alone in its first requests that end the trial")
-    hard_errors_window: int = _bounded(20, 1, 1000, "how many first requests that looks at")
-    error_margin: float = _bounded(0.02, 0.0, 0.5, "excess error rate that is still accepted")
-    memory_limit: float = _bounded(0.92, 0.1, 1.0, "of the node's memory; beyond, trials end before the kill")
-    primary_rise: float = _bounded(0.10, 0.0, 10.0, "rise of the primaries' p99 that ends a trial")
+    memory_limit: float = _bounded(
+        0.92, 0.1, 1.0, "of the node's memory; rising beyond it ends a trial, before the kill"
+    )
     backoff_s: float = _bounded(10.0, 0.0, 3600.0, "pause after the first failed trial")
     backoff_max_s: float = _bounded(600.0, 1.0, 86_400.0, "longest pause between trials")
     step_s: float = _bounded(3.0, 0.1, 600.0, "least time on each step of the ramp")
     step_timeout_s: float = _bounded(30.0, 0.1, 3600.0, "without harm, a step is passed after this time")
     drain_s: float = _bounded(30.0, 0.1, 3600.0, "a drain ends here at the latest")
     urgent_share: float = _bounded(0.2, 0.01, 1.0, "first step of a newcomer that skips the shadow")
-    ramp: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4, 1.0)
+    ramp: tuple[float, ...] = (0.1, 0.4, 1.0)
     copy_methods: tuple[str, ...] = ()
     """Methods of the deployment that are safe to call twice ("*": all). Others get a small live canary instead."""
     compare: str = ""

@@ -30,7 +30,6 @@ class Event(StrEnum):
     """Out of pairs or time without a sign of harm: goes on as the smallest live step."""
     TRIAL_FAILED = "trial_failed"
     STEP_PASSED = "step_passed"
-    STEP_FAILED = "step_failed"
     RAMP_DONE = "ramp_done"
     GUARD_TRIPPED = "guard_tripped"
     """Errors, slowness or a resource limit seen on live traffic."""
@@ -55,7 +54,6 @@ TRANSITIONS: Mapping[tuple[State, Event], State] = {
     (State.SHADOWING, Event.DRAIN): State.INACTIVE,
     (State.SHADOWING, Event.LOST): State.INACTIVE,
     (State.SHIFTING, Event.STEP_PASSED): State.SHIFTING,
-    (State.SHIFTING, Event.STEP_FAILED): State.SHIFTING,
     (State.SHIFTING, Event.RAMP_DONE): State.ACTIVE,
     (State.SHIFTING, Event.GUARD_TRIPPED): State.INACTIVE,
     (State.SHIFTING, Event.ADMIT_UNTRIED): State.ACTIVE,
@@ -135,8 +133,6 @@ def step(connection: Connection, event: Event, now_s: float, config: TrialConfig
             return replace(changed, step=0)
         case Event.STEP_PASSED:
             return replace(changed, step=min(connection.step + 1, len(config.ramp) - 1))
-        case Event.STEP_FAILED:
-            return replace(changed, step=max(connection.step - 1, 0))
         case Event.TRIAL_FAILED | Event.GUARD_TRIPPED:
             rejections = connection.rejections + 1
             return replace(changed, rejections=rejections, not_before_s=now_s + backoff_s(rejections, config), step=0)

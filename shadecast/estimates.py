@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from statistics import median
 
 from shadecast import capacity as cap
@@ -15,7 +16,7 @@ from shadecast.baseline import Baseline
 from shadecast.config import TICK_S
 from shadecast.fleet import Fleet, Replica
 from shadecast.service_curve import Curve, CurveLearner
-from shadecast.types import Outcome, PairedSample, ReplicaReport, State
+from shadecast.types import Outcome, PairedSample, ReplicaReport
 
 _PACED_S = 5.0
 """So long after items of streams were last seen, they alone say how fast a replica is."""
@@ -168,18 +169,6 @@ class Estimates:
         """Log speed against the usual one of this moment: what slows all is in both sides of a pair."""
         return self._log_speed(known) - self._usual if known is not None else 0.0
 
-    def neighbours(self, known: Replica) -> tuple[float, float]:
-        """Mean log speed of ACTIVE replicas on the same node less that of those elsewhere, and its standard error."""
-        groups: tuple[list[Replica], list[Replica]] = ([], [])
-        for other in self._fleet.replicas.values():
-            if other is not known and other.connection.state is State.ACTIVE and other.speed.weight > 0.5:
-                groups[other.connection.node_id != known.connection.node_id].append(other)
-        if not groups[0] or not groups[1]:
-            return math.nan, math.nan
-        means = [sum(r.speed.recent for r in group) / len(group) for group in groups]
-        variance = sum(1.0 / sum(r.speed.weight for r in group) for group in groups)
-        return means[0] - means[1], self._noise(known) * math.sqrt(variance)
-
     def _log_speed(self, known: Replica) -> float:
         """Of this moment, against a usual moment: what its requests and its node's telemetry say together."""
         return known.speed.residual(self._noise(known)) + self._explained(known)
@@ -228,7 +217,9 @@ class Estimates:
         spread = min(self._duration.noise, 1.5)
         mean_s = self.reference_s * math.exp(0.5 * spread * spread)  # the reference is a median, work is skewed
         offered = self._fleet.all_rates.started_per_s * mean_s
-        return offered / max(self._fleet.able(serving) * self.curve.throughput(), 1e-9)
+        places = median(r.max_ongoing for r in serving)  # what Serve lets in is what runs side by side at most
+        curve = replace(self.curve, slots=min(self.curve.slots, places))
+        return offered / max(self._fleet.able(serving) * curve.throughput(), 1e-9)
 
 
 def is_plausible(duration_s: float, in_flight: float, cost: float) -> bool:

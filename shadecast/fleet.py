@@ -14,7 +14,8 @@ from shadecast import capacity as cap
 from shadecast.baseline import SlowMean
 from shadecast.config import LOST_AFTER_S, Config
 from shadecast.connection import Connection
-from shadecast.gate import Canary, Ruling, Trial
+from shadecast.gate import Ruling, Trial
+from shadecast.sequential import ErrorGuard
 from shadecast.types import NodeReport, ReplicaReport, RouterReport, RoutingTable, State, Unfinished
 
 BOOTSTRAP_REQUESTS = 20
@@ -25,10 +26,11 @@ _REMEMBERED_S = 300.0
 """How long a node is remembered for a replica that served well there."""
 _SILENT_S = 30.0
 """A node that falls silent is taken to be as it last said for so long: a hog starves the node's forecaster, too."""
-_REPLACING_S = 30.0
-"""So long after a replica has left a machine that is well, the next one is reckoned to leave, too."""
-WORTH_LOG_SPEED = math.log(0.1)
-"""A machine that is merely slow, but faster than this, takes its part where there is no time for a trial."""
+_REMEMBERED_WEIGHT = 5.0
+"""Requests that the memory of a machine is worth for the next replica on it."""
+_ERRORS_HALF_LIFE_S = 120.0
+_LEAST_USUAL, _MOST_USUAL = 0.005, 0.8
+"""Error rates that are always, and never, taken for usual."""
 
 
 @dataclass(slots=True)
@@ -82,23 +84,20 @@ class Replica:
     """When a router last had live requests on it."""
     rates: Rates = field(default_factory=Rates)
     recent: Rates = field(default_factory=lambda: Rates(half_life_s=1.5))
-    cusum: float = 0.0
-    scores: tuple[float, float] = (0.0, 0.0)
-    """What an error and a success add to it, by the rates of `scored_s`."""
-    scored_s: float = -math.inf
+    long: Rates = field(default_factory=lambda: Rates(half_life_s=_ERRORS_HALF_LIFE_S))
+    errors: ErrorGuard = field(default_factory=ErrorGuard)
+    usual_errors: float = _MOST_USUAL
+    """The greatest error rate that is taken for usual, as of `usual_s`."""
+    usual_s: float = -math.inf
     duration: SlowMean = field(default_factory=SlowMean)
     pace: SlowMean = field(default_factory=SlowMean)
     paced_s: float = -math.inf
     """When items of streams were last seen; for a while after that they alone say how fast it is."""
     trial: Trial | None = None
-    canary: Canary | None = None
-    neighbours_before: float = math.nan
-    """Log speed of the node's other replicas over that of other nodes', when the trial began."""
-    expected: float = 0.0
-    """Log speed, at most 0, that trials take for this machine's own: slower than the others, and known to be."""
-    shown: float = -math.inf
-    """Log speed that the last trial showed, if slowness alone ended it."""
-    setbacks: int = 0
+    memory_before: float = math.nan
+    """Fraction of its node's memory that was used when it was admitted."""
+    step_outcomes: int = 0
+    """Live requests that have ended since the present state, or step of the ramp, was entered."""
     unexplained: float = 0.0
     """Log speed that its node's telemetry does not explain."""
     ruling: Ruling | None = None
@@ -116,17 +115,6 @@ class Replica:
     def takes_traffic(self) -> bool:
         """Whether live requests may go there."""
         return self.connection.state in (State.ACTIVE, State.SHIFTING)
-
-    @property
-    def is_of_use(self) -> bool:
-        """Whether the last verdict was slowness alone, and not too much of it."""
-        return self.shown > WORTH_LOG_SPEED
-
-    def note_speed(self, ruling: Ruling) -> None:
-        """Remember what a harmful verdict says of its speed; what is of use is judged by that from now on."""
-        self.shown = self.expected - ruling.evidence["mean_log_ratio"] if ruling.merely_slow else -math.inf
-        if self.is_of_use:
-            self.expected = min(self.shown, 0.0)
 
 
 @dataclass(slots=True)
@@ -164,7 +152,7 @@ class Fleet:
         self.routers: dict[str, Router] = {}
         self.first_seen_s: float | None = None
         self.finished_total = 0
-        self.all_rates = self.all_recent = Rates()
+        self.all_rates = self.all_recent = self.all_long = Rates()
         self.copyable = True
         """Whether requests can be copied, as far as is known."""
         self.dropped = 0
@@ -194,6 +182,7 @@ class Fleet:
             known.speed.advance(now_s)
             known.rates.fade(elapsed_s)
             known.recent.fade(elapsed_s)
+            known.long.fade(elapsed_s)
 
     def take_node(self, report: NodeReport) -> None:
         """Telemetry and forecast of a node; what has no possible age is dropped."""
@@ -234,6 +223,7 @@ class Fleet:
         known = self.replicas.get(replica_id)
         if known is None:
             known = self.add(Connection(replica_id, view.node_id, since_s=now_s), now_s)
+            self._remember(known)
         before, now = router.in_flight.get(replica_id), view.in_flight if view.in_flight > 0 else 0
         if before is None:
             known.listed += 1
@@ -252,7 +242,7 @@ class Fleet:
         else:
             known.open.pop(router_id, None)
         self.finished_total += finished
-        for rates in (known.rates, known.recent):
+        for rates in (known.rates, known.recent, known.long):
             rates.started += started
             rates.finished += finished
             rates.failed += failed
@@ -269,6 +259,7 @@ class Fleet:
         """Over all replicas, of this moment."""
         self.all_rates = _summed(r.rates for r in self.replicas.values())
         self.all_recent = _summed(r.recent for r in self.replicas.values())
+        self.all_long = _summed(r.long for r in self.replicas.values())
 
     # ------------------------------------------------------------------ questions
 
@@ -286,6 +277,24 @@ class Fleet:
     def proven(self) -> list[Replica]:
         """Those that were good once, and that no operator keeps out."""
         return [r for r in self.replicas.values() if r.connection.proven and not r.connection.held]
+
+    def usual_errors(self, known: Replica) -> float:
+        """The greatest error rate of a replica that is still taken for usual: the others', three deviations up.
+
+        The less is known of them, the more is usual: after n requests without an error up to 3 / n (the rule of three,
+        Hanley and Lippman-Hand 1983).
+        """
+        finished = max(self.all_long.finished - known.long.finished, 0.0)
+        failed = max(self.all_long.failed - known.long.failed, 0.0)
+        usual = (failed + 3.0 * math.sqrt(failed) + 3.0) / max(finished, 1.0)
+        recent = max(self.all_recent.finished - known.recent.finished, 0.0)
+        at_once = max(self.all_recent.failed - known.recent.failed, 0.0) / max(recent, 1.0)  # an outage that all share
+        return min(max(usual, 2.0 * at_once, _LEAST_USUAL), _MOST_USUAL)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait in routers for a replica that has room."""
+        return sum(max(router.report.waiting, 0) for router in self.routers.values())
 
     def panic(self) -> bool:
         """Too few of the replicas that were good once take traffic."""
@@ -332,33 +341,15 @@ class Fleet:
     def note_left(self, known: Replica) -> None:
         """A replica that served well is leaving its node: the machine is remembered for it."""
         recent = {n: left for n, left in self._left.items() if left[0] > self.now_s - _REMEMBERED_S}
-        self._left = {**recent, known.connection.node_id: (self.now_s, _own_pace(known.slow_capacity))}
+        log_speed = min(math.log(known.slow_capacity), 0.0)
+        self._left = {**recent, known.connection.node_id: (self.now_s, log_speed)}
 
-    def lost_lately(self, known: Replica) -> tuple[float, float] | None:
-        """When its node lost a replica that served well, and how fast that was; None if it did not lately."""
-        left = self._left.get(known.connection.node_id)
-        return left if left is not None and left[0] > self.now_s - _REMEMBERED_S else None
-
-    def has_returned(self, known: Replica) -> bool:
-        """Whether its node served well, went silent and is back: the same machine, not a new version of the code."""
-        node, left = self.nodes.get(known.connection.node_id), self.lost_lately(known)
-        return node is not None and left is not None and node.back_s > left[0]
-
-    def is_replacing(self) -> bool:
-        """Whether Serve seems to be replacing replicas: one left a machine that is well, and it will stop the next one
-        as soon as a new one runs, whether our trials are over or not.
-        """
-        return any(
-            left_s > self.now_s - _REPLACING_S
-            and (node := self.fresh_node(node_id)) is not None
-            and node.back_s <= left_s
-            for node_id, (left_s, _) in self._left.items()
-        )
-
-
-def _own_pace(capacity: float) -> float:
-    """Log speed at which a machine may come back: as it was; what is too slow to be of use, or fast, is no excuse."""
-    return min(max(math.log(capacity), WORTH_LOG_SPEED), 0.0)
+    def _remember(self, known: Replica) -> None:
+        """What a machine was like lately is what its next replica begins with."""
+        left_s, log_speed = self._left.get(known.connection.node_id, (-math.inf, 0.0))
+        if left_s > self.now_s - _REMEMBERED_S:
+            known.speed.observe(log_speed, _REMEMBERED_WEIGHT)
+            known.capacity = known.steady = known.live_capacity = known.slow_capacity = math.exp(log_speed)
 
 
 def _summed(rates: Iterable[Rates]) -> Rates:

@@ -196,18 +196,23 @@ class Ledger:
     def _leave(self, replica_id: str) -> None:
         """A replica is not alive: say so, and forget it once no call is left there."""
         self._unheard.discard(replica_id)
-        told = self._replicas.get(replica_id)
-        if told is not None and told.changed:
+        told = self._of(replica_id)
+        if told.changed:
             self._gone[replica_id] = self._seq
-            told.changed = 0
+        told.changed, told.new = 0, False
         if self._calls.forget(replica_id):
             self._leaving.discard(replica_id)
-            if self._replicas.pop(replica_id, None) is not None:
-                self._began[replica_id] = self._seq
+            del self._replicas[replica_id]
+            self._began[replica_id] = self._seq
 
     def acknowledged(self, seq: int) -> None:
-        """The coordinator has taken report `seq`; 0 means that it wants to have everything."""
-        self._acknowledged = seq
+        """The coordinator has taken report `seq`; 0 means that it wants to have everything.
+
+        So does one that has taken only an older one than was acknowledged: it has restarted.
+        """
+        self._acknowledged = seq = seq if seq >= self._acknowledged else 0
+        if not seq:
+            self._unheard.update(self._members)
         for replica_id in list(self._unheard):
             told = self._replicas[replica_id]
             while told.outcomes and told.outcomes[0][0] <= seq:

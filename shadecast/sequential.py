@@ -1,7 +1,7 @@
 """Statistics that may be looked at after every observation without losing their error bounds.
 
-Three tools for the gate: a mean of correlated observations with an anytime-valid interval, betting e-processes on a
-difference of error rates, and the e-value of a sign test. An e-value is non-negative evidence whose mean is at most 1
+Three tools for the gate: a mean of correlated observations with an anytime-valid interval, a betting e-process on a
+difference of error rates, and a CUSUM of errors. An e-value is non-negative evidence whose mean is at most 1
 while the null hypothesis holds, so that it ever exceeds 1/alpha with probability alpha at most (Ville 1939), however
 often one looks. No clock, no randomness; nothing here raises on finite input.
 """
@@ -15,6 +15,12 @@ MAX_AUTOCORRELATION = 0.9
 """A few dozen buckets cannot tell stronger correlation apart."""
 MIN_BUCKETS = 10.0
 """With fewer, correlation cannot be told from a difference: no interval."""
+UNSOUND = 0.1
+"""Excess error rate that a trial refutes before it lets a candidate pass."""
+RAISED = 0.05
+"""Excess error rate that the guard finds soonest."""
+_BETS = ((0.8, 1.0), (0.15, 0.6), (0.05, 0.25))
+"""(weight, bet). 1.0 alone would be ruined by one error, at 1 / (1 - UNSOUND)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,58 +113,63 @@ class BucketedMean:
         return Interval(s, k, mean, error, mean - radius, mean + radius)
 
 
-class ExcessErrors:
-    """Evidence on how much more often a candidate fails than a primary does, from matched pairs.
+class Soundness:
+    """Evidence that a candidate does not fail more often than a primary by `UNSOUND` or more, from matched pairs.
 
-    X = [only the candidate failed] - [only the primary failed]; what fails on both says nothing. Two e-processes of the
-    form prod (1 + bet (X - bound)), mixed over fixed bets (Waudby-Smith and Ramdas, "Estimating means of bounded random
-    variables by betting", 2023): `harm` against E X <= margin, `sound` against E X >= unsound.
+    X = [only the candidate failed] - [only the primary failed]; what fails on both says nothing. An e-process against
+    E X >= UNSOUND, prod (1 - bet (X - UNSOUND)), mixed over fixed bets (Waudby-Smith and Ramdas, "Estimating means of
+    bounded random variables by betting", 2023): a large one, so that pairs without an error prove it soon, and smaller
+    ones, which an error does not ruin.
     """
 
-    __slots__ = ("_harm", "_sound", "candidate_only", "margin", "pairs", "primary_only", "unsound")
+    __slots__ = ("_products", "pairs")
 
-    def __init__(self, margin: float) -> None:
-        self.margin = margin
-        self.unsound = min(margin + max(4.0 * margin, 0.08), 0.5 * (1.0 + margin))
-        good = max(margin, 0.2 * self.unsound)
-        likelihood_ratio = (1.0 - good / self.unsound) / (1.0 - self.unsound)
-        # (weight, bet, product): the likelihood ratio for primaries that never fail, a small bet for those that do
-        self._sound = [[0.8, likelihood_ratio, 1.0], [0.2, 0.25 * likelihood_ratio, 1.0]]
-        self._harm = [[1.0 / 3.0, share / (1.0 + margin), 1.0] for share in (0.1, 0.3, 0.9)]
-        self.pairs = self.candidate_only = self.primary_only = 0
+    def __init__(self) -> None:
+        self._products = [1.0] * len(_BETS)
+        self.pairs = 0
 
     def add(self, candidate_failed: bool, primary_failed: bool) -> None:
         """Add one matched pair."""
-        x = float(candidate_failed) - float(primary_failed)
+        excess = float(candidate_failed) - float(primary_failed) - UNSOUND
         self.pairs += 1
-        self.candidate_only += x > 0
-        self.primary_only += x < 0
-        for row in self._sound:
-            row[2] = min(row[2] * (1.0 - row[1] * (x - self.unsound)), 1e100)
-        for row in self._harm:
-            row[2] = min(row[2] * (1.0 + row[1] * (x - self.margin)), 1e100)
+        self._products = [
+            min(product * (1.0 - bet * excess), 1e100) for product, (_, bet) in zip(self._products, _BETS, strict=True)
+        ]
 
     @property
-    def excess(self) -> float:
-        """Point estimate of the excess error rate; 0 without pairs."""
-        return (self.candidate_only - self.primary_only) / self.pairs if self.pairs else 0.0
-
-    @property
-    def sound(self) -> float:
-        """E-value against "the candidate fails at least `unsound` more often"."""
-        return sum(weight * product for weight, _, product in self._sound)
-
-    @property
-    def harm(self) -> float:
-        """E-value against "the candidate fails at most `margin` more often"."""
-        return sum(weight * product for weight, _, product in self._harm)
+    def e_value(self) -> float:
+        """Against "the candidate fails at least `UNSOUND` more often"."""
+        return sum(weight * product for product, (weight, _) in zip(self._products, _BETS, strict=True))
 
 
-def sign_e_value(worse: int, better: int) -> float:
-    """E-value of `worse` against `better` discordant pairs, each side as likely: 2^(b+c) Beta(1+b, 1+c).
+class ErrorGuard:
+    """CUSUM of one replica's errors, request by request, against what is usual elsewhere (Page 1954).
 
-    A uniform mixture over the probability of "worse" against one half (Ville 1939; Robbins 1970).
+    Each request adds the log likelihood ratio of "fails `RAISED` more often than usual" to "fails as usual"; below
+    nothing it begins anew. Errors that the others have as often never trip it, whatever their number.
     """
-    n = worse + better
-    log_beta = math.lgamma(1 + worse) + math.lgamma(1 + better) - math.lgamma(2 + n)
-    return math.exp(min(n * math.log(2.0) + log_beta, 230.0))
+
+    __slots__ = ("_scores", "_usual", "failed", "requests", "score")
+
+    def __init__(self) -> None:
+        self.requests = self.failed = 0
+        """Since the last time that nothing spoke against it."""
+        self.score = 0.0
+        self._usual = math.nan
+        self._scores = (0.0, 0.0)
+
+    def add(self, failed: bool, usual: float) -> None:
+        """One request; `usual` is the greatest error rate, in (0, 1), that is still taken for usual."""
+        if usual != self._usual:
+            raised = min(usual + RAISED, 0.5 + 0.5 * usual)
+            self._scores = math.log((1.0 - raised) / (1.0 - usual)), math.log(raised / usual)
+            self._usual = usual
+        self.score += self._scores[failed]
+        self.requests += 1
+        self.failed += failed
+        if self.score <= 0.0:
+            self.score, self.requests, self.failed = 0.0, 0, 0
+
+    def excess(self) -> str:
+        """In words."""
+        return f"{self.failed} of its last {self.requests} requests failed, at most {self._usual:.1%} is usual"

@@ -91,46 +91,49 @@ def test_a_replica_that_gets_well_comes_back():
     assert world.state("new") is State.ACTIVE
 
 
-def test_a_node_that_was_away_and_is_back_needs_no_trial_but_a_ramp():
-    """A new version in its place, on a node that never went silent, needs the whole trial."""
-    for case in ("returned", "new version"):
-        world = grown(6)
-        world.machines["old0"].alive = False
-        if case == "new version":
-            world.add("watch", node_id="node-old0").silent = True  # keeps nothing but the node's telemetry alive
-            world.machines["watch"].silent = False
-        world.run(20)
-        world.add("again", node_id="node-old0")
-        world.run(2)
-        if case == "returned":
-            assert world.state("again") is State.SHIFTING
-            assert world.row("again").share == 0.2
-        else:
-            assert world.state("again") is State.SHADOWING
-        world.run(180)
-        assert world.state("again") is State.ACTIVE
+def test_a_newcomer_that_is_well_has_its_full_share_within_seconds():
+    taken = []
+    for seed in range(10):
+        world = grown(seed=seed)
+        world.add("new")
+        began_s = world.now_s
+        world.tick()
+        while world.row("new").share < 1.0:
+            world.tick()
+        taken.append(world.now_s - began_s)
+    assert sorted(taken)[8] <= 20.0, "p90 at 20 requests/s"
+
+
+@pytest.mark.parametrize("speed", [0.9, 0.5])
+def test_a_slower_machine_works_as_soon_and_takes_its_part(speed):
+    world = grown()
+    world.add("new", speed=speed)
+    world.run(25)
+    assert world.state("new") is State.ACTIVE
+    world.run(20)
+    world.live.clear()
+    world.run(60)
+    fair = sum(world.live.values()) / 5
+    assert 0.8 * speed < world.live["new"] / fair < 1.2 * speed + 0.1
 
 
 @pytest.mark.parametrize("node_stays", [False, True])
-def test_a_machine_that_is_slower_than_the_others_comes_back_after_a_restart(node_stays):
-    """It is judged by what it did before, not by what faster machines do; a slower version there is still found.
-
-    A machine that was away as a whole comes back as it is: its capacity says how slow it has become.
-    """
-    for speed, allowed in ((0.5, True), (0.2, not node_stays)):
-        world = grown(6)
-        world.machines["old0"].speed = 0.5
-        world.run(300)
-        assert world.row("old0").capacity == pytest.approx(0.5, abs=0.1)
-        world.machines["old0"].alive = False
-        if node_stays:
-            world.add("watch", node_id="node-old0")
-        world.run(20)
-        world.add("again", node_id="node-old0", speed=speed)
-        world.run(250)
-        assert (world.state("again") is State.ACTIVE) is allowed
-        assert world.row("again").capacity < 1.5 * speed
-        assert ("trial_failed" in world.events("again")) is not allowed
+@pytest.mark.parametrize(("speed", "allowed"), [(0.5, True), (0.15, False)])
+def test_a_machine_that_is_slower_than_the_others_comes_back_with_what_it_could_do(speed, allowed, node_stays):
+    world = grown(6)
+    world.machines["old0"].speed = 0.5
+    world.run(300)
+    assert world.row("old0").capacity == pytest.approx(0.5, abs=0.1)
+    world.machines["old0"].alive = False
+    if node_stays:
+        world.add("watch", node_id="node-old0")
+    world.run(20)
+    world.add("again", node_id="node-old0", speed=speed)
+    world.tick()
+    assert world.row("again").capacity == pytest.approx(0.5, abs=0.1)
+    world.run(60)
+    assert (world.state("again") is State.ACTIVE) is allowed
+    assert ("trial_failed" in world.events("again")) is not allowed
 
 
 def test_a_returned_machine_may_be_cold_for_a_while():
@@ -138,46 +141,42 @@ def test_a_returned_machine_may_be_cold_for_a_while():
     world.machines["old0"].alive = False
     world.run(20)
     again = world.add("again", node_id="node-old0", speed=0.3)
-    world.run(15)
-    assert world.state("again") is State.SHIFTING
+    world.run(30)
+    assert world.state("again") is State.ACTIVE
     assert world.row("again").capacity < 0.5
     again.speed = 1.0
-    world.run(150)
-    assert world.state("again") is State.ACTIVE
+    world.run(60)
     assert world.row("again").capacity > 0.8
     assert "guard_tripped" not in world.events("again")
 
 
-def test_a_machine_that_comes_back_broken_is_withdrawn():
+def test_a_machine_that_comes_back_broken_is_turned_away():
     world = grown(6)
     world.machines["old0"].alive = False
     world.run(20)
     world.add("again", node_id="node-old0", failing=0.5)
     world.run(30)
-    assert "guard_tripped" in world.events("again")
-    assert world.failed_live <= 5
+    assert "trial_failed" in world.events("again")
+    assert world.failed_live == 0
     assert world.state("again") in (State.INACTIVE, State.SHADOWING)
 
 
-@pytest.mark.parametrize(
-    ("fault", "welcome"), [({"speed": 0.4}, True), ({"speed": 0.05}, False), ({"failing": 0.3}, False)]
-)
-def test_a_newcomer_that_is_merely_slow_takes_its_part_when_there_is_no_time_for_trials(fault, welcome):
-    world = grown(4, settings={"balance": {"slots": 1.0}})
+@pytest.mark.parametrize(("fault", "welcome"), [({"speed": 0.4}, True), ({"failing": 0.3}, False)])
+def test_where_there_is_no_time_for_trials_a_newcomer_serves_within_seconds_unless_it_fails(fault, welcome):
+    world = grown(4, settings={"balance": {"slots": 1.0}}, rate_per_tick=40)
+    world.run(30)
     world.add("new", **fault)
-    world.run(60)
-    assert "trial_failed" in world.events("new")
-    assert world.live.get("new", 0) == 0
-    world.rate_per_tick = 40
-    world.run(120)
-    assert (world.live.get("new", 0) > 0) is welcome
-    if welcome:
-        assert world.row("new").capacity < 0.6
+    world.run(3)
+    assert world.live["new"] > 0
+    world.run(9)
+    assert (world.state("new") is State.ACTIVE) is welcome
+    assert world.failed_live <= 5
+    assert ("guard_tripped" in world.events("new")) is not welcome
 
 
-@pytest.mark.parametrize(("rate_per_tick", "slots", "urgent"), [(13, 1.0, True), (3, 1.0, False), (13, 0.0, True)])
-def test_a_rolling_update_that_does_not_wait_for_trials_leaves_enough_to_serve(rate_per_tick, slots, urgent):
-    """Serve stops the next old replica as soon as a new one runs. Where there is room, trials go on all the same."""
+@pytest.mark.parametrize(("rate_per_tick", "slots"), [(13, 1.0), (3, 1.0), (13, 0.0)])
+def test_a_rolling_update_that_does_not_wait_for_trials_leaves_enough_to_serve(rate_per_tick, slots):
+    """Serve stops the next old replica as soon as a new one runs."""
     world = grown(4, settings={"balance": {"slots": slots}}, rate_per_tick=rate_per_tick)
     needed = 0.05 * rate_per_tick / 0.5
     for i in range(4):
@@ -188,7 +187,6 @@ def test_a_rolling_update_that_does_not_wait_for_trials_leaves_enough_to_serve(r
             world.tick()
             shares = [row.share for row in world.output.table.rows if row.share > 0.0]
             assert (sum(shares) if 1.0 in shares else len(shares)) > needed, "without an ACTIVE one they take all"
-    assert all(("admit_urgent" in world.events(f"new{i}")) is urgent for i in range(2))
     world.run(300)
     assert {world.state(f"new{i}") for i in range(4)} == {State.ACTIVE}
 
@@ -208,9 +206,9 @@ def test_memory_that_was_full_before_a_node_died_ends_no_trial_when_it_is_back()
 def test_requests_that_cannot_be_copied_lead_to_a_small_live_canary():
     world = grown(copyable=False)
     world.add("new")
-    world.run(10)
+    world.run(4)
     assert world.state("new") is State.SHIFTING
-    assert world.row("new").share == 0.05
+    assert world.row("new").share == 0.1
     world.run(180)
     assert world.state("new") is State.ACTIVE
 
@@ -248,28 +246,6 @@ def test_mirrored_requests_stay_within_their_bounds():
     before = world.requests
     world.run(20)
     assert world.mirrored <= 0.13 * (world.requests - before)
-
-
-def test_a_trial_that_slows_the_primaries_beside_it_ends():
-    world = grown()
-    world.add("new", node_id="node-old0")
-    world.tick()
-    assert world.state("new") is State.SHADOWING
-    world.machines["old0"].speed = 0.4
-    world.run(10)
-    failed = [t for t in world.transitions if t.event == "trial_failed"]
-    assert failed
-    assert "primar" in failed[0].reason
-
-
-def test_a_burst_that_slows_all_primaries_ends_no_trial():
-    world = grown()
-    world.add("new", node_id="node-old0")
-    world.tick()
-    for machine in world.machines.values():
-        machine.speed = 0.4
-    world.run(60)
-    assert "trial_failed" not in world.events("new")
 
 
 # ---------------------------------------------------------------- leaving

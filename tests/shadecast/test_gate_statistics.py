@@ -15,11 +15,12 @@ import pytest
 from scipy import stats
 
 from shadecast.config import TrialConfig
-from shadecast.gate import Trial, Verdict
-from shadecast.sequential import MAX_AUTOCORRELATION, MIN_BUCKETS, ExcessErrors, critical_t, sign_e_value
+from shadecast.gate import NEWCOMER_LIMIT, Trial, Verdict
+from shadecast.sequential import MAX_AUTOCORRELATION, MIN_BUCKETS, ErrorGuard, Soundness, critical_t
 from shadecast.types import PairedSample
 
-CONFIG = replace(TrialConfig(), timeout_s=86_400.0)  # pairs end these trials, not time
+GATE = TrialConfig()
+CONFIG = replace(GATE, timeout_s=86_400.0, margin=1.1)  # pairs end these trials, not time
 MARGIN = math.log(CONFIG.margin)
 SIGMA = 0.3
 PATHS = 4000
@@ -106,27 +107,22 @@ def _at_most(share: float, bound: float, paths: int = PATHS) -> bool:
     return share <= bound + 3 * math.sqrt(bound * (1 - bound) / paths)
 
 
-def _feed(trial: Trial, log_ratios: np.ndarray, pairs_per_s: int) -> tuple[Verdict, int]:
-    verdict = Verdict.CONTINUE
-    for i, ratio in enumerate(log_ratios):
-        now_s = i / pairs_per_s + 0.5 / pairs_per_s
-        trial.observe(PairedSample("c", "p", 1.0, math.exp(ratio), 0, 0), now_s)
-        verdict = trial.rule(now_s).verdict
-        if verdict is not Verdict.CONTINUE:
-            return verdict, i + 1
-    return verdict, len(log_ratios)
-
-
 @pytest.mark.parametrize("pairs_per_s", [1, 4])
 def test_the_vectorised_statistic_is_the_one_of_the_real_trial(pairs_per_s):
     rng = np.random.default_rng(11)
-    config = replace(CONFIG, warmup_pairs=0, error_margin=0.5)  # only speed decides
+    config = replace(CONFIG, warmup_pairs=0)
     paths = MARGIN + rng.normal(0, 0.2, (40, 1)) + rng.normal(0, SIGMA, (40, 300))
-    verdicts, when = _decide(paths, pairs_per_s, config)
-    names = {1: Verdict.FAVOURABLE, -1: Verdict.UNFAVOURABLE, 0: Verdict.CONTINUE}
-    for path, verdict, at in zip(paths, verdicts, when, strict=True):
-        assert _feed(Trial(config, 0.0), path, pairs_per_s) == (names[int(verdict)], at)
-    assert len(set(verdicts)) == 3 or pairs_per_s == 4
+    many, trials = _Many(len(paths)), [Trial(config, 0.0) for _ in paths]
+    for i in range(paths.shape[1]):
+        many.add(i // pairs_per_s, paths[:, i])
+        now_s = (i + 0.5) / pairs_per_s
+        for trial, path in zip(trials, paths, strict=True):
+            trial.observe(PairedSample("c", "p", 1.0, math.exp(path[i]), 0, 0), now_s, usual_errors=0.01)
+        if i % 60 == 59:
+            evidence = [trial.rule(now_s).evidence for trial in trials]
+            lower, upper = many.bounds(config.alpha, config.mixture)
+            assert [each["lower"] for each in evidence] == pytest.approx(lower)
+            assert [each["upper"] for each in evidence] == pytest.approx(upper)
 
 
 def test_at_the_boundary_at_most_5_percent_are_wrongly_promoted_or_rejected_and_a_peeking_t_test_is_far_worse():
@@ -195,82 +191,139 @@ def test_with_many_buckets_the_interval_is_the_one_for_a_known_variance():
     assert critical_t(n, 2, alpha, r) == math.inf
 
 
-def _promotion_probability(failing: float, config: TrialConfig = CONFIG) -> tuple[float, float]:
-    """(promoted, rejected) by errors alone, exactly: the e-values depend on the counts, so a lattice of counts does it.
+# ---------------------------------------------------------------- whole trials, and the ramp behind them
 
-    Speed is taken to allow promotion from the first possible pair on, which is an upper bound.
+
+def _usual(rng: np.random.Generator, primary_failing: float, finished: int = 1000) -> float:
+    """What `Fleet.usual_errors` says after so many requests of the others."""
+    failed = rng.binomial(finished, primary_failing)
+    return min(max((failed + 3.0 * math.sqrt(failed) + 3.0) / finished, 0.005), 0.8)
+
+
+def _trial(
+    rng: np.random.Generator,
+    *,
+    failing: float = 0.0,
+    primary_failing: float = 0.0,
+    slowdown: float = 1.0,
+    sigma: float = 0.3,
+    phi: float = 0.0,
+    pairs_per_s: int = 5,
+) -> tuple[Verdict, int, ErrorGuard, float]:
+    """(verdict, pairs, guard, usual error rate) of one trial, looked at after every pair.
+
+    `sigma` is the noise that all pairs of a second share, `phi` its correlation with the second before.
     """
-    states, promoted, rejected = {0: (1.0, ExcessErrors(config.error_margin))}, 0.0, 0.0
-    for n in range(1, config.max_pairs + 1):
-        following: dict[int, tuple[float, ExcessErrors]] = {}
-        for errors, (probability, evidence) in states.items():
-            for failed, chance in ((False, 1 - failing), (True, failing)):
-                at = errors + failed
-                if at in following:
-                    following[at] = (following[at][0] + probability * chance, following[at][1])
-                else:
-                    following[at] = (probability * chance, _plus(evidence, failed))
-        states = {}
-        for errors, (probability, evidence) in following.items():
-            early = n <= config.hard_errors_window and errors >= config.hard_errors
-            if early or evidence.harm > 1 / config.alpha:
-                rejected += probability
-            elif n >= config.min_pairs and evidence.sound >= 1 / config.alpha:
-                promoted += probability
-            elif probability > 1e-12:
-                states[errors] = (probability, evidence)
-    return promoted, rejected
+    usual = _usual(rng, primary_failing)
+    trial, shared = Trial(GATE, 0.0), sigma * rng.standard_normal()
+    for i in range(GATE.max_pairs):
+        if i % pairs_per_s == 0:
+            shared = phi * shared + math.sqrt(1.0 - phi * phi) * sigma * rng.standard_normal()
+        now_s, size_s = i / pairs_per_s, rng.lognormal(-2.0, 0.6)
+        ratio = slowdown * math.exp(shared + 0.2 * rng.standard_normal())
+        sound = (bool(rng.random() >= primary_failing), bool(rng.random() >= failing))
+        pair = PairedSample("c", "p", size_s, size_s * ratio, 0.0, 0.0, *sound)
+        trial.observe(pair, now_s, usual_errors=usual)
+        verdict = trial.rule(now_s).verdict
+        if verdict is not Verdict.CONTINUE:
+            return verdict, i + 1, trial.errors, usual
+    raise AssertionError("a trial ends")
 
 
-def _plus(evidence: ExcessErrors, failed: bool) -> ExcessErrors:
-    copy = ExcessErrors(evidence.margin)
-    for i in range(evidence.pairs):
-        copy.add(i < evidence.candidate_only, False)
-    copy.add(failed, False)
-    return copy
+def _came_onto_the_ramp(runs: int, seed: int, **options: float) -> float:
+    rng = np.random.default_rng(seed)
+    return sum(_trial(rng, **options)[0] is not Verdict.UNFAVOURABLE for _ in range(runs)) / runs
 
 
-def test_a_candidate_that_fails_20_percent_is_promoted_with_probability_below_a_thousandth():
-    promoted, rejected = _promotion_probability(0.2)
-    assert promoted < 0.001
-    assert rejected > 0.998
+@pytest.mark.parametrize("primary_failing", [0.0, 0.02])
+def test_a_newcomer_that_fails_20_percent_hardly_ever_comes_onto_the_ramp(primary_failing):
+    runs = 3000
+    assert _at_most(_came_onto_the_ramp(runs, 21, failing=0.2, primary_failing=primary_failing), 0.002, runs)
 
 
-def test_a_candidate_that_fails_10_percent_is_promoted_with_probability_below_5_percent():
-    assert _promotion_probability(0.1)[0] < 0.05
+@pytest.mark.parametrize(("failing", "primary_failing"), [(0.1, 0.0), (0.12, 0.02)])
+def test_a_newcomer_that_fails_10_percent_more_comes_onto_the_ramp_in_5_percent_of_trials_at_most(
+    failing, primary_failing
+):
+    runs = 1000
+    assert _at_most(_came_onto_the_ramp(runs, 22, failing=failing, primary_failing=primary_failing), 0.05, runs)
 
 
-def test_a_candidate_that_fails_1_in_200_is_hardly_ever_rejected_for_it():
-    promoted, rejected = _promotion_probability(0.005)
-    assert promoted > 0.99
-    assert rejected < 0.01
+@pytest.mark.parametrize("primary_failing", [0.0, 0.02, 0.1])
+@pytest.mark.parametrize(("sigma", "phi"), [(0.05, 0.0), (0.3, 0.0), (0.6, 0.0), (0.3, 0.6), (0.6, 0.6)])
+def test_a_sound_newcomer_is_hardly_ever_rejected_and_needs_few_pairs(sigma, phi, primary_failing):
+    """It fails as often as the primaries do. Where these fail, it takes more pairs to tell: that is arithmetic."""
+    runs, rng = 1000, np.random.default_rng(23)
+    trials = [
+        _trial(rng, failing=primary_failing, primary_failing=primary_failing, sigma=sigma, phi=phi) for _ in range(runs)
+    ]
+    assert _at_most(sum(verdict is Verdict.UNFAVOURABLE for verdict, *_ in trials) / runs, 0.01, runs)
+    pairs = np.median([pairs for _, pairs, *_ in trials])
+    assert pairs <= {0.0: 35, 0.02: 46, 0.1: 150}[primary_failing]
 
 
-def test_error_e_values_rarely_exceed_their_bound_under_their_null_hypotheses():
-    rng = np.random.default_rng(7)
-    harm_wrong = sound_wrong = 0
-    runs = 400
+@pytest.mark.parametrize("slowdown", [1.11, 2.0])
+def test_a_slower_machine_is_let_in_as_soon_as_an_equal_one(slowdown):
+    runs, rng = 300, np.random.default_rng(24)
+    trials = [_trial(rng, slowdown=slowdown) for _ in range(runs)]
+    assert _at_most(sum(verdict is not Verdict.FAVOURABLE for verdict, *_ in trials) / runs, 0.01, runs)
+    assert np.median([pairs for _, pairs, *_ in trials]) <= 35
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.3])
+def test_a_machine_that_is_far_too_slow_never_comes_onto_the_ramp(sigma):
+    assert _came_onto_the_ramp(300, 25, slowdown=6.0, sigma=sigma) == 0.0
+
+
+def test_of_a_newcomer_that_fails_5_percent_users_see_a_handful_of_errors():
+    """Trial, ramp and first minutes of 2,000 requests on four replicas, of which it gets its share of each step."""
+    runs, rng = 400, np.random.default_rng(26)
+    seen, furthest = [], []
     for _ in range(runs):
-        at_margin, at_unsound = ExcessErrors(0.02), ExcessErrors(0.02)
-        seen_harm = seen_sound = False
+        verdict, _, guard, usual = _trial(rng, failing=0.05)
+        errors, step, on_step, share = 0, 0, 0, 0.0
+        if verdict is not Verdict.UNFAVOURABLE:
+            for _ in range(2000):
+                share = GATE.ramp[step]
+                if rng.random() >= share / 4.0:
+                    continue
+                failed = bool(rng.random() < 0.05)
+                errors += failed
+                on_step += 1
+                guard.add(failed, usual)
+                if guard.score >= NEWCOMER_LIMIT:
+                    break
+                if on_step >= 20 and guard.score <= 0.0 and step + 1 < len(GATE.ramp):
+                    step, on_step = step + 1, 0
+        seen.append(errors)
+        furthest.append(share)
+    assert np.mean(seen) <= 5.0
+    assert np.quantile(seen, 0.95) <= 5.0
+    assert np.mean(np.array(furthest) < 0.5) >= 0.9, "off the ramp before half of it"
+
+
+def test_the_sound_e_value_rarely_exceeds_its_bound_where_the_candidate_is_unsound():
+    rng, runs = np.random.default_rng(7), 400
+    wrong = 0
+    for _ in range(runs):
+        evidence, seen = Soundness(), False
         for u in rng.random(400):
-            at_margin.add(u < 0.05, 0.05 <= u < 0.08)  # 5 % and 3 % alone: an excess of exactly 2 %
-            at_unsound.add(u < at_unsound.unsound, False)
-            seen_harm |= at_margin.harm > 20
-            seen_sound |= at_unsound.sound > 20
-        harm_wrong += seen_harm
-        sound_wrong += seen_sound
-    assert _at_most(harm_wrong / runs, 0.05, runs)
-    assert _at_most(sound_wrong / runs, 0.05, runs)
+            evidence.add(u < 0.13, 0.13 <= u < 0.16)  # 13 % and 3 % alone: an excess of exactly 10 %
+            seen |= evidence.e_value > 20
+        wrong += seen
+    assert _at_most(wrong / runs, 0.05, runs)
 
 
-def test_the_sign_e_value_has_mean_one_under_equality_and_rarely_exceeds_its_bound():
-    for n in (1, 5, 17):
-        mean = sum(math.comb(n, b) * 0.5**n * sign_e_value(b, n - b) for b in range(n + 1))
-        assert mean == pytest.approx(1.0)
-    worse = np.cumsum(np.random.default_rng(8).random((2000, 200)) < 0.5, axis=1)
-    n = np.arange(1, 201)
-    exceeded = np.array(
-        [[sign_e_value(int(b), int(k - b)) > 20 for b, k in zip(row, n, strict=True)] for row in worse[:300]]
-    )
-    assert _at_most(exceeded.any(axis=1).mean(), 0.05, 300)
+@pytest.mark.parametrize("usual", [0.005, 0.05, 0.3])
+def test_the_error_guard_leaves_what_fails_as_usual_alone_and_finds_what_fails_more(usual):
+    rng, guard = np.random.default_rng(8), ErrorGuard()
+    highest = 0.0
+    for u in rng.random(5000):
+        guard.add(bool(u < usual / 2.0), usual)
+        highest = max(highest, guard.score)
+    assert highest < 9.0
+    guard, requests = ErrorGuard(), 0
+    while guard.score < 9.0:
+        guard.add(bool(rng.random() < usual + 0.1), usual)
+        requests += 1
+    assert requests < 600

@@ -565,6 +565,8 @@ def test_whatever_is_lost_late_or_repeated_every_call_is_counted_once(steps):
 
 @settings(max_examples=500, deadline=None)
 @given(st.lists(st.one_of(START, OVER, EXCHANGE, NET, RESTART), max_size=50))
+@example([("report", 0), ("start", 0, "r0"), ("exchange", 0), ("restart",), ("take", 0), ("hear", 0)])
+@example([("report", 0), ("start", 0, "r0"), ("exchange", 0), ("restart",), ("exchange", 0), ("take", 0), ("hear", 0)])
 def test_so_it_is_for_each_coordinator_that_has_restarted(steps):
     tell(steps)
 
@@ -578,5 +580,6 @@ def test_so_it_is_where_calls_are_taken_off_their_replicas(steps):
 @settings(max_examples=500, deadline=None)
 @given(st.lists(st.one_of(START, OVER, EXCHANGE, NET, COME_AND_GO), max_size=50))
 @example([("start", 0, "r0"), ("report", 0), ("gone", 0, "r0"), ("exchange", 0), ("back", 0, "r0")])
+@example([("start", 0, "r0"), ("gone", 0, "r0"), ("report", 0), ("exchange", 0), ("back", 0, "r0")])
 def test_replicas_that_come_and_go_never_make_more_of_their_calls_than_there_were(steps):
     tell(steps, exact=False)
