@@ -81,7 +81,7 @@ class Estimates:
 
     def observe_pair(self, candidate: Replica, primary: Replica | None, pair: PairedSample) -> None:
         """A candidate's speed from its copy, relative to the primary's: pairs may cover only a stream's first items."""
-        whole = pair.primary_ok and pair.shadow_ok and min(pair.primary_s, pair.shadow_s) > 0.0
+        whole = pair.primary_ok and pair.shadow_ok and not pair.cold and min(pair.primary_s, pair.shadow_s) > 0.0
         sides = ((pair.primary_s, pair.primary_in_flight), (pair.shadow_s, pair.shadow_in_flight))
         if primary is None or not whole or not all(is_plausible(*side, 1.0) and side[0] < 1e6 for side in sides):
             return

@@ -114,9 +114,10 @@ class Trial:
     def observe(self, pair: PairedSample, now_s: float, *, usual_errors: float) -> None:
         """Add one pair, received at `now_s`. Impossible durations are dropped and counted; nothing raises.
 
-        Errors count from the first pair on, speed after the warm-up. A request that fails on both sides is no error of
-        the candidate's. A copy that failed may only speak against it: failing fast is no speed, a time-out is as slow
-        as its deadline. `usual_errors` is the greatest error rate of the others that is taken for usual.
+        Errors count from the first pair on, speed after the warm-up and not where the candidate was cold. What fails on
+        both sides is no error of the candidate's. A copy that failed may only speak against it: failing fast is no
+        speed, a time-out is as slow as its deadline. `usual_errors` is the greatest error rate of the others that is
+        taken for usual.
         """
         elapsed_s = self._advance(now_s)
         primary_ok, shadow_ok = pair.primary_ok, pair.shadow_ok
@@ -135,7 +136,7 @@ class Trial:
             self._alone[failed] += 1
         if primary_ok or not failed:
             self.errors.add(failed, usual_errors)
-        if self.pairs > self.config.warmup_pairs and primary_ok and _possible(pair.shadow_s):
+        if self.pairs > self.config.warmup_pairs and primary_ok and not pair.cold and _possible(pair.shadow_s):
             ratio = self._log_ratio(pair)
             if shadow_ok or ratio > 0.0:
                 self._speed.add(int(elapsed_s / BUCKET_S), ratio)

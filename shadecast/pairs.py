@@ -30,6 +30,8 @@ class Pair:
     shadow_s: float | None = None
     primary_ok: bool = True
     shadow_ok: bool = True
+    cold: bool = False
+    """The copy asks for a multiplexed id that the candidate had not loaded."""
     void: bool = False
     """A half says nothing: the primary was cancelled or moved, or the candidate was full."""
     times_s: list[float] = field(default_factory=list)
@@ -64,7 +66,14 @@ class Pair:
             return None
         loads = self.primary_in_flight, self.shadow_in_flight
         return PairedSample(
-            self.candidate_id, self.primary_id, *seconds, *loads, self.primary_ok, self.shadow_ok, equal
+            self.candidate_id,
+            self.primary_id,
+            *seconds,
+            *loads,
+            self.primary_ok,
+            self.shadow_ok,
+            equal,
+            cold=self.cold,
         )
 
     def _seconds(self) -> tuple[float, float] | None:

@@ -150,6 +150,8 @@ class PairedSample:
     shadow_ok: bool = True
     answers_equal: bool | None = None
     age_s: float = 0.0
+    cold: bool = False
+    """The candidate had to load what the primary had: the copy's duration says nothing of its speed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,6 +94,8 @@ class Mirror:
             self._on_drop()
             return None
         pair = Pair(candidate_id, *primary, self._complete, reading)
+        model_id = request.metadata.multiplexed_model_id
+        pair.cold = bool(model_id) and model_id not in candidate.multiplexed_model_ids
         if self._equal is not None:
             self._keep_answer(pair, result)
         self._under_way[candidate_id] = self._under_way.get(candidate_id, 0) + 1

@@ -203,6 +203,54 @@ def test_memory_that_was_full_before_a_node_died_ends_no_trial_when_it_is_back()
     assert world.state("again") in (State.SHIFTING, State.ACTIVE)
 
 
+def test_a_node_whose_memory_is_always_nearly_full_serves_all_the_same():
+    """A pinned model: nothing rises. After a rolling update the next replica there works as any other."""
+    world = grown(4)
+    world.machines["old0"].memory = 0.94
+    world.run(5)
+    world.machines["old0"].alive = False
+    world.add("next", node_id="node-old0", memory=0.94)
+    world.run(30)
+    assert world.state("next") is State.ACTIVE
+    assert not {"guard_tripped", "trial_failed"} & set(world.events("next"))
+
+
+def test_a_newcomer_whose_memory_rises_to_the_limit_is_turned_away():
+    world = grown(4)
+    new = world.add("new")
+    world.run(2)
+    new.memory = 0.95
+    world.run(2)
+    (failed,) = [t for t in world.transitions if t.event == "trial_failed"]
+    assert "memory rose from 30% to 95%" in failed.reason
+
+
+def test_a_replica_that_fails_each_of_its_rare_requests_is_withdrawn():
+    """Judged by request, not by second: .15 requests a second on each of four."""
+    world = grown(4)
+    world.machines["old0"].failing = 1.0
+    failed_before = world.failed_live
+    for i in range(2000):
+        world.rate_per_tick = 1 if i % 3 == 0 else 0
+        world.tick()
+        if world.state("old0") is not State.ACTIVE:
+            break
+    assert world.events("old0")[0] == "guard_tripped"
+    assert world.failed_live - failed_before <= 8
+
+
+def test_requests_that_wait_in_routers_leave_no_time_for_trials():
+    """Saturated with eight places each, while the curve that was learned says that there are 64."""
+    world = grown(4)
+    world.waiting = 12
+    world.run(3)
+    world.add("new")
+    world.run(3)
+    assert "admit_urgent" in world.events("new")
+    assert "wait for a replica" in next(t.reason for t in world.transitions if t.event == "admit_urgent")
+    assert world.live["new"] > 0
+
+
 def test_requests_that_cannot_be_copied_lead_to_a_small_live_canary():
     world = grown(copyable=False)
     world.add("new")

@@ -132,6 +132,19 @@ def test_memory_that_rises_to_its_limit_ends_a_trial_and_says_why(before, now, h
     assert ("memory rose" in ruling.reason) == harmful
 
 
+def test_a_candidate_that_has_to_load_what_the_primaries_have_is_not_judged_by_the_time_of_that():
+    """Twelve ids, room for three: nearly every copy begins with a load of half a second."""
+    trial = Trial(CONFIG, 0.0)
+    for i in range(100):
+        cold = i % 4 != 0
+        pair = _pair(0.05, 0.55 if cold else 0.05, cold=cold)
+        trial.observe(pair, i * 0.2, usual_errors=USUAL)
+        if (ruling := trial.rule(i * 0.2)).verdict is not Verdict.CONTINUE:
+            break
+    assert ruling.verdict is Verdict.FAVOURABLE
+    assert ruling.evidence["judged"] < 30
+
+
 def test_a_trial_without_traffic_ends_inconclusive_and_does_not_starve():
     trial = Trial(CONFIG, 100.0)
     assert trial.rule(100.0 + CONFIG.timeout_s - 1).verdict is Verdict.CONTINUE

@@ -48,6 +48,8 @@ class World:
     """Replicas with less than this part of the best capacity get no live request, as by the least score."""
     overflow: float = 0.0
     """But for this part of the best one's, as when those are busy for a moment."""
+    waiting: int = 0
+    """Requests that wait in the router."""
 
     def __post_init__(self):
         self.rng = random.Random(self.seed)
@@ -113,8 +115,9 @@ class World:
             for n, m in alive.items()
         )  # fmt: skip
         return RouterReport(
-            "router", DEPLOYMENT, self.seq, 0.5, replicas, tuple(pairs), mirrored, 0, uncopyable, level="table"
-        )
+            "router", DEPLOYMENT, self.seq, 0.5, replicas, tuple(pairs), mirrored, 0, uncopyable, level="table",
+            waiting=self.waiting,
+        )  # fmt: skip
 
     def request(self, machine: Machine, noise: float) -> Outcome:
         duration_s = 0.05 * noise / (machine.speed * self.rng.lognormvariate(0, 0.1))
