@@ -26,13 +26,24 @@ class Place(Protocol):
 class Locality:
     """Laid out for one table and membership. Pools are indices in rising order."""
 
-    __slots__ = ("_eligible", "_near_node", "_near_zone", "_replicas", "_with_model", "any_near")
+    __slots__ = ("_near_node", "_near_zone", "_replicas", "_well", "_with_model", "any_near")
 
-    def __init__(self, eligible: Sequence[int], replicas: Sequence[Place], node: str | None, zone: str | None) -> None:
-        """`eligible` are indices into `replicas`. `node` and `zone` are this process's own, None where indifferent."""
-        self._eligible, self._replicas = eligible, replicas
-        self._near_node = [i for i in eligible if replicas[i].node_id == node] if node is not None else []
-        self._near_zone = [i for i in eligible if replicas[i].availability_zone == zone] if zone is not None else []
+    def __init__(
+        self,
+        eligible: Sequence[int],
+        replicas: Sequence[Place],
+        node: str | None,
+        zone: str | None,
+        collapsed: Collection[int] = (),
+    ) -> None:
+        """`eligible` are indices into `replicas`. `node` and `zone` are this process's own, None where indifferent.
+
+        No preference holds on to a `collapsed` replica: a load elsewhere, or a longer way, costs less than to stay.
+        """
+        self._replicas = replicas
+        self._well = well = [i for i in eligible if i not in collapsed] or eligible
+        self._near_node = [i for i in well if replicas[i].node_id == node] if node is not None else []
+        self._near_zone = [i for i in well if replicas[i].availability_zone == zone] if zone is not None else []
         self.any_near = bool(self._near_node or self._near_zone)
         """Whether some eligible replica is nearer than others."""
         self._with_model: dict[str, list[int]] = {}
@@ -62,7 +73,7 @@ class Locality:
         """Eligible replicas that have the model, or with "" those with the fewest."""
         pool = self._with_model.get(model_id)
         if pool is None:
-            replicas, eligible = self._replicas, self._eligible
+            replicas, eligible = self._replicas, self._well
             if model_id:
                 pool = [i for i in eligible if model_id in replicas[i].multiplexed_model_ids]
             else:

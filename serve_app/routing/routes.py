@@ -167,7 +167,8 @@ class Routes:
         for replica_id in self.ejections.at(now_s) if self.ejections else ():
             if (i := picks.index.get(replica_id)) is not None:
                 picks.eject(i, True)
-        self._locality = Locality(picks.pool, self.replicas, *self._own_place())
+        collapsed = {picks.index[replica_id] for replica_id in self._very_slow if replica_id in picks.index}
+        self._locality = Locality(picks.pool, self.replicas, *self._own_place(), collapsed)
         self.has_near = self._locality.any_near
         self.fresh_until_s = self._table_s + TABLE_TTL_S if self._laid_out_for == "table" else -math.inf
         rows = table.rows if table is not None else ()

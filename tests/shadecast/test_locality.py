@@ -47,6 +47,14 @@ def test_the_own_node_comes_first_then_the_own_zone_then_all():
     assert asked(locality) == [[0, 1], [0, 1, 2], None, None]
 
 
+def test_no_preference_holds_on_to_a_replica_that_has_collapsed():
+    locality = Locality(range(5), REPLICAS, "here", "zone", collapsed={0, 3})
+    assert asked(locality) == [[1], [1, 2], None, None]
+    assert asked(locality, "n", 1) == [[1]]
+    assert asked(Locality(range(5), REPLICAS, None, None, collapsed={0, 1}), "m", 1) == [[2, 4]]
+    assert asked(Locality(range(2), REPLICAS, None, None, collapsed={0, 1}), "m", 1) == [[0, 1]], "better than nobody"
+
+
 @pytest.mark.parametrize(
     ("node", "zone", "pools"),
     [

@@ -619,6 +619,16 @@ async def test_a_multiplexed_model_goes_where_it_is_loaded():
             assert await ask(serve, multiplexed_model_id="m") == "b"
 
 
+@in_virtual_time
+async def test_a_multiplexed_model_leaves_a_replica_that_has_collapsed():
+    b = Replica("b", multiplexed_model_ids={"m"})
+    a, c = (Replica(name, max_ongoing_requests=50) for name in "ac")
+    async with serving(a, b, c) as serve:
+        serve.take(table(a=1.0, b=0.02, c=1.0))
+        chosen = {await ask(serve, multiplexed_model_id="m") for _ in range(40)}
+    assert chosen == {"a", "c"}
+
+
 @pytest.mark.parametrize("way", ["no table", "multiplexed", "observing"])
 @in_virtual_time
 async def test_serves_own_preferences_go_serves_way(way):
