@@ -624,7 +624,7 @@ async def test_a_multiplexed_model_leaves_a_replica_that_has_collapsed():
     b = Replica("b", multiplexed_model_ids={"m"})
     a, c = (Replica(name, max_ongoing_requests=50) for name in "ac")
     async with serving(a, b, c) as serve:
-        serve.take(table(a=1.0, b=0.02, c=1.0))
+        serve.take(table(a=1.0, b=(1.0, 0.02, 0.0), c=1.0))
         chosen = {await ask(serve, multiplexed_model_id="m") for _ in range(40)}
     assert chosen == {"a", "c"}
 
