@@ -12,14 +12,13 @@ import math
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 from actors.deployment import FORGET_S, Deployment
 from actors.serving_load import ServingLoad
 from shadecast import former
-from shadecast.balancer import Command
 from shadecast.config import TICK_JITTER, TICK_S
 from shadecast.errors import MessageError
 from shadecast.inbox import read_node
@@ -35,24 +34,43 @@ Deployed = Callable[[str], tuple[bool, Any] | None]
 """Whether a deployment's newest router only observes, and its settings; None where that cannot be told. Blocks."""
 
 
+class Holds(Protocol):
+    """Where operators' holds outlive the coordinator. Blocks."""
+
+    def load(self) -> Iterable[str]:
+        """Those that were saved last."""
+
+    def save(self, holds: Sequence[str]) -> None:
+        """Ids of replicas and nodes."""
+
+
 class Coordinator:
     """Wrap with `ray.remote`; every method runs on the actor's one event loop."""
 
     def __init__(
         self,
+        *,
         now_s: Callable[[], float] = time.monotonic,
         epoch: int | None = None,
         supervise: Callable[[], Iterable[str]] | None = None,
         uniform: Callable[[float, float], float] = random.uniform,
         deployed: Deployed | None = None,
+        holds: Holds | None = None,
+        draining: Callable[[], Iterable[str]] = tuple,
     ) -> None:
         """`supervise` starts and stops node forecasters and returns the ids of the nodes that are alive (blocking).
 
         `deployed` tells what a deployment was last deployed with; without it the router that started last says so.
+        `holds` keeps what operators keep out for the next life of the coordinator, `draining` are the nodes that Ray is
+        about to take away (both block).
         """
         self._now_s = now_s
         self._epoch = epoch if epoch is not None else time.time_ns()
-        self._supervise, self._deployed = supervise, deployed
+        self._supervise, self._deployed, self._draining = supervise, deployed, draining
+        self._store = holds
+        self._holds = set(holds.load()) if holds is not None else set[str]()
+        self._leaving = frozenset[str]()
+        """Nodes that Ray is about to take away."""
         self._warned: set[str] = set()
         self._uniform = uniform
         self._started_s = now_s()
@@ -169,8 +187,17 @@ class Coordinator:
     # ------------------------------------------------------------------ calls from people
 
     async def command(self, target: str, drain: bool) -> int:
-        """Drain (or let back in) a replica, or all replicas of a node; the number of connections concerned."""
-        return sum(known.command(Command(target, drain)) for known in self._deployments.values())
+        """Keep a replica, or whatever runs on a node now or later, out of traffic, or let it back in.
+
+        Returns how many replicas that concerns, 1 for a node without any; 0: nothing of that id is known.
+        """
+        concerned = sum(known.replicas_of(target) for known in self._deployments.values())
+        concerned = concerned or int(target in self._nodes or target in self._holds)
+        if concerned:
+            (self._holds.add if drain else self._holds.discard)(target)
+            if self._store is not None:
+                await asyncio.get_running_loop().run_in_executor(None, self._store.save, sorted(self._holds))
+        return concerned
 
     async def status(self) -> dict[str, Any]:
         """Everything that `shadecast status` and the live page show, as plain values."""
@@ -179,6 +206,8 @@ class Coordinator:
         return {
             "schema": 1,
             "epoch": self._epoch,
+            "holds": sorted(self._holds),
+            "leaving": sorted(self._leaving),
             "uptime_s": now_s - self._started_s,
             "nodes": [_node_view(report, now_s - at_s) for at_s, report in self._nodes.values()],
             "deployments": [known.view(now_s) for known in self._deployments.values()],
@@ -226,7 +255,7 @@ class Coordinator:
         if now_s - known.heard_s > FORGET_S:
             del self._deployments[deployment]
             return
-        output = known.tick(now_s)
+        output = known.tick(now_s, self._leaving.union(self._holds))
         for transition in output.transitions if output is not None else ():
             self._transitions.append((now_s, transition))
             logger.info(
@@ -242,7 +271,9 @@ class Coordinator:
     async def _supervise_forever(self, supervise: Callable[[], Iterable[str]]) -> None:
         while True:
             try:
-                alive = set(await asyncio.get_running_loop().run_in_executor(None, supervise))
+                loop = asyncio.get_running_loop()
+                alive = set(await loop.run_in_executor(None, supervise))
+                self._leaving = frozenset(await loop.run_in_executor(None, self._draining))
                 for node_id in [n for n in self._nodes if n not in alive]:
                     del self._nodes[node_id]
             except Exception:

@@ -10,7 +10,7 @@ from collections import deque
 from dataclasses import asdict
 from typing import Any
 
-from shadecast.balancer import Balancer, Command, TickInput, TickOutput
+from shadecast.balancer import Balancer, TickInput, TickOutput
 from shadecast.config import TICK_S, Config
 from shadecast.errors import ConfigError
 from shadecast.inbox import Inbox
@@ -47,7 +47,6 @@ class Deployment:
         """What was sent of the last table, by (epoch, version) held, and by (0, version on which it builds)."""
         self.nodes: list[NodeReport] = []
         self._reports: list[RouterReport] = []
-        self._commands: list[Command] = []
         self._restored = False
         self.next_tick_s = 0.0
         self.output: TickOutput | None = None
@@ -113,15 +112,14 @@ class Deployment:
         """Whether any were heard."""
         return self._settings_of >= 0.0
 
-    def command(self, command: Command) -> int:
-        """An operator's order, for the next tick; the number of connections concerned."""
-        self._commands.append(command)
+    def replicas_of(self, target: str) -> int:
+        """How many replicas a replica's or node's id stands for."""
         rows = self.output.table.rows if self.output is not None else ()
-        return sum(1 for row in rows if command.target in (row.replica_id, row.node_id))
+        return sum(1 for row in rows if target in (row.replica_id, row.node_id))
 
     # ------------------------------------------------------------------ ticks and tables
 
-    def tick(self, now_s: float) -> TickOutput | None:
+    def tick(self, now_s: float, holds: frozenset[str] = frozenset()) -> TickOutput | None:
         """One round of the balancer; None while the table of a former life may still come."""
         if (
             not self._restored
@@ -129,8 +127,8 @@ class Deployment:
             and any(report.table_epoch not in (0, self._epoch) for report in self._reports)
         ):
             return None
-        taken = TickInput(now_s, tuple(self._reports), tuple(self.nodes), tuple(self._commands))
-        self._reports, self.nodes, self._commands = [], [], []
+        taken = TickInput(now_s, tuple(self._reports), tuple(self.nodes), holds)
+        self._reports, self.nodes = [], []
         started_s, started_cpu_s = time.perf_counter(), time.thread_time()
         self.output = self.balancer.on_tick(taken)
         self.tick_s.append((time.perf_counter() - started_s, time.thread_time() - started_cpu_s))

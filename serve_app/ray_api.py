@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import ray
 from ray._common.constants import HEAD_NODE_RESOURCE_NAME as HEAD_NODE_RESOURCE
-from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
+from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put, internal_kv_get_gcs_client
 from ray.serve._private.common import ReplicaQueueLengthInfo as QueueInfo
 from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
 from ray.serve.context import _get_serve_request_context
@@ -183,6 +184,30 @@ def shared_secret(key: bytes, made: bytes, namespace: str) -> bytes:
     """A value that all processes of a cluster agree on: the first one's `made`. Blocks: call it in a thread."""
     _internal_kv_put(key, made, overwrite=False, namespace=namespace.encode())
     return cast("bytes", _internal_kv_get(key, namespace=namespace.encode()))
+
+
+class Holds:
+    """What operators keep out of traffic, kept by the cluster itself: it outlives the coordinator. Blocks."""
+
+    def __init__(self, namespace: str) -> None:
+        self.namespace = namespace.encode()
+
+    def load(self) -> list[str]:
+        """Ids of replicas and nodes, as they were saved last; none where that cannot be read."""
+        kept = _internal_kv_get(b"holds", namespace=self.namespace)
+        try:
+            return [str(target) for target in json.loads(kept or b"[]")]
+        except (TypeError, ValueError):
+            return []
+
+    def save(self, holds: Sequence[str]) -> None:
+        """Keep these."""
+        _internal_kv_put(b"holds", json.dumps(list(holds)).encode(), overwrite=True, namespace=self.namespace)
+
+
+def draining_nodes() -> list[str]:
+    """Ids of the nodes that Ray is about to take away: preempted, scaled down, `ray drain-node`. Blocks."""
+    return list(internal_kv_get_gcs_client().get_draining_nodes(timeout=5))
 
 
 def deployed_router(app_name: str, name: str) -> tuple[str, dict[str, Any]] | None:

@@ -33,7 +33,7 @@ class Admission:
     def admit(self) -> None:
         """Let in who may."""
         replicas = list(self._fleet.replicas.values())
-        waiting = [r for r in replicas if r.connection.state is State.INACTIVE and not r.connection.held]
+        waiting = [r for r in replicas if r.connection.state is State.INACTIVE and not self._fleet.is_held(r)]
         if self._admit_untried(waiting):
             return
         now_s = self._fleet.now_s
@@ -66,7 +66,7 @@ class Admission:
             return False
         why = "panic: too few replicas serve" if panic else "first start" if serving else "nothing else serves"
         unproven = [r for r in fleet.replicas.values() if r.connection.state in (State.SHADOWING, State.SHIFTING)]
-        entering = [r for r in [*waiting, *unproven] if not r.connection.rejections and not r.connection.held]
+        entering = [r for r in [*waiting, *unproven] if not r.connection.rejections and not fleet.is_held(r)]
         if not serving and not entering:
             entering = waiting
         for known in entering:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from shadecast.admission import Admission
 from shadecast.config import LOST_AFTER_S, TICK_S, Config
@@ -31,22 +31,14 @@ from shadecast.urgency import Urgency
 
 
 @dataclass(frozen=True, slots=True)
-class Command:
-    """An operator's wish: keep a replica, or all of a node's, out of traffic, or let them back in."""
-
-    target: str
-    """A replica_id or a node_id."""
-    drain: bool
-
-
-@dataclass(frozen=True, slots=True)
 class TickInput:
     """What arrived since the last tick. `now_s` is the caller's monotonic clock."""
 
     now_s: float
     routers: tuple[RouterReport, ...] = ()
     nodes: tuple[NodeReport, ...] = ()
-    commands: tuple[Command, ...] = ()
+    holds: frozenset[str] = frozenset()
+    """Ids of replicas and nodes that are to be kept out of traffic."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +60,7 @@ class ReplicaView:
     error_fraction: float
     mirror_fraction: float
     held: bool
-    """An operator keeps it out."""
+    """An operator, or Ray, keeps it out."""
     trial: str
     evidence: Mapping[str, float]
     retry_in_s: float
@@ -128,11 +120,8 @@ class Balancer:
             if row.replica_id in self._fleet.replicas:
                 continue
             kept = row.state if row.state in (State.ACTIVE, State.DRAINING) else State.INACTIVE
-            held = row.state is State.DRAINING
             again_s = now_s + backoff_s(row.rejections, self.config.trial)
-            connection = Connection(
-                row.replica_id, row.node_id, kept, now_s, 0, row.rejections, again_s, row.proven, held
-            )
+            connection = Connection(row.replica_id, row.node_id, kept, now_s, 0, row.rejections, again_s, row.proven)
             known = self._fleet.add(connection, now_s)
             known.capacity = known.steady = known.live_capacity = known.slow_capacity = max(row.capacity, 0.01)
         self._fleet.assume_used(table, now_s)
@@ -155,8 +144,8 @@ class Balancer:
         self._fleet.forget_routers()
         self._estimates.update(elapsed_s)
         self._urgency.update(elapsed_s)
-        for command in tick.commands:
-            self._command(command)
+        self._fleet.holds = tick.holds
+        self._hold()
         self._lose()
         self._trials.judge()
         self._admission.admit()
@@ -191,15 +180,12 @@ class Balancer:
         if good:
             self._estimates.observe_outcomes(known, good)
 
-    def _command(self, command: Command) -> None:
-        for known in self._fleet.replicas.values():
-            c = known.connection
-            if command.target not in (c.replica_id, c.node_id):
-                continue
-            if not command.drain:
-                known.connection = replace(c, held=False)
-            elif not self._trials.apply(known, Event.DRAIN, "operator asked to drain"):
-                known.connection = replace(c, held=True)
+    def _hold(self) -> None:
+        """What an operator keeps out, or Ray is about to take away, gets no new traffic."""
+        if self._fleet.holds:
+            for known in self._fleet.replicas.values():
+                if self._fleet.is_held(known):
+                    self._trials.apply(known, Event.DRAIN, "an operator, or Ray, drains it")
 
     def _lose(self) -> None:
         if not self._fleet.routers:
@@ -226,7 +212,7 @@ class Balancer:
         rows = []
         for known in self._fleet.replicas.values():
             c = known.connection
-            share = self._share(c, panic=panic)
+            share = self._share(known, panic=panic)
             known.session_weight = steady_weight(known.session_weight or 1.0, known.slow_capacity * share)
             rows.append(
                 TableRow(
@@ -266,15 +252,15 @@ class Balancer:
             self._fleet.dropped,
         )
 
-    def _share(self, c: Connection, *, panic: bool) -> float:
-        return 1.0 if panic and not c.held and not c.rejections else c.share(self.config.trial.ramp)
+    def _share(self, known: Replica, *, panic: bool) -> float:
+        c = known.connection
+        everybody = panic and not c.rejections and not self._fleet.is_held(known)
+        return 1.0 if everybody else c.share(self.config.trial.ramp)
 
     def views(self) -> tuple[ReplicaView, ...]:
         """What people see of each replica, as of the last tick."""
         panic = self._fleet.panic()
-        return tuple(
-            self._view(known, self._share(known.connection, panic=panic)) for known in self._fleet.replicas.values()
-        )
+        return tuple(self._view(known, self._share(known, panic=panic)) for known in self._fleet.replicas.values())
 
     def _view(self, known: Replica, share: float) -> ReplicaView:
         c, rates, ruling, now_s = known.connection, known.rates, known.ruling, self._fleet.now_s
@@ -294,7 +280,7 @@ class Balancer:
             rates.duration_sum_s / succeeded if rates.finished > 0.5 else math.nan,
             rates.failed / rates.finished if rates.finished > 0.5 else math.nan,
             known.mirror_fraction,
-            c.held,
+            self._fleet.is_held(known),
             ruling.reason if ruling is not None else "",
             dict(ruling.evidence) if ruling is not None else {},
             max(c.not_before_s - now_s, 0.0) if c.state is State.INACTIVE else 0.0,

@@ -84,8 +84,6 @@ class Connection:
     """No trial begins earlier: the back-off."""
     proven: bool = False
     """Has been ACTIVE."""
-    held: bool = False
-    """An operator keeps it out until released."""
 
     def share(self, ramp: tuple[float, ...]) -> float:
         """Fraction of picks, in [0, 1], for which the replica is eligible."""
@@ -118,7 +116,7 @@ def step(connection: Connection, event: Event, now_s: float, config: TrialConfig
         )
     changed = replace(connection, state=after, since_s=now_s)
     match event:
-        case Event.ADMIT | Event.DRAINED:
+        case Event.ADMIT | Event.DRAIN | Event.DRAINED:
             return changed
         case Event.ADMIT_UNTRIED:
             return replace(changed, proven=True, rejections=0, step=0)
@@ -136,8 +134,6 @@ def step(connection: Connection, event: Event, now_s: float, config: TrialConfig
         case Event.TRIAL_FAILED | Event.GUARD_TRIPPED:
             rejections = connection.rejections + 1
             return replace(changed, rejections=rejections, not_before_s=now_s + backoff_s(rejections, config), step=0)
-        case Event.DRAIN:
-            return replace(changed, held=True)
         case Event.LOST:
             return replace(changed, rejections=0, not_before_s=0.0, proven=False, step=0)
         case _:

@@ -153,6 +153,8 @@ class Fleet:
         self.first_seen_s: float | None = None
         self.finished_total = 0
         self.all_rates = self.all_recent = self.all_long = Rates()
+        self.holds: frozenset[str] = frozenset()
+        """Ids of replicas and nodes that are to be kept out of traffic."""
         self.copyable = True
         """Whether requests can be copied, as far as is known."""
         self.dropped = 0
@@ -274,9 +276,13 @@ class Fleet:
         """Those that take live traffic."""
         return [r for r in self.replicas.values() if r.takes_traffic]
 
+    def is_held(self, known: Replica) -> bool:
+        """Whether it, or its node, is to be kept out of traffic."""
+        return bool(self.holds) and not self.holds.isdisjoint((known.connection.replica_id, known.connection.node_id))
+
     def proven(self) -> list[Replica]:
-        """Those that were good once, and that no operator keeps out."""
-        return [r for r in self.replicas.values() if r.connection.proven and not r.connection.held]
+        """Those that were good once, and that are not to be kept out."""
+        return [r for r in self.replicas.values() if r.connection.proven and not self.is_held(r)]
 
     def usual_errors(self, known: Replica) -> float:
         """The greatest error rate of a replica that is still taken for usual: the others', three deviations up.

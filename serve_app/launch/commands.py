@@ -300,7 +300,10 @@ def _command(address: str, target: str, out: bool) -> None:
         concerned = ray.get(running_coordinator().command.remote(target, out), timeout=30)
     if not concerned:
         raise ShadecastError(f"no replica or node {target!r}: see `shadecast status` for those that exist")
-    console.print(f"{'Draining' if out else 'Released'} {concerned} connections.")
+    if out:
+        console.print(f"Kept out of traffic until `shadecast release {target}`: {concerned} of what runs now.")
+    else:
+        console.print(f"Let back in, through a trial: {concerned} of what runs now.")
 
 
 def _finite(value: Any) -> Any:

@@ -35,7 +35,11 @@ class CoordinatorProcess:
         from actors.forecaster_actor import ForecasterFleet  # noqa: PLC0415
 
         fleet = ForecasterFleet(functools.partial(start_forecaster, settings))
-        self._coordinator = Coordinator(supervise=fleet, deployed=_deployed)
+        from serve_app import ray_api  # noqa: PLC0415 - as above
+
+        self._coordinator = Coordinator(
+            supervise=fleet, deployed=_deployed, holds=ray_api.Holds(NAMESPACE), draining=ray_api.draining_nodes
+        )
         gc.freeze()  # what Ray has loaded lives as long as the process: a collection that looks through it is a pause
         gc.set_threshold(_COLLECT_EVERY, 20, 20)
 

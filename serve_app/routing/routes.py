@@ -168,7 +168,8 @@ class Routes:
             if (i := picks.index.get(replica_id)) is not None:
                 picks.eject(i, True)
         collapsed = {picks.index[replica_id] for replica_id in self._very_slow if replica_id in picks.index}
-        self._locality = Locality(picks.pool, self.replicas, *self._own_place(), collapsed)
+        node, zone = self._own_place()
+        self._locality = Locality(picks.pool, self.replicas, node, zone, collapsed)
         self.has_near = self._locality.any_near
         self.fresh_until_s = self._table_s + TABLE_TTL_S if self._laid_out_for == "table" else -math.inf
         rows = table.rows if table is not None else ()

@@ -424,6 +424,7 @@ def test_an_operators_command_reaches_the_next_tick():
         coordinator.tick(APP, clock.now_s)
         assert await coordinator.command("node-a", True) == 1
         assert await coordinator.command("nowhere", True) == 0
+        assert (await coordinator.status())["holds"] == ["node-a"]
         coordinator.tick(APP, clock.now_s + 0.5)
         table = await router.exchange()
         assert {row.replica_id for row in table.rows if row.share > 0} == {"b"}
@@ -471,6 +472,73 @@ def test_a_supervisor_that_fails_stops_nothing(fault):
         coordinator = Coordinator(epoch=1, supervise=supervise)
         assert await Router(coordinator, Clock()).exchange(5.0) is not None
         assert calls
+        await coordinator.close()
+
+    asyncio.run(scenario())
+
+
+class Kept:
+    """Holds that outlive the coordinator."""
+
+    def __init__(self):
+        self.holds = []
+
+    def load(self):
+        return self.holds
+
+    def save(self, holds):
+        self.holds = list(holds)
+
+
+def serving(table):
+    return {row.replica_id for row in table.rows if row.share > 0.0}
+
+
+def test_holds_outlive_the_coordinator_and_keep_out_whatever_comes_to_a_node_later():
+    kept = Kept()
+
+    async def before(coordinator, clock):
+        router = Router(coordinator, clock)
+        router.replicas = ("a", "c")
+        await coordinator.node(node("node-b"))
+        await router.exchange(0.0)
+        coordinator.tick(APP, clock.now_s)
+        assert await coordinator.command("node-b", True) == 1, "nothing runs there yet"
+        assert await coordinator.command("c", True) == 1
+        assert await coordinator.command("nowhere", True) == 0
+
+    async def after(coordinator, clock):
+        router = Router(coordinator, clock)
+        await router.exchange(0.0)
+        coordinator.tick(APP, clock.now_s)
+        assert serving(await router.exchange()) == {"a"}, "b has started on the node that is held"
+        assert await coordinator.command("node-b", False) == 1
+        assert kept.holds == ["c"]
+        clock.now_s += 1.0
+        coordinator.tick(APP, clock.now_s)
+        assert serving(await router.exchange()) == {"a", "b"}
+
+    run(before, holds=kept)
+    assert kept.holds == ["c", "node-b"]
+    run(after, holds=kept)
+
+
+def test_a_node_that_ray_is_about_to_take_away_is_drained_before_it_goes():
+    leaving = []
+
+    async def scenario():
+        coordinator = Coordinator(epoch=1, supervise=lambda: [], draining=lambda: list(leaving))
+        router = Router(coordinator, Clock())
+        assert serving(await router.exchange(5.0)) == {"a", "b"}
+        leaving.append("node-b")
+        async with asyncio.timeout(10.0):
+            while serving(await router.exchange(5.0)) != {"a"}:
+                pass
+        assert (await coordinator.status())["leaving"] == ["node-b"]
+        leaving.clear()  # it stays after all
+        async with asyncio.timeout(10.0):
+            while serving(await router.exchange(5.0)) != {"a", "b"}:
+                pass
         await coordinator.close()
 
     asyncio.run(scenario())

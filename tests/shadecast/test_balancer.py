@@ -5,7 +5,8 @@ from itertools import pairwise
 
 import pytest
 
-from shadecast.balancer import Command, TickInput
+from shadecast.balancer import Balancer, TickInput
+from shadecast.config import Config
 from shadecast.types import (
     Forecast,
     NodeReport,
@@ -333,14 +334,33 @@ def test_when_all_routers_are_silent_nothing_is_thrown_away():
 
 def test_an_operator_drains_a_node_and_lets_it_back_in_through_a_trial():
     world = grown()
-    world.tick((Command("node-old2", drain=True),))
+    world.holds.add("node-old2")
     world.run(5)
     assert world.state("old2") is State.INACTIVE
+    world.machines["old2"].alive = False
+    world.add("next", node_id="node-old2")
+    world.add("old2", node_id="node-old2")
     world.run(60)
-    assert world.state("old2") is State.INACTIVE
-    world.tick((Command("node-old2", drain=False),))
+    assert world.state("old2") is world.state("next") is State.INACTIVE, "whatever runs there"
+    world.live.clear()
+    world.run(5)
+    assert not {"old2", "next"} & set(world.live)
+    world.holds.clear()
     world.tick()
     assert world.state("old2") is State.SHADOWING
+
+
+def test_what_a_guard_drains_comes_back_although_the_coordinator_restarts_meanwhile():
+    world = grown()
+    world.machines["old0"].failing = 1.0
+    while world.state("old0") is not State.DRAINING:
+        world.tick()
+    world.machines["old0"].failing = 0.0
+    kept = world.output.table
+    world.balancer = Balancer(DEPLOYMENT, Config(), epoch=2)
+    world.balancer.restore(kept, world.now_s)
+    world.run(60)
+    assert world.state("old0") is State.ACTIVE
 
 
 def test_when_the_last_replicas_go_those_on_trial_take_over_under_guard():

@@ -23,7 +23,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
-from shadecast.balancer import Command, TickInput
+from shadecast.balancer import TickInput
 from shadecast.capacity import FALL_PER_S, RISE_PER_S
 from shadecast.config import Config
 from shadecast.connection import TRANSITIONS, Event, backoff_s
@@ -79,7 +79,8 @@ class History(RuleBasedStateMachine):
 
     @rule(name=NAME, drain=st.booleans())
     def command(self, name, drain):
-        self._tick((Command(name, drain),))
+        (self.world.holds.add if drain else self.world.holds.discard)(name)
+        self._tick()
 
     @rule(name=NAME, odd=_ODD, other=_ODD, jump_s=st.floats(-50.0, 5.0))
     def broken_reports(self, name, odd, other, jump_s):
@@ -96,8 +97,8 @@ class History(RuleBasedStateMachine):
 
     # -------------------------------------------------------------- what must hold
 
-    def _tick(self, commands: tuple[Command, ...] = ()) -> None:
-        self.world.tick(commands)
+    def _tick(self) -> None:
+        self.world.tick()
         self._check()
 
     def _check(self) -> None:
@@ -165,7 +166,8 @@ class History(RuleBasedStateMachine):
         for machine in self.world.machines.values():
             machine.speed, machine.failing, machine.silent = 1.0, 0.0, False
             machine.memory, machine.background = 0.3, 0.0
-        self._tick(tuple(Command(name, False) for name in NAMES))
+        self.world.holds.clear()
+        self._tick()
         for _ in range(60):
             for _ in range(60):
                 self._tick()

@@ -38,7 +38,6 @@ CONNECTIONS = st.builds(
     st.integers(0, 40),
     st.floats(0, 1e6),
     st.booleans(),
-    st.booleans(),
 )
 
 

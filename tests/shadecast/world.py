@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-from shadecast.balancer import Balancer, Command, TickInput, TickOutput
+from shadecast.balancer import Balancer, TickInput, TickOutput
 from shadecast.config import Config
 from shadecast.types import (
     Forecast,
@@ -64,6 +64,7 @@ class World:
         self.mirrored = 0
         self.requests = 0
         self.routers = True
+        self.holds: set[str] = set()
 
     def add(self, name: str, **kwargs) -> Machine:
         self.machines[name] = Machine(kwargs.pop("node_id", f"node-{name}"), **kwargs)
@@ -135,10 +136,10 @@ class World:
             if m.alive and not m.silent
         )
 
-    def tick(self, commands: tuple[Command, ...] = ()) -> TickOutput:
+    def tick(self) -> TickOutput:
         routers = (self.serve(),) if self.routers else ()
         self.now_s += 0.5
-        self.output = self.balancer.on_tick(TickInput(self.now_s, routers, self.nodes(), commands))
+        self.output = self.balancer.on_tick(TickInput(self.now_s, routers, self.nodes(), frozenset(self.holds)))
         self.transitions += self.output.transitions
         return self.output
 
