@@ -204,11 +204,14 @@ class Estimates:
         return max(known.speed.residual(sigma, extra_sum, extra_weight), math.log(0.01))
 
     def _unfinished(self, known: Replica) -> Iterator[tuple[float, float, float]]:
-        """(age now, in-flight at start, cost) of live requests on a replica, of all routers."""
-        for seen_s, entries in known.open.values():
+        """(age, in-flight at start, cost) of live requests on a replica, of all routers: as reported.
+
+        Most have ended since: with the report's own age on top, equal replicas would look unequal.
+        """
+        for entries in known.open.values():
             for entry in entries:
                 if is_plausible(entry.age_s, entry.in_flight_at_start, entry.cost):
-                    yield entry.age_s + (self._fleet.now_s - seen_s), entry.in_flight_at_start, entry.cost
+                    yield entry.age_s, entry.in_flight_at_start, entry.cost
 
     def _predicted_load(self) -> float:
         serving = self._fleet.serving()

@@ -74,8 +74,8 @@ class Replica:
     """Capacity but for a veto, which comes and goes at once: only this one moves at a limited rate."""
     queue: float = 0.0
     """Live requests of all routers."""
-    open: dict[str, tuple[float, tuple[Unfinished, ...]]] = field(default_factory=dict)
-    """By router: when it was heard, and live requests that were under way then."""
+    open: dict[str, tuple[Unfinished, ...]] = field(default_factory=dict)
+    """By router: live requests that were under way when it reported last."""
     max_ongoing: int = 1
     listed: int = 0
     """Routers that list it as alive."""
@@ -240,7 +240,7 @@ class Fleet:
         router.in_flight[replica_id] = now
         known.queue += now - before
         if view.unfinished:
-            known.open[router_id] = (now_s, view.unfinished)
+            known.open[router_id] = view.unfinished
         else:
             known.open.pop(router_id, None)
         self.finished_total += finished
