@@ -114,6 +114,10 @@ class _Router:
         """Always."""
         return True
 
+    def is_overdue(self) -> bool:
+        """Never."""
+        return False
+
     def make_report(self) -> dict[str, Any]:
         """The next report, with what has happened meanwhile."""
         now_s = time.monotonic()

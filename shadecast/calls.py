@@ -275,6 +275,11 @@ class Calls(Generic[C]):
         """Calls that any replica works on, also those that have moved on."""
         return chain.from_iterable(list(kept.running) for kept in self._replicas.values())
 
+    def oldest_s(self, now_s: float) -> float:
+        """Age of the oldest call that a replica works on; 0 without any."""
+        oldest = (next(iter(kept.running)) for kept in self._replicas.values() if kept.running)
+        return max((call.age_s(now_s) for call in oldest), default=0.0)
+
     def unfinished(self, replica_id: str, most: int) -> list[C]:
         """The oldest calls that take a place on a replica, the oldest first."""
         kept = self._replicas.get(replica_id)

@@ -129,7 +129,7 @@ class Link:
         """What the coordinator is asked, with a report where the last one is nearly a second old."""
         now_s, held = time.monotonic(), router.table if self._builds_on_ours else None
         report = None
-        if now_s - self._reported_s >= REPORT_S - TICK_S / 2.0:
+        if now_s - self._reported_s >= (_FAST_S if router.is_overdue() else REPORT_S - TICK_S / 2.0):
             report, self._reported_s = router.make_report(), now_s
         epoch, version = (held.epoch, held.version) if held is not None else (0, 0)
         return message(

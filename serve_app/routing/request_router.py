@@ -28,6 +28,8 @@ from shadecast.types import RoutingTable
 
 logger = logging.getLogger("ray.serve")
 
+_OVERDUE = 4.0
+"""Times the usual time from which on the coordinator hears of a request at once."""
 _MOST_OBSERVED = 100.0
 """Longest predicted time, in units of an idle nominal replica's, that counts in a comparison."""
 
@@ -304,6 +306,12 @@ class Router(ServeRouter):
     def has_replicas(self) -> bool:
         """Whether there is anything to route to."""
         return bool(self._routes.replicas)
+
+    def is_overdue(self) -> bool:
+        """Whether some request takes far longer than usual: the coordinator should hear of it soon."""
+        table = self._routes.table
+        usual_s = table.reference_s if table is not None else 0.0
+        return 0.0 < usual_s < self.calls.book.oldest_s(time.monotonic()) / _OVERDUE
 
     def make_report(self) -> dict[str, Any]:
         """This second's report."""

@@ -233,6 +233,26 @@ def test_a_coordinator_that_has_restarted_is_told_everything_at_once(monkeypatch
     run(scenario)
 
 
+def test_a_request_that_is_overdue_is_reported_with_every_table_until_it_ends(monkeypatch, ray_up):
+    async def scenario():
+        coordinator = Coordinator(*(table(version=version, reference_s=0.05, a=1.0) for version in range(1, 1000)))
+        serve, link = linked(monkeypatch, [coordinator])
+        await coordinator.told.wait()
+        result = await serve.send(1)
+        await asyncio.sleep(1.0)
+        told = len(coordinator.reports)
+        await asyncio.sleep(1.0)
+        assert len(coordinator.reports) - told > 4
+        result.end()
+        await settle()
+        told = len(coordinator.reports)
+        await asyncio.sleep(3.0)
+        assert len(coordinator.reports) - told <= 4
+        link.cancel()
+
+    run(scenario)
+
+
 def test_a_router_without_replicas_says_so_once_and_is_quiet_until_there_are_some(monkeypatch, ray_up):
     async def scenario():
         coordinator = Coordinator()
