@@ -117,6 +117,11 @@ class Call:
     """Of a stream that has ended; 0 of a single answer."""
     first_item_s = math.nan
 
+    @property
+    def origin(self) -> str:
+        """Equal for calls whose failures may be the doing of one sender; asked for where one has failed."""
+        return ""
+
     def age_s(self, now_s: float) -> float:
         """Since the choice, or from acceptance on since that."""
         return max(now_s - self.since_s, 0.0)

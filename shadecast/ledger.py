@@ -90,7 +90,8 @@ class Ledger:
 
     def record(self, call: Call) -> None:
         """A call has ended: its outcome."""
-        outcome = Outcome(call.duration_s, call.others, call.ok, call.cost, call.first_item_s, call.items)
+        origin = "" if call.ok else call.origin
+        outcome = Outcome(call.duration_s, call.others, call.ok, call.cost, call.first_item_s, call.items, origin)
         self._keep(call.replica_id, outcome)
 
     def evidence(self, call: Call) -> None:

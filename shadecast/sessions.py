@@ -179,12 +179,6 @@ class SessionMap:
             self._fallback = (away, self._takes, ring)
         return ring
 
-    def destination(self, session_id: str | bytes) -> str | None:
-        """Where the session would go if it left now: the node to warm with copies. None if it may stay."""
-        key = session_key(session_id, self._secret)
-        held = self._sessions.get(key)
-        return self._cool.place(key) if held is not None and held[0] not in self._open else None
-
     def _now(self, now_s: float) -> float:
         """A clock that jumps back, or is NaN, stands still."""
         if now_s > self._latest_s and math.isfinite(now_s):

@@ -24,6 +24,9 @@ _STEP_OUTCOMES = 20
 """A step of the ramp ends early after so many requests."""
 _KNOWN_SPEED = 10.0
 """Recent observations from which on the ramp goes by a replica's speed."""
+_FAILING_S = 600.0
+"""So long a session, or a model, whose requests failed is taken to be their reason."""
+_MOST_FAILING = 10_000
 _TRIAL_EVENTS = {
     Verdict.FAVOURABLE: Event.TRIAL_PASSED,
     Verdict.UNFAVOURABLE: Event.TRIAL_FAILED,
@@ -36,6 +39,8 @@ class Trials:
 
     def __init__(self, fleet: Fleet, estimates: Estimates, urgency: Urgency) -> None:
         self._fleet, self._estimates, self._urgency = fleet, estimates, urgency
+        self._failing: dict[str, float] = {}
+        """When requests of a session or model failed last, the oldest first."""
         self.transitions: list[Transition] = []
 
     @property
@@ -83,8 +88,24 @@ class Trials:
 
     def observe_outcome(self, known: Replica, outcome: Outcome) -> None:
         """A live request that has ended."""
-        known.errors.add(not outcome.ok, self._usual_errors(known))
         known.step_outcomes += 1
+        if outcome.ok or not self._is_the_senders(outcome.origin):
+            known.errors.add(not outcome.ok, self._usual_errors(known))
+
+    def _is_the_senders(self, origin: str) -> bool:
+        """Whether requests of the same session or model have failed before: that may be their sender's doing.
+
+        One that is bound to a replica fails there alone, and then on the next one to which it moves. A replica that is
+        broken fails requests of many.
+        """
+        now_s = self._fleet.now_s
+        if not origin:
+            return False
+        before_s = self._failing.pop(origin, -math.inf)
+        self._failing[origin] = now_s
+        if len(self._failing) > _MOST_FAILING:
+            del self._failing[next(iter(self._failing))]
+        return now_s - before_s <= _FAILING_S
 
     def observe_pair(self, candidate: Replica, pair: PairedSample) -> None:
         """A request and its copy."""

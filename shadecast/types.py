@@ -104,6 +104,8 @@ class Outcome:
     cost: float = 1.0
     first_item_s: float = float("nan")
     items: int = 0
+    origin: str = ""
+    """Of one that failed: a digest of its session or multiplexed model."""
 
 
 @dataclass(frozen=True, slots=True)

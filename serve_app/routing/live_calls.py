@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import hashlib
 import logging
 import math
 import time
@@ -59,6 +60,12 @@ class LiveCall(Call):
 
     def __init__(self, pending: PendingRequest | None, metadata: Any) -> None:
         self.pending, self.metadata = pending, metadata
+
+    @property
+    def origin(self) -> str:
+        """A digest of its session, or multiplexed model."""
+        whose = self.metadata.session_id or self.metadata.multiplexed_model_id
+        return hashlib.blake2b(whose.encode(), digest_size=8).hexdigest() if whose else ""
 
     @property
     def attempt(self) -> WatchedResult | None:
@@ -327,23 +334,16 @@ class LiveCalls:
     # ------------------------------------------------------------------ copies
 
     def _copy(self, call: LiveCall, pending: PendingRequest, result: WatchedResult) -> None:
-        """Copy a request now and then to a replica on trial, or to one that its session will move to soon.
-
-        The latter checks the new place and warms its caches.
-        """
-        mirrored, session_id = self.routes.mirrored, call.metadata.session_id
-        if not mirrored and not session_id:
+        """Copy a request now and then to a replica on trial."""
+        if not self.routes.mirrored:
             return
-        draw, candidate_id = self.routes.random(), None
-        for replica_id, fraction in mirrored:
+        draw, candidate_id = self.routes.random(), ""
+        for replica_id, fraction in self.routes.mirrored:
             draw -= fraction
             if draw < 0.0:
                 candidate_id = replica_id
                 break
-        else:
-            if session_id and draw < self._config.trial.mirror_fraction:
-                candidate_id = self.routes.sessions.destination(session_id)
-        i = self.routes.picks.index.get(candidate_id or "")
+        i = self.routes.picks.index.get(candidate_id)
         if i is None or candidate_id == call.replica_id:
             return
         candidate = unwatched(self.routes.replicas[i])

@@ -324,7 +324,3 @@ class Sessions:
             self.update(picks, table)
         replica_id = self._map.lookup(session_id, time.monotonic(), away)
         return picks.index.get(replica_id, -1) if replica_id is not None else -1
-
-    def destination(self, session_id: str) -> str | None:
-        """Where the session will move to soon; None if it stays, or nobody knows it."""
-        return self._map.destination(session_id) if self._map is not None else None

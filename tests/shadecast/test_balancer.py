@@ -308,6 +308,22 @@ def test_an_active_replica_that_begins_to_fail_drains_and_stays_out():
     assert world.failed_live < 40
 
 
+def test_a_session_whose_requests_fail_wherever_they_go_takes_no_replica_along():
+    world = grown(4, rate_per_tick=40)
+    for i in range(8):  # in the end it moves by itself
+        world.bad_session = f"old{i % 4}"
+        world.run(60)
+    assert world.transitions == []
+
+
+def test_a_replica_that_fails_the_requests_of_many_sessions_is_withdrawn():
+    world = grown(4)
+    world.machines["old0"].failing = 1.0
+    world.of_sessions = 5
+    world.run(30)
+    assert "guard_tripped" in world.events("old0")
+
+
 def test_errors_that_all_replicas_share_drain_nobody():
     world = grown()
     for machine in world.machines.values():

@@ -187,18 +187,6 @@ def test_without_any_replica_there_is_no_place_and_no_error():
     assert len(sessions) == 0
 
 
-def test_the_destination_of_a_session_that_may_have_to_move_is_where_it_then_goes():
-    sessions = _map()
-    before = _on(_look(sessions, 200, 0.0), "r0")
-    assert {sessions.destination(s) for s in before} == {None}
-    sessions.update(EQUAL, HOT, 1.0)
-    expected = {s: sessions.destination(s) for s in before}
-    assert None not in expected.values()
-    rest = {k: w for k, w in EQUAL.items() if k != "r0"}
-    sessions.update(rest, CALM, 2.0)
-    assert {s: sessions.lookup(s, 2.0) for s in before} == expected
-
-
 def test_sessions_of_a_replica_that_hardly_answers_make_a_detour_each_to_one_place_and_come_back():
     sessions = _map()
     before = _look(sessions, 200, 0.0)

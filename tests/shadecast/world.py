@@ -48,6 +48,10 @@ class World:
     """Replicas with less than this part of the best capacity get no live request, as by the least score."""
     overflow: float = 0.0
     """But for this part of the best one's, as when those are busy for a moment."""
+    bad_session: str = ""
+    """The replica that has the session whose requests fail everywhere, four a second of them."""
+    of_sessions: int = 0
+    """Sessions that requests are of; 0: they are of none."""
     waiting: int = 0
     """Requests that wait in the router."""
 
@@ -106,6 +110,8 @@ class World:
                     pairs.append(
                         PairedSample(name, primary, outcome.duration_s, copy.duration_s, 0, 0, outcome.ok, copy.ok)
                     )
+        if self.bad_session in alive:
+            outcomes[self.bad_session] += [Outcome(0.01, 0.0, False, origin="bad")] * 2
         self.mirrored += mirrored
         self.seq += 1
         replicas = tuple(
@@ -122,7 +128,9 @@ class World:
 
     def request(self, machine: Machine, noise: float) -> Outcome:
         duration_s = 0.05 * noise / (machine.speed * self.rng.lognormvariate(0, 0.1))
-        return Outcome(duration_s, 0.0, self.rng.random() >= machine.failing)
+        ok = self.rng.random() >= machine.failing
+        origin = str(self.rng.randrange(self.of_sessions)) if self.of_sessions and not ok else ""
+        return Outcome(duration_s, 0.0, ok, origin=origin)
 
     def nodes(self) -> tuple[NodeReport, ...]:
         return tuple(

@@ -992,26 +992,6 @@ async def test_sessions_are_never_placed_on_a_replica_on_trial_and_leave_one_tha
         assert {await ask(serve, session_id=f"s{i}") for i in range(50)} == {"b"}
 
 
-@in_virtual_time
-async def test_a_session_that_is_to_move_has_requests_copied_to_its_new_replica_first():
-    abc = replicas("abc", max_ongoing_requests=60)
-    async with serving(*abc, trial={"copy_methods": ["infer"], "mirror_fraction": 0.5}) as serve:
-        serve.take(table(1, a=1.0, b=1.0, c=1.0))
-        places = {str(i): await ask(serve, session_id=str(i)) for i in range(30)}
-        session = next(session for session, place in places.items() if place == "a")
-        # a is far slower than the others: its sessions leave one after the other
-        serve.take(table(2, a=(1.0, 0.15, 0.0), b=1.0, c=1.0))
-        for _ in range(12):
-            (result,) = await hold(serve, session_id=session)
-            assert result.replica.name == "a"
-            await settle()
-            end([result, *(copy for replica in abc for copy in replica.copies)])
-            await settle()
-        copied = {replica.name: len(replica.copies) for replica in abc}
-        assert copied["a"] == 0
-        assert sorted(copied[name] > 0 for name in "bc") == [False, True]
-
-
 # ------------------------------------------------------------------ places
 
 
