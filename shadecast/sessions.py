@@ -1,10 +1,11 @@
 """Where sessions live and when they move (design section 6).
 
 A session that is not known here goes where weighted rendezvous hashing puts it (shadecast/rendezvous.py), so all
-routers agree. A known one stays while its replica takes traffic, whatever the weights do. It moves
+routers agree. A known one moves
 
 - at once, if the replica is gone, or drains and the session has been idle;
-- at a bounded rate, if the replica drains, or is hot: its score exceeds `repin_ratio` x the best + `migration_cost`.
+- at a bounded rate, if the replica drains, or is hot: its score exceeds `repin_ratio` x the best + `migration_cost`;
+- at the same rate to where a router that does not know it would look for it, after replicas or weights have changed.
 
 While a replica is very slow, its sessions have a fallback, the same one for all requests of a session: they would be
 caught with the replica, and a session that goes back finds its caches.
@@ -26,6 +27,8 @@ from shadecast.rendezvous import Rendezvous, session_key, unit
 IDLE_GAP_S = 10.0
 """A session silent for so long has little left in caches: it leaves a draining replica on its next request."""
 _RANK_SALT = 0x5DEECE66D5DEECE6
+_DRIFT_S = 50.0
+"""So long after a change at the latest a session is where all routers look for it, once it is asked for."""
 _FULL_MEMBER = 0.5
 """Only replicas with this much of the greatest weight say what the best score is: one on its first steps is idle."""
 _WEIGHT_STEP = 1.5
@@ -62,6 +65,7 @@ class SessionMap:
 
     __slots__ = (
         *(
+            "_changed_s",
             "_config",
             "_cool",
             "_fallback",
@@ -91,6 +95,8 @@ class SessionMap:
         """Weights of all that take sessions, hot or not."""
         self._fallback: tuple[Collection[str], dict[str, float], Rendezvous] = ((), self._takes, self._cool)
         """Replicas to avoid, the weights at that time, and a ring without those."""
+        self._changed_s = -math.inf
+        """When the places of unknown sessions changed last."""
         self._latest_s = 0.0
         self.counts: dict[str, int] = {}
         """Sessions known here per replica."""
@@ -129,7 +135,10 @@ class SessionMap:
         self._cool = self._placed(self._cool, cool)
         # where most of the capacity is hot, unknown sessions must not all rush to the rest
         minority = 2.0 * sum(cool.values()) < sum(takes.values())
-        self._ring = self._placed(self._ring, takes) if minority else self._cool
+        ring = self._placed(self._ring, takes) if minority else self._cool
+        if ring.weights != self._ring.weights:
+            self._changed_s = now_s
+        self._ring = ring
 
     def _hot(self, takes: Mapping[str, float], scores: Mapping[str, float]) -> set[str]:
         known = {k: score for k in takes if math.isfinite(score := scores.get(k, math.nan))}
@@ -168,6 +177,8 @@ class SessionMap:
                 replica_id = self._moved(key, replica_id, held[1], now_s)
                 if replica_id is None:
                     return None
+            elif held[1] < self._changed_s + _DRIFT_S:
+                replica_id = self._drifted(key, replica_id, now_s)
         self._sessions[key] = (replica_id, now_s)
         return replica_id if replica_id not in away else self._around(away).place(key)
 
@@ -197,6 +208,19 @@ class SessionMap:
         if target is not None:
             self.counts[target] = self.counts.get(target, 0) + 1
             self.moved += 1
+        return target
+
+    def _drifted(self, key: int, held: str, now_s: float) -> str:
+        """The place of a session whose replica is open, but no more where others would look for it."""
+        per_s = max(self._config.moves_per_s, 1.0 / _DRIFT_S) if self._config.moves_per_s else 0.0
+        if unit(key, _RANK_SALT) >= per_s * (now_s - self._changed_s):
+            return held
+        target = self._ring.place(key)
+        if target is None or target == held:
+            return held
+        self._discount(held)
+        self.counts[target] = self.counts.get(target, 0) + 1
+        self.moved += 1
         return target
 
     def _may_go(self, key: int, held: str, leaving: _Leaving, last_s: float, now_s: float) -> bool:

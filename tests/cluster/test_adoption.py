@@ -33,7 +33,7 @@ USER_APP = """
             self.rng = random.Random(1)
 
         async def predict(self, x):
-            time.sleep(0.02 if self.kind != "slow" else 0.1)
+            time.sleep(0.02 if self.kind != "slow" else 0.3)
             if self.kind == "failing" and self.rng.random() < 0.3:
                 raise ValueError("broken")
             return self.kind, x * ANSWER
@@ -41,16 +41,8 @@ USER_APP = """
     app = Model.bind()
 """
 
-QUICK = {
-    "trial": {
-        "copy_methods": ["predict"],
-        "step_s": 1.0,
-        "step_timeout_s": 3.0,
-        "timeout_s": 20.0,
-        "backoff_s": 5.0,
-    },
-    "balance": {"bootstrap_s": 3.0},
-}
+SETTINGS = {"trial": {"copy_methods": ["predict"]}, "balance": {"bootstrap_s": 3.0}}
+"""The defaults, but that nobody waits for the first start to be over."""
 
 
 @ray.remote(num_cpus=0)
@@ -109,7 +101,7 @@ def events(name):
 
 def test_newcomers_are_mirrored_then_shifted_or_turned_away_and_users_see_no_error(cluster, kinds, tmp_path):
     ray.get(kinds.plan.remote())
-    write_app(tmp_path, QUICK)
+    write_app(tmp_path, SETTINGS)
     handle = deploy(tmp_path, "user_app:app", "shop", name="Model", num_replicas=2)
     assert set(load(handle, 4)) == {"healthy"}
     wait_for(
@@ -133,6 +125,9 @@ def test_newcomers_are_mirrored_then_shifted_or_turned_away_and_users_see_no_err
     newcomers = [found for found in by_replica.values() if found[0] == "admit"]
     assert len(newcomers) == 3
     assert sum("ramp_done" in found for found in newcomers) == 1
+    (well,) = (r for r, found in by_replica.items() if found[0] == "admit" and "ramp_done" in found)
+    ago_s = {t["event"]: t["ago_s"] for t in status()["transitions"] if t["replica_id"] == well}
+    assert ago_s["admit"] - ago_s["ramp_done"] < 20.0, "from the first copy to a full share"
     turned_away = [found for found in newcomers if set(found) <= {"admit", "trial_failed"}]
     assert len(turned_away) == 2, "the slow and the failing one never get past their trials, however often they try"
     assert set(seen) == {"healthy"}, seen

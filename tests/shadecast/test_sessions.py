@@ -40,7 +40,7 @@ def test_routers_that_never_talk_place_new_sessions_alike():
     assert _look(_map(), 200, 1.0) == _look(_map(), 200, 5.0)
 
 
-def test_a_session_stays_while_its_replica_takes_traffic_whatever_the_weights_do():
+def test_no_session_leaves_at_once_a_replica_that_takes_traffic_whatever_the_weights_do():
     sessions = _map()
     before = _look(sessions, 200, 0.0)
     sessions.update({"r0": 0.05, "r1": 9.0, "r2": 0.3, "r3": 1.0, "new": 5.0}, CALM, 1.0)
@@ -185,6 +185,39 @@ def test_without_any_replica_there_is_no_place_and_no_error():
     sessions.update({}, {}, 2.0)
     assert sessions.lookup("s", 2.0) is None
     assert len(sessions) == 0
+
+
+def test_two_routers_of_which_one_has_just_started_agree_within_a_minute_of_any_change():
+    """Scaled from three to four and one weight doubled: the old router's sessions drift to where the new one looks."""
+    old = _map()
+    sessions = [f"s{i}" for i in range(1000)]
+    began = {s: old.lookup(s, 0.0) for s in sessions}
+    changed = {**EQUAL, "r9": 1.0, "r0": 2.0}
+    new = SessionMap(CONFIG, SECRET)
+    for each in (old, new):
+        each.update(changed, CALM, 10.0)
+    places, moved = dict(began), []
+    for at_s in range(11, 71):
+        before = dict(places)
+        for s in sessions:
+            if at_s > 60 or not s.endswith("7"):  # one in ten is silent meanwhile
+                places[s] = old.lookup(s, float(at_s))
+        moved.append(sum(places[s] != before[s] for s in sessions))
+    assert places == {s: new.lookup(s, 70.0) for s in sessions}
+    gone = sum(places[s] != began[s] for s in sessions)
+    assert 200 < gone < 600
+    assert max(moved[:49]) < 4 * gone / 50, "a few at a time"
+    assert old.counts == new.counts
+    for at_s in (100.0, 200.0):
+        assert places == {s: old.lookup(s, at_s) for s in sessions}, "and then they stay"
+
+
+def test_where_sessions_are_not_to_move_they_do_not_drift():
+    still = SessionMap(replace(CONFIG, moves_per_s=0.0), SECRET)
+    still.update(EQUAL, CALM, 0.0)
+    began = {f"s{i}": still.lookup(f"s{i}", 0.0) for i in range(200)}
+    still.update({**EQUAL, "r9": 1.0}, CALM, 1.0)
+    assert began == {s: still.lookup(s, 100.0) for s in began}
 
 
 def test_sessions_of_a_replica_that_hardly_answers_make_a_detour_each_to_one_place_and_come_back():
