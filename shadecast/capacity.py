@@ -186,6 +186,11 @@ class SpeedEstimate:
         """Mean of the recent observations, noise and all, for tests that bring their own; 0 without any."""
         return self._plain.mean
 
+    def uncertainty(self, noise_sigma: float) -> float:
+        """Standard error of `residual`."""
+        variance = noise_sigma * noise_sigma + 1e-9
+        return math.sqrt(variance / (self._slow.weight + variance / _PRIOR_SIGMA**2))
+
     def residual(self, noise_sigma: float, extra_sum: float = 0.0, extra_weight: float = 0.0) -> float:
         """Log speed that the headroom does not explain.
 

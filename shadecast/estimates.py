@@ -25,6 +25,8 @@ _MAX_STREAM_S = 4.0
 _SLOW_HALF_LIFE_S = 60.0
 _MAX_COPY_LOG_SPEED = math.log(1.5)
 """A copy on an idle newcomer is not taken for proof that it is much faster than the others."""
+_UNSURE = 2.0
+"""Standard errors by which a replica may differ from the median, and still counts as equal."""
 _OVERDUE = 2.0
 """Standard deviations beyond its expected log duration from which an unfinished request is evidence."""
 
@@ -110,14 +112,18 @@ class Estimates:
         forecast = outlooks if weight > 0.0 else {}
         vetoed = self._veto.step(forecast, fleet.config.trial.memory_limit, fleet.now_s)
         for known in fleet.replicas.values():
-            node_id = known.connection.node_id
-            explained = self._explained(known)
             known.speed.settle(self._noise(known))
             if known.doubted_s is not None:
                 known.speed.renew()
-            residual = self._with_unfinished(known, explained)
-            known.unexplained = residual
-            log_live = max(explained + residual, math.log(0.01))
+            known.unexplained = self._with_unfinished(known, self._explained(known))
+        usual = median([r.unexplained for r in serving] or [0.0])
+        for known in fleet.replicas.values():
+            node_id = known.connection.node_id
+            # within its own uncertainty a replica is as fast as the others: the luckiest would get everything
+            beyond = known.unexplained - usual
+            unsure = _UNSURE * known.speed.uncertainty(self._noise(known))
+            residual = usual + math.copysign(max(abs(beyond) - unsure, 0.0), beyond)
+            log_live = max(self._explained(known) + residual, math.log(0.01))
             known.live_capacity = math.exp(log_live)
             known.outlook = outlooks[node_id]
             known.vetoed = node_id in vetoed

@@ -26,7 +26,7 @@ _REMEMBERED_S = 300.0
 """How long a node is remembered for a replica that served well there."""
 _SILENT_S = 30.0
 """A node that falls silent is taken to be as it last said for so long: a hog starves the node's forecaster, too."""
-_REMEMBERED_WEIGHT = 5.0
+_REMEMBERED_WEIGHT = 50.0
 """Requests that the memory of a machine is worth for the next replica on it."""
 _ERRORS_HALF_LIFE_S = 120.0
 _LEAST_USUAL, _MOST_USUAL = 0.005, 0.8
