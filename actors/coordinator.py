@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 _SUPERVISE_S = 2.0
 _LOOK_AT_SETTINGS_S = 1.0
+_RESTART_S = 10.0
+"""So long after a restart routers come back with the tables that they hold."""
 
 Deployed = Callable[[str], tuple[bool, Any] | None]
 """Whether a deployment's newest router only observes, and its settings; None where that cannot be told. Blocks."""
@@ -57,17 +59,18 @@ class Coordinator:
         deployed: Deployed | None = None,
         holds: Holds | None = None,
         draining: Callable[[], Iterable[str]] = tuple,
+        restarted: bool = False,
     ) -> None:
         """`supervise` starts and stops node forecasters and returns the ids of the nodes that are alive (blocking).
 
         `deployed` tells what a deployment was last deployed with; without it the router that started last says so.
         `holds` keeps what operators keep out for the next life of the coordinator, `draining` are the nodes that Ray is
-        about to take away (both block).
+        about to take away (both block). `restarted`: this is not the coordinator's first life.
         """
         self._now_s = now_s
         self._epoch = epoch if epoch is not None else time.time_ns()
         self._supervise, self._deployed, self._draining = supervise, deployed, draining
-        self._store = holds
+        self._store, self._restarted = holds, restarted
         self._holds = set(holds.load()) if holds is not None else set[str]()
         self._leaving = frozenset[str]()
         """Nodes that Ray is about to take away."""
@@ -174,7 +177,9 @@ class Coordinator:
     def _known(self, deployment: str, now_s: float) -> Deployment:
         known = self._deployments.get(deployment)
         if known is None:
-            known = self._deployments[deployment] = Deployment(deployment, self._epoch, now_s)
+            after_restart = self._restarted and now_s - self._started_s < _RESTART_S
+            known = Deployment(deployment, self._epoch, now_s, after_restart=after_restart)
+            self._deployments[deployment] = known
             known.nodes += [node for _, node in self._nodes.values()]
         return known
 

@@ -19,7 +19,7 @@ from shadecast.types import NodeReport, Observed, RouterReport
 
 logger = logging.getLogger(__name__)
 
-RESTORE_WAIT_S = 2.5
+RESTORE_WAIT_S = 4.0
 """How long a new coordinator waits for a router to hand back the table of its former life."""
 _TABLES_PER_S = 100.0
 """To all routers together. Tables every second serve as well as twice as many (simulated: `stale-table@1`)."""
@@ -32,8 +32,10 @@ FORGET_S = 60.0
 class Deployment:
     """One deployment. Threads: everything on the coordinator's event loop."""
 
-    def __init__(self, name: str, epoch: int, now_s: float) -> None:
+    def __init__(self, name: str, epoch: int, now_s: float, *, after_restart: bool = False) -> None:
         self.name = name
+        self._after_restart = after_restart
+        """The coordinator has just been restarted: some router may hold a table, though the first to come has none."""
         self._epoch = epoch
         self.balancer = Balancer(name, Config(), epoch)
         self._created_s = self.heard_s = now_s
@@ -124,7 +126,7 @@ class Deployment:
         if (
             not self._restored
             and now_s - self._created_s < RESTORE_WAIT_S
-            and any(report.table_epoch not in (0, self._epoch) for report in self._reports)
+            and (self._after_restart or any(report.table_epoch not in (0, self._epoch) for report in self._reports))
         ):
             return None
         taken = TickInput(now_s, tuple(self._reports), tuple(self.nodes), holds)

@@ -38,7 +38,11 @@ class CoordinatorProcess:
         from serve_app import ray_api  # noqa: PLC0415 - as above
 
         self._coordinator = Coordinator(
-            supervise=fleet, deployed=_deployed, holds=ray_api.Holds(NAMESPACE), draining=ray_api.draining_nodes
+            supervise=fleet,
+            deployed=_deployed,
+            holds=ray_api.Holds(NAMESPACE),
+            draining=ray_api.draining_nodes,
+            restarted=ray.get_runtime_context().was_current_actor_reconstructed,
         )
         gc.freeze()  # what Ray has loaded lives as long as the process: a collection that looks through it is a pause
         gc.set_threshold(_COLLECT_EVERY, 20, 20)

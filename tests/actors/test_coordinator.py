@@ -271,7 +271,7 @@ def test_a_router_that_never_answers_holds_nothing_up():
         router = Router(coordinator, clock)
         router.table = replace(HELD, epoch=3)
         await router.exchange(0.0)
-        clock.now_s += 3.0
+        clock.now_s += 4.5
         coordinator.tick(APP, clock.now_s)
         assert await router.exchange(report=None) is not None
 
@@ -475,6 +475,39 @@ def test_a_supervisor_that_fails_stops_nothing(fault):
         await coordinator.close()
 
     asyncio.run(scenario())
+
+
+def test_a_coordinator_that_restarts_waits_for_a_router_that_holds_a_table_though_one_without_comes_first():
+    """A gateway that has just started knows nothing: by its report alone everybody would enter without a trial."""
+
+    async def scenario(coordinator, clock):
+        fresh, old = Router(coordinator, clock, "fresh"), Router(coordinator, clock, "old")
+        await fresh.exchange(0.0)
+        coordinator.tick(APP, clock.now_s)
+        assert (await coordinator.status())["deployments"][0]["table_version"] == 0
+        clock.now_s += 3.0
+        old.table = HELD
+        await old.exchange(0.0)
+        assert old.answer["table_wanted"]
+        old.given_back = HELD
+        await old.exchange(0.0)
+        coordinator.tick(APP, clock.now_s)
+        await fresh.exchange()
+        assert serving(fresh.table) == {"a"}, "b was turned away"
+
+    run(scenario, restarted=True)
+
+
+def test_a_coordinator_that_restarts_begins_anew_where_nobody_holds_a_table():
+    async def scenario(coordinator, clock):
+        router = Router(coordinator, clock)
+        await router.exchange(0.0)
+        clock.now_s += 4.5
+        await router.exchange(0.0)
+        coordinator.tick(APP, clock.now_s)
+        assert serving(await router.exchange()) == {"a", "b"}
+
+    run(scenario, restarted=True)
 
 
 class Kept:
