@@ -12,8 +12,9 @@ from xdist.scheduler import LoadScopeScheduling
 
 @cache
 def _place(file: str) -> str:
-    """Files stay together; those with clusters are one."""
-    return "clusters" if "mark.cluster" in Path(__file__).parents[1].joinpath(file).read_text() else file
+    """Files stay together; those with clusters are one, but for that on isolated hosts, which disturbs nobody."""
+    text = Path(__file__).parents[1].joinpath(file).read_text()
+    return "clusters" if "mark.cluster" in text and "mark.root" not in text else file
 
 
 class _Places(LoadScopeScheduling):  # type: ignore[misc]

@@ -23,7 +23,7 @@ LACKING = missing()
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(bool(LACKING), reason="; ".join(LACKING))
 def test_a_short_hog_is_driven_through_two_arms_and_nothing_is_left(tmp_path):
-    scenario = replace(SCENARIOS["hog"], requests=300, rate_per_s=20, warm_up_s=6.0)
+    scenario = replace(SCENARIOS["hog"], requests=240, rate_per_s=20, warm_up_s=5.0)
     said: list[str] = []
     rows = Rows(tmp_path / "live.json", resume=False)
     bench = Bench(rows, tmp_path / "series", Progress(said.append, lambda done, of: None))
@@ -35,7 +35,7 @@ def test_a_short_hog_is_driven_through_two_arms_and_nothing_is_left(tmp_path):
     assert left == []
     for arm in ("default", "oracle"):
         found = {row.metric: row.value for row in rows.rows if row.arm == arm}
-        assert found["requests"] > 200
+        assert found["requests"] > 160
         assert found["errors"] == 0.0
         assert 0.005 < found["p50_s"] <= found["p99_s"] <= found["p999_s"]
         assert found["coordinator_rss_bytes"] > 1e7
