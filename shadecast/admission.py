@@ -39,6 +39,11 @@ class Admission:
         now_s = self._fleet.now_s
         fit = [r for r in waiting if now_s >= r.connection.not_before_s and not r.vetoed and self._heard(r)]
         urgent = self._urgency.why()
+        for known in fit:
+            if self._fleet.has_returned(known) and not known.connection.rejections:
+                event = Event.ADMIT_UNTRIED if urgent else Event.ADMIT_URGENT
+                self._trials.apply(known, event, "its machine served well, was away and is back")
+        fit = [r for r in fit if r.connection.state is State.INACTIVE]
         if urgent:
             shadowed = [r for r in replicas if r.connection.state is State.SHADOWING]
             for known in [*fit, *shadowed]:

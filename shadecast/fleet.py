@@ -350,9 +350,18 @@ class Fleet:
         log_speed = min(math.log(known.slow_capacity), 0.0)
         self._left = {**recent, known.connection.node_id: (self.now_s, log_speed)}
 
+    def has_returned(self, known: Replica) -> bool:
+        """Whether its node served well, went silent and is back: the same machine, not a new version of the code."""
+        node, (left_s, _) = self.nodes.get(known.connection.node_id), self._left_by(known)
+        return node is not None and node.back_s > left_s > self.now_s - _REMEMBERED_S
+
+    def _left_by(self, known: Replica) -> tuple[float, float]:
+        """When a replica that served well left its node, and how fast that was."""
+        return self._left.get(known.connection.node_id, (-math.inf, 0.0))
+
     def _remember(self, known: Replica) -> None:
         """What a machine was like lately is what its next replica begins with."""
-        left_s, log_speed = self._left.get(known.connection.node_id, (-math.inf, 0.0))
+        left_s, log_speed = self._left_by(known)
         if left_s > self.now_s - _REMEMBERED_S:
             known.speed.observe(log_speed, _REMEMBERED_WEIGHT)
             known.capacity = known.steady = known.live_capacity = known.slow_capacity = math.exp(log_speed)
