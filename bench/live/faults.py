@@ -116,6 +116,11 @@ def rolling(scene: Scene, fault: Fault) -> End:
     return _nothing
 
 
+def newcomer_well(scene: Scene, fault: Fault) -> End:
+    """More replicas that are well."""
+    return _join(scene, {})
+
+
 def newcomer_slow(scene: Scene, fault: Fault) -> End:
     """One more replica, `value` times as slow."""
     return _join(scene, {"slow": fault.value})
@@ -162,7 +167,7 @@ FAULTS: Mapping[str, Callable[[Scene, Fault], End]] = {
             rolling,
             replica_kill,
         ),
-        *(newcomer_slow, newcomer_failing, newcomer_wrong),
+        *(newcomer_well, newcomer_slow, newcomer_failing, newcomer_wrong),
     )
 }
 NEEDS_ISOLATION = frozenset({"quota", "leak", "slow_link", "link_down", "replica_kill", "gateway_kill"})

@@ -52,6 +52,7 @@ def measure(scenario: Scenario, result: Mapping[str, Any], spans: Sequence[Span]
     if scenario.sessions:
         found |= _sessions(good, spans)
     found |= _bad_node(scenario, good, spans)
+    found |= _newcomer(scenario, good, spans, result.get("states", ()))
     found |= _balancer(result)
     if scenario.soak:
         found |= _leftovers(result)
@@ -143,6 +144,37 @@ def _bad_node(scenario: Scenario, good: Sequence[Mapping[str, Any]], spans: Sequ
     )
     if last.end_s < scenario.length_s - 2.0 * _WINDOW_S:
         found["used_again_s"] = _until(at_s, there, last.end_s, scenario.length_s, lambda s: s >= fair / 2.0)
+    return found
+
+
+def _newcomer(
+    scenario: Scenario,
+    good: Sequence[Mapping[str, Any]],
+    spans: Sequence[Span],
+    states: Sequence[Mapping[str, Any]],
+) -> dict[str, float]:
+    """When the first newcomer answered, and what it got in the second half of its time, over a fair share.
+
+    Of ours also from when the coordinator listed it until it had its full share of picks, by samples of a second.
+    """
+    joined = next((span for span in spans if span.kind.startswith("newcomer")), None)
+    if joined is None:
+        return {}
+    node, start_s, end_s = joined.node_id, joined.start_s, scenario.length_s
+    late = [r["node"] == node for r in good if r["at_s"] >= 0.5 * (start_s + end_s)]
+    answers_s = [r["at_s"] for r in good if r["node"] == node and r["at_s"] >= start_s]
+    found = {
+        "newcomer_share": (scenario.replicas + scenario.joins) * sum(late) / max(len(late), 1),
+        "newcomer_first_answer_s": min(answers_s, default=end_s) - start_s,
+    }
+    seen = [
+        (state["at_s"], row["share"])
+        for state in states
+        for row in state["replicas"]
+        if row["node_id"] == node and state["at_s"] >= start_s
+    ]
+    if seen:
+        found["newcomer_full_share_s"] = next((at_s for at_s, share in seen if share >= 1.0), end_s) - seen[0][0]
     return found
 
 

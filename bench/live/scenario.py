@@ -129,6 +129,19 @@ _ALL = (
     ),
     Scenario("newcomer-none", "three replicas, the yardstick of the newcomers", replicas=3, rate_per_s=18),
     Scenario(
+        "newcomer-well", "a fourth, equal replica joins", (Fault("newcomer_well", 0.15, 1.0, bad=False),),
+        replicas=3, joins=1, rate_per_s=20,
+    ),
+    Scenario(
+        "newcomer-half-speed", "a fourth replica joins, on half the others' quota",
+        (Fault("quota", -1.0, 1.1, 0.5 * QUOTA, bad=False), Fault("newcomer_well", 0.15, 1.0, bad=False)),
+        replicas=3, joins=1, rate_per_s=20,
+    ),
+    Scenario(
+        "scale-up-under-load", "two replicas at .95 of what they can do become four",
+        (Fault("newcomer_well", 0.15, 1.0, bad=False),), replicas=2, joins=2, rate_per_s=27,
+    ),
+    Scenario(
         "newcomer-slow", "a fourth replica joins, five times as slow", (Fault("newcomer_slow", 0.15, 1.0, 5.0),),
         replicas=3, joins=1, rate_per_s=18,
     ),

@@ -80,6 +80,15 @@ def checks(scenario: str, found: Found, without: Found) -> list[Check]:
                 *_at_most(found, "error_fraction", 0.001, "errors seen, as a fraction"),
                 *_beside(found, without, 1.05),
             ]
+        case "newcomer-well" | "newcomer-half-speed":
+            low, high = (0.8, 1.2) if scenario == "newcomer-well" else (0.4, 0.6)
+            share = _mean(found, "shadecast", "newcomer_share")
+            return [
+                *_at_most(found, "newcomer_full_share_s", 20.0, "seconds from being listed to its full share"),
+                Check(f"its part of a fair share is {low:g} to {high:g}", f"{share:.2f}", low <= share <= high),
+            ]
+        case "scale-up-under-load":
+            return list(_at_most(found, "newcomer_full_share_s", 12.0, "seconds from being listed to its full share"))
         case "node-kill":
             made = [*_at_most(found, "errors", 0.0, "failed requests")]
             if "oracle" in found:
