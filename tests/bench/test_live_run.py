@@ -22,18 +22,18 @@ LACKING = missing()
 @pytest.mark.cluster
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(bool(LACKING), reason="; ".join(LACKING))
-def test_a_short_hog_is_driven_through_two_arms_and_nothing_is_left(tmp_path):
+def test_a_short_hog_is_driven_and_nothing_is_left(tmp_path):
     scenario = replace(SCENARIOS["hog"], requests=240, rate_per_s=20, warm_up_s=5.0)
     said: list[str] = []
     rows = Rows(tmp_path / "live.json", resume=False)
     bench = Bench(rows, tmp_path / "series", Progress(said.append, lambda done, of: None))
     try:
-        assert bench.scenario(scenario, find_arms("default,oracle"), [0]) == [], said
+        assert bench.scenario(scenario, find_arms("oracle"), [0]) == [], said
         slot = bench._world.lab.state.made.slot
     finally:
         left = bench.close()
     assert left == []
-    for arm in ("default", "oracle"):
+    for arm in ("oracle",):
         found = {row.metric: row.value for row in rows.rows if row.arm == arm}
         assert found["requests"] > 160
         assert found["errors"] == 0.0
