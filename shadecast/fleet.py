@@ -313,6 +313,11 @@ class Fleet:
         ramped = any(r.connection.state is State.ACTIVE for r in serving)
         return sum(r.capacity * (r.connection.share(self.config.trial.ramp) if ramped else 1.0) for r in serving)
 
+    def shares(self, serving: list[Replica]) -> float:
+        """Of picks, summed; where none is ACTIVE, each counts as one."""
+        ramped = any(r.connection.state is State.ACTIVE for r in serving)
+        return sum(r.connection.share(self.config.trial.ramp) if ramped else 1.0 for r in serving)
+
     def age_s(self, node: Node) -> float:
         """Of a node's last report."""
         return self.now_s - node.made_s

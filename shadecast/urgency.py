@@ -15,13 +15,13 @@ class Urgency:
 
     def __init__(self, fleet: Fleet, estimates: Estimates) -> None:
         self._fleet, self._estimates = fleet, estimates
-        self._able = 0.0
-        """The most that served lately, in nominal replicas."""
+        self._served = 0.0
+        """The most replicas that served lately, by their shares; a machine that slows down is none that is gone."""
 
     def update(self, elapsed_s: float) -> None:
         """Once a tick."""
-        faded = self._able * 0.5 ** (elapsed_s / _REMEMBERED_HALF_LIFE_S)
-        self._able = max(faded, self._fleet.able(self._fleet.serving()))
+        faded = self._served * 0.5 ** (elapsed_s / _REMEMBERED_HALF_LIFE_S)
+        self._served = max(faded, self._fleet.shares(self._fleet.serving()))
 
     def why(self) -> str:
         """The reason in words, "" if there is time."""
@@ -29,7 +29,7 @@ class Urgency:
         serving = fleet.serving()
         if fleet.waiting >= max(len(serving), 1):
             return f"{fleet.waiting} requests wait for a replica"
-        if fleet.able(serving) < fleet.config.balance.panic_fraction * self._able:
+        if fleet.shares(serving) < fleet.config.balance.panic_fraction * self._served:
             return "less than half of what served is left"
         if not curve.learned:
             return ""  # what looks like a queue may be parallel work

@@ -118,7 +118,7 @@ def test_newcomers_are_mirrored_then_shifted_or_turned_away_and_users_see_no_err
         active = sum(r["state"] == "active" for r in replicas)
         if active == 3 and Counter(e for _, e in events("shop/Model"))["trial_failed"] >= 2:
             break
-    assert active == 3, [(r["replica_id"], r["state"], r["trial"]) for r in replicas]
+    assert active == 3, [(t["replica_id"], t["event"], t["reason"]) for t in status()["transitions"]]
     by_replica = {}
     for replica_id, event in events("shop/Model"):
         by_replica.setdefault(replica_id, []).append(event)

@@ -240,6 +240,17 @@ def test_a_replica_that_fails_each_of_its_rare_requests_is_withdrawn():
     assert world.failed_live - failed_before <= 8
 
 
+def test_machines_that_all_slow_down_are_no_reason_to_let_a_newcomer_in_untried():
+    world = grown(4)
+    for machine in world.machines.values():
+        machine.speed = 0.3
+    world.run(5)
+    world.add("new", failing=0.3)
+    world.run(20)
+    assert "admit_urgent" not in world.events("new")
+    assert world.live.get("new", 0) == 0
+
+
 def test_requests_that_wait_in_routers_leave_no_time_for_trials():
     """Saturated with eight places each, while the curve that was learned says that there are 64."""
     world = grown(4)
