@@ -23,7 +23,7 @@ setup: $(STAMP) ## Create .venv and install everything
 serve: $(STAMP) ## Start a local multi-node cluster, the control plane and an application; Ctrl-C stops all
 	@$(BIN)/shadecast serve $(ARGS)
 
-demo: $(STAMP) ## Replay a trace while a slow and a failing replica join; both routers side by side
+demo: $(STAMP) ## Replay a trace while three replicas join: one well, one slow, one failing; both routers side by side
 	@$(BIN)/python -m examples.demo $(ARGS)
 
 test: $(STAMP) ## Run all tests, the real clusters too

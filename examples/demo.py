@@ -1,4 +1,4 @@
-"""The demo: a real trace, a slow and a failing newcomer in the middle, Serve's default router and ours side by side.
+"""The demo: a real trace that three newcomers join, one well, one slow, one failing; Serve's default router and ours.
 
 `make demo` starts a local cluster, replays the same arrivals against both routers in turn, and prints what happened.
 """
@@ -37,6 +37,9 @@ console = Console(width=max(Console().width, 110))
 HEALTHY = 4
 SPANS = 6
 APP = "demo"
+NEWCOMERS = ("well", "slow", "failing")
+WINDOW_S = 5.0
+"""In which a newcomer has its share once it gives half of a fair part of the answers."""
 
 
 @dataclass
@@ -50,9 +53,24 @@ class Result:
     late_latencies_s: list[float] = field(default_factory=list)
     """Of requests sent after the newcomers had joined."""
     answered: list[Counter[str]] = field(default_factory=lambda: [Counter() for _ in range(SPANS)])
+    answers: list[tuple[float, str]] = field(default_factory=list)
+    """When the requests were sent that were answered, in seconds since the newcomers joined, and by which replica."""
     transitions: list[dict[str, Any]] = field(default_factory=list)
     deployment: dict[str, Any] = field(default_factory=dict)
-    roles: dict[str, str] = field(default_factory=dict)
+
+    def given_by(self, kind: str) -> list[float]:
+        """When the requests were sent that replicas of a kind answered."""
+        return sorted(at_s for at_s, label in self.answers if label.endswith(kind))
+
+    def share_after_s(self, kind: str) -> float | None:
+        """Seconds from the newcomers' joining until one had its share; None if it never had."""
+        answers_s, theirs_s = np.array(sorted(at_s for at_s, _ in self.answers)), np.array(self.given_by(kind))
+        for begin_s in theirs_s:
+            window = begin_s, begin_s + WINDOW_S
+            every, its = (np.diff(np.searchsorted(times, window))[0] for times in (answers_s, theirs_s))
+            if its / every >= 0.5 / (HEALTHY + 1):
+                return float(begin_s)
+        return None
 
 
 def deploy(router: str, replicas: int, port: int) -> None:
@@ -132,7 +150,9 @@ async def replay(
                 outputs = {o["name"]: o["data"] for o in answer.json()["outputs"]}
                 result.wrong += float(np.mean(np.array(outputs["digit"]) == labels[chosen])) < 0.7
                 span = min(int(row.at_s / seconds * SPANS), SPANS - 1)
-                result.answered[span][outputs["answered_by"][0]] += 1
+                label = outputs["answered_by"][0]
+                result.answered[span][label] += 1
+                result.answers.append((row.at_s - join_s, label))
             except httpx.HTTPStatusError as error:
                 result.errors[f"HTTP {error.response.status_code}"] += 1
             except httpx.HTTPError as error:
@@ -168,9 +188,9 @@ async def run_arm(
         await asyncio.sleep(16.0)  # the first start, in which replicas enter untried, is over
 
     def join() -> None:
-        progress.update(task, description=f"{router:>10}: two newcomers join")
-        ray.get(roles.plan.remote("slow", "failing"))
-        deploy(router, HEALTHY + 2, port)
+        progress.update(task, description=f"{router:>10}: three newcomers join")
+        ray.get(roles.plan.remote(*NEWCOMERS))
+        deploy(router, HEALTHY + len(NEWCOMERS), port)
 
     progress.update(task, description=f"{router:>10}: replaying")
     result = await replay(rows, url, seconds, join_s=seconds / 4, join=join, on_done=lambda: progress.advance(task))
@@ -188,6 +208,15 @@ def quantile_ms(values_s: list[float], q: float) -> str:
     return f"{1000 * float(np.quantile(values_s, q)):.0f} ms" if values_s else "-"
 
 
+def _part_of(result: Result, kind: str) -> str:
+    """How many answers a newcomer gave, and when it began to and had its share, since the command to start it."""
+    answers_s, share_s = result.given_by(kind), result.share_after_s(kind)
+    if not answers_s:
+        return "none"
+    shared = f"its share after {share_s:.0f} s" if share_s is not None else "never its share"
+    return f"{len(answers_s)}: the first after {answers_s[0]:.0f} s, {shared}"
+
+
 def print_results(results: dict[str, Result], seconds: float) -> None:
     """Both columns, shares over time, transitions."""
     table = Table(title="What the clients saw", title_justify="left")
@@ -203,9 +232,8 @@ def print_results(results: dict[str, Result], seconds: float) -> None:
         ("p50 after the newcomers joined", [quantile_ms(values, 0.5) for values in late]),
         ("p99 after the newcomers joined", [quantile_ms(values, 0.99) for values in late]),
     ]
-    for kind in ("slow", "failing"):
-        counts = [sum(n for c in r.answered for label, n in c.items() if kind in label) for r in results.values()]
-        lines.append((f"live answers from the {kind} newcomer", [str(n) for n in counts]))
+    for kind in NEWCOMERS:
+        lines.append((f"live answers of the newcomer that is {kind}", [_part_of(r, kind) for r in results.values()]))
     lines.append(("mirrored requests", [str(r.deployment.get("mirrored", 0)) for r in results.values()]))
     for name, values in lines:
         table.add_row(name, *values)

@@ -1,7 +1,7 @@
 """The demo's model: the digits network, read at five one-pixel shifts and averaged; newcomers with real faults.
 
-A replica asks the demo, when it starts, what it shall be: "healthy", "slow" (does all its work five times) or
-"failing" (raises for a fifth of its requests).
+A replica asks the demo, when it starts, what it shall be: "healthy", "well" (a healthy one that comes later), "slow"
+(does all its work five times) or "failing" (raises for a fifth of its requests).
 """
 
 from __future__ import annotations

@@ -250,7 +250,8 @@ class Driver:
     async def _unary(self, row: dict[str, Any], record: dict[str, Any], scenario: dict[str, Any], _: float) -> bool:
         handle = self._handle.options(session_id=row["session"]) if row["session"] else self._handle
         payload = bytes(scenario["payload_bytes"])
-        node, value, size = await handle.infer.remote(row["x"], row["cpu_s"], payload)
+        method = handle.infer_batched if scenario["batched"] else handle.infer
+        node, value, size = await method.remote(row["x"], row["cpu_s"], payload)
         record["node"] = node
         return bool(value == right_answer(row["x"]) and size == len(payload))
 

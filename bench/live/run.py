@@ -246,6 +246,7 @@ class Bench:
                     result=f"{inside}/result.jsonl",
                     scenario={
                         "kind": scenario.kind,
+                        "batched": scenario.batched,
                         "payload_bytes": scenario.payload_bytes,
                         "item_gap_s": scenario.item_gap_s,
                         "soak": scenario.soak,

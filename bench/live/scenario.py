@@ -55,6 +55,8 @@ class Scenario:
     requests: int = REQUESTS
     cpu_s: float = CPU_S
     payload_bytes: int = 0
+    batched: bool = False
+    """Whether the model answers what is there together (`@serve.batch`)."""
     sessions: int = 0
     stream_s: tuple[float, float] = (0.0, 0.0)
     """Shortest and longest stream when nothing is slow; log-uniform between."""
@@ -116,6 +118,40 @@ _STREAMS = Scenario(
     slo_s=1.0,
     settings={"balance": {"resume": "had"}},
 )
+_WELL = Scenario(
+    "newcomer-well",
+    "a fourth, equal replica joins",
+    (Fault("newcomer_well", 0.15, 1.0, bad=False),),
+    replicas=3,
+    joins=1,
+    rate_per_s=20,
+)
+_HALF_SPEED = replace(
+    _WELL,
+    name="newcomer-half-speed",
+    note="a fourth replica joins, on half the others' quota",
+    faults=(Fault("quota", -1.0, 1.1, 0.5 * QUOTA, bad=False), *_WELL.faults),
+)
+_SCALE_UP = replace(
+    _WELL,
+    name="scale-up-under-load",
+    note="two replicas at .95 of what they can do become four",
+    replicas=2,
+    joins=2,
+    rate_per_s=27,
+)
+
+
+def _batched(scenario: Scenario, rate_per_s: float) -> Scenario:
+    return replace(
+        scenario,
+        name=f"{scenario.name}-batched",
+        note=f"{scenario.note}; behind @serve.batch",
+        batched=True,
+        rate_per_s=rate_per_s,
+    )
+
+
 _ALL = (
     Scenario("calm", "four equal nodes, nothing happens"),
     Scenario("hog", "eight-process CPU hog in one node's group", (Fault("hog", 0.3, 0.75, 8),)),
@@ -128,19 +164,12 @@ _ALL = (
         requests=2112,
     ),
     Scenario("newcomer-none", "three replicas, the yardstick of the newcomers", replicas=3, rate_per_s=18),
-    Scenario(
-        "newcomer-well", "a fourth, equal replica joins", (Fault("newcomer_well", 0.15, 1.0, bad=False),),
-        replicas=3, joins=1, rate_per_s=20,
-    ),
-    Scenario(
-        "newcomer-half-speed", "a fourth replica joins, on half the others' quota",
-        (Fault("quota", -1.0, 1.1, 0.5 * QUOTA, bad=False), Fault("newcomer_well", 0.15, 1.0, bad=False)),
-        replicas=3, joins=1, rate_per_s=20,
-    ),
-    Scenario(
-        "scale-up-under-load", "two replicas at .95 of what they can do become four",
-        (Fault("newcomer_well", 0.15, 1.0, bad=False),), replicas=2, joins=2, rate_per_s=27,
-    ),
+    _WELL,
+    _batched(_WELL, 28),
+    _HALF_SPEED,
+    _batched(_HALF_SPEED, 28),
+    _SCALE_UP,
+    _batched(_SCALE_UP, 40),
     Scenario(
         "newcomer-slow", "a fourth replica joins, five times as slow", (Fault("newcomer_slow", 0.15, 1.0, 5.0),),
         replicas=3, joins=1, rate_per_s=18,

@@ -64,7 +64,7 @@ def checks(scenario: str, found: Found, without: Found) -> list[Check]:
     """Checks of one scenario; those whose arms were not run are left out. `without` is found in its yardstick."""
     if "shadecast" not in found:
         return []
-    match scenario:
+    match scenario.removesuffix("-batched"):
         case "hog":
             made = [*_ratio(found, "p99_s", "oracle", 1.25), *_ratio(found, "p999_s", "oracle", 1.5)]
             return [*made, *_ratio(found, "p999_s", "default", 0.05)]
@@ -81,7 +81,7 @@ def checks(scenario: str, found: Found, without: Found) -> list[Check]:
                 *_beside(found, without, 1.05),
             ]
         case "newcomer-well" | "newcomer-half-speed":
-            low, high = (0.8, 1.2) if scenario == "newcomer-well" else (0.4, 0.6)
+            low, high = (0.8, 1.2) if scenario.startswith("newcomer-well") else (0.4, 0.6)
             share = _mean(found, "shadecast", "newcomer_share")
             return [
                 *_at_most(found, "newcomer_full_share_s", 20.0, "seconds from being listed to its full share"),

@@ -15,10 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray import serve
 
 from serve_app.copying import copy_safe
 
 NODE, VALUE = 0, 1
+BATCH_SIZE, BATCH_WAIT_S = 8, 0.02
+_NEXT_IN_BATCH = 0.25
+"""CPU of each further request of a batch, as a part of the first one's."""
 
 
 def exchange_folder() -> Path:
@@ -78,6 +82,20 @@ class Work:
             raise BrokenReplicaError("this replica is broken, as the scenario wants it")
         burn(cpu_s * self._slow)
         return self._node_id, right_answer(x) + self._wrong, len(payload)
+
+    @copy_safe
+    async def infer_batched(self, x: int, cpu_s: float, payload: bytes = b"") -> tuple[str, int, int]:
+        """As `infer`, together with what else is there."""
+        if self._fail and self._random.random() < self._fail:
+            raise BrokenReplicaError("this replica is broken, as the scenario wants it")
+        value: int = await self._batch((x, cpu_s))
+        return self._node_id, value, len(payload)
+
+    @serve.batch(max_batch_size=BATCH_SIZE, batch_wait_timeout_s=BATCH_WAIT_S)
+    async def _batch(self, requests: list[tuple[int, float]]) -> list[int]:
+        first_s, *others_s = sorted((cpu_s for _, cpu_s in requests), reverse=True)
+        burn((first_s + _NEXT_IN_BATCH * sum(others_s)) * self._slow)
+        return [right_answer(x) + self._wrong for x, _ in requests]
 
     @copy_safe
     async def stream(
