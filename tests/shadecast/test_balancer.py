@@ -12,6 +12,7 @@ from shadecast.types import (
     NodeReport,
     NodeSnapshot,
     Outcome,
+    PairedSample,
     ReplicaReport,
     RouterReport,
     RoutingTable,
@@ -592,3 +593,89 @@ def test_a_restarted_coordinator_goes_on_from_a_routers_table():
     assert world.state("out") in (State.DRAINING, State.INACTIVE)
     assert world.row("bad").share == world.row("new").share == 0.0
     assert world.row("bad").rejections == 3
+
+
+# ---------------------------------------------------------------- trials that meet strange input
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        PairedSample("new", "old0", -1.0, 0.05, 0, 0, True, True),
+        PairedSample("new", "old0", 0.05, -math.inf, 0, 0, True, True),
+        PairedSample("new", "old0", 0.05, 0.05, -3, 0, True, True),
+        PairedSample("new", "new", 0.05, 0.05, 0, 0, True, True),
+        PairedSample("new", "not listed yet", 0.05, 0.05, 0, 0, True, True),
+        PairedSample("not listed yet", "old0", 0.05, 0.05, 0, 0, True, True),
+        PairedSample("old1", "old0", 0.05, 9.0, 0, 0, True, False),
+    ],
+)
+def test_pairs_that_cannot_be_true_or_have_no_trial_change_nothing(pair):
+    """Also those that come before their replica is listed, after its trial, or of a replica with itself."""
+    world = grown()
+    world.add("new")
+    world.run(1)
+    before = {row.replica_id: (row.state, row.capacity) for row in world.output.table.rows}
+    world.seq += 1
+    views = tuple(ReplicaReport(name, machine.node_id, 8, 0) for name, machine in world.machines.items())
+    report = RouterReport("router", DEPLOYMENT, world.seq, 1.0, views, (pair,) * 50)
+    world.output = world.balancer.on_tick(TickInput(world.now_s, (report,)))
+    for row in world.output.table.rows:
+        state, capacity = before[row.replica_id]
+        assert row.state is state
+        assert row.capacity == pytest.approx(capacity, abs=0.05)
+    world.run(20)
+    assert world.state("new") is State.ACTIVE
+
+
+def test_a_candidate_that_vanishes_in_its_trial_begins_anew_when_it_comes_back():
+    world = grown()
+    world.add("new")
+    world.tick()
+    while world.state("new") is not State.SHADOWING:
+        world.tick()
+    world.run(2)
+    world.machines["new"].alive = False
+    world.run(1)
+    assert [row.replica_id for row in world.output.table.rows] == ["old0", "old1", "old2", "old3"]
+    world.machines["new"].alive = True
+    world.machines["new"].failing = 1.0
+    world.run(20)
+    assert world.row("new").share == 0.0
+    assert "trial_failed" in world.events("new")
+
+
+@pytest.mark.parametrize("until", [State.SHADOWING, State.SHIFTING])
+@pytest.mark.parametrize("failing", [0.0, 1.0])
+def test_a_coordinator_that_restarts_in_a_trial_holds_it_once_more(until, failing):
+    world = grown()
+    world.add("new")
+    world.tick()
+    while world.state("new") is not until:
+        world.tick()
+    kept = world.output.table
+    world.machines["new"].failing = failing
+    world.balancer = Balancer(DEPLOYMENT, Config(), epoch=2)
+    world.balancer.restore(kept, world.now_s)
+    world.tick()  # its requests still go by the last table
+    world.live.clear()
+    assert world.state("new") is State.SHADOWING
+    world.run(20)
+    assert (world.state("new") is State.ACTIVE) == (failing == 0.0)
+    assert failing == 0.0 or "new" not in world.live
+
+
+def test_one_replica_in_all_serves_at_once_and_so_does_the_one_that_replaces_it():
+    world = World()
+    world.add("only")
+    world.tick()
+    assert world.row("only").share == 1.0
+    world.run(60)
+    world.add("next")
+    world.run(1)
+    world.machines["only"].alive = False
+    world.tick()
+    world.tick()
+    assert world.row("next").share > 0.0
+    world.run(15)
+    assert world.state("next") is State.ACTIVE
