@@ -13,7 +13,7 @@ from rich.table import Table
 
 from bench.live.arms import ARMS
 from bench.live.scenario import SCENARIOS, Scenario
-from bench.live.targets import checks, yardstick
+from bench.live.targets import checks, baseline
 from bench.results import Check, Row, by_arm, interval
 
 _COLUMNS = (
@@ -72,9 +72,9 @@ def _title(scenario: Scenario, found: Found) -> str:
 
 
 def _checks(name: str, found: Found, rows: Sequence[Row]) -> list[Check]:
-    """Against the targets, and against the yardstick's runs of the same seeds."""
+    """Against the targets, and against the baseline's runs of the same seeds."""
     seeds = {row.seed for row in rows if row.scenario == name}
-    return checks(name, found, by_arm([row for row in rows if row.seed in seeds], yardstick(name), ARMS))
+    return checks(name, found, by_arm([row for row in rows if row.seed in seeds], baseline(name), ARMS))
 
 
 def print_table(console: Console, scenario: Scenario, rows: Sequence[Row]) -> None:

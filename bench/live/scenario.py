@@ -163,7 +163,7 @@ _ALL = (
         faults=_every_minute(11),
         requests=2112,
     ),
-    Scenario("newcomer-none", "three replicas, the yardstick of the newcomers", replicas=3, rate_per_s=18),
+    Scenario("newcomer-none", "three replicas, the baseline of the newcomers", replicas=3, rate_per_s=18),
     _WELL,
     _batched(_WELL, 28),
     _HALF_SPEED,

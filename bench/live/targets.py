@@ -55,13 +55,13 @@ def _at_most(found: Found, metric: str, limit: float, what: str) -> Iterator[Che
         yield Check(f"{what} <= {limit:g}", f"{value:.4g}", value <= limit)
 
 
-def yardstick(scenario: str) -> str:
+def baseline(scenario: str) -> str:
     """The scenario with the same arrivals and no fault."""
     return "newcomer-none" if scenario.startswith("newcomer") else "calm"
 
 
 def checks(scenario: str, found: Found, without: Found) -> list[Check]:
-    """Checks of one scenario; those whose arms were not run are left out. `without` is found in its yardstick."""
+    """Checks of one scenario; those whose arms were not run are left out. `without` is found in its baseline."""
     if "shadecast" not in found:
         return []
     match scenario.removesuffix("-batched"):

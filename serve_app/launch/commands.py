@@ -190,6 +190,12 @@ def status(
         print(json.dumps(_finite(state), indent=2))
         return
     console.print(_node_table(state))
+    for what, targets in (
+        ("Kept out until `shadecast release ID`", state.get("holds")),
+        ("Nodes that Ray is about to take away, drained", state.get("leaving")),
+    ):
+        if targets:
+            console.print(f"{what}: {', '.join(targets)}", markup=False, highlight=False)
     for deployment in state["deployments"]:
         console.print(_replica_table(deployment))
     for entry in state["transitions"][-10:]:

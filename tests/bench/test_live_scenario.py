@@ -18,7 +18,7 @@ from bench.live.report import write_markdown
 from bench.live.run import Rows
 from bench.live.scenario import SCENARIOS, find_scenarios, requests
 from bench.live.soak import growth_per_s
-from bench.live.targets import checks, yardstick
+from bench.live.targets import checks, baseline
 from bench.results import Row, by_arm
 from shadecast.config import Config
 
@@ -227,7 +227,7 @@ def test_misses_are_pooled_over_seeds_and_the_forecasts_own_part_is_paired():
     ("name", "fair", "most"), [("newcomer-slow", "newcomer-none", 1.05), ("coordinator-kill", "calm", 1.1)]
 )
 def test_faults_that_should_cost_nothing_are_judged_beside_the_same_requests_without_them(name, fair, most):
-    assert yardstick(name) == fair
+    assert baseline(name) == fair
     assert requests(SCENARIOS[name], 3) == requests(SCENARIOS[fair], 3)
     without = {"shadecast": {"p99_s": [0.1]}}
     for factor, met in ((0.99, True), (1.01, False)):
