@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import pickle
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -29,6 +30,9 @@ from ray.serve.request_router import (
 )
 
 __all__ = ["HEAD_NODE_RESOURCE", "QueueInfo", "ServeRouter"]
+
+_MAX_STATUS_BYTES = 1_000_000
+"""The status of an HTTP answer comes with the beginning of its body; larger first parts are not read twice for it."""
 
 
 class ServeRouter(LocalityMixin, MultiplexMixin, RequestRouter):
@@ -168,6 +172,17 @@ def is_answer(ref: Any) -> bool:
         return not bytes(stored.metadata).split(b",", maxsplit=1)[0].isdigit()  # errors are marked by a number
     except Exception:  # the slower way remains
         return False
+
+
+def http_status(item: Any) -> int:
+    """The status in the first part of an HTTP answer, pickled messages as Serve's proxy reads them; 200 if unknown."""
+    if not isinstance(item, bytes) or len(item) > _MAX_STATUS_BYTES:
+        return 200
+    try:
+        first = pickle.loads(item)[0]  # noqa: S301 - from our own replica: the proxy does the same with it
+        return int(first["status"]) if first["type"] == "http.response.start" else 200
+    except Exception:  # whatever a replica sent: what became of it is the proxy's to find out
+        return 200
 
 
 async def wait_until_assigned(response: Any) -> None:

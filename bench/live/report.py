@@ -13,7 +13,7 @@ from rich.table import Table
 
 from bench.live.arms import ARMS
 from bench.live.scenario import SCENARIOS, Scenario
-from bench.live.targets import checks, baseline
+from bench.live.targets import baseline, checks
 from bench.results import Check, Row, by_arm, interval
 
 _COLUMNS = (

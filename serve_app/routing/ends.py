@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import pickle
+import functools
+import logging
+import time
+from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray.exceptions import TaskCancelledError
@@ -15,8 +18,9 @@ from ray.serve.request_router import ReplicaResult
 
 from serve_app.ray_api import is_answer, when_completed, when_ready
 
-_MAX_STATUS_BYTES = 1_000_000
-"""The status of an HTTP answer comes with the beginning of its body; larger first parts are not read twice for it."""
+logger = logging.getLogger("ray.serve")
+
+_SOON_S = 0.02
 
 
 def tell(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *args: Any) -> None:
@@ -25,17 +29,53 @@ def tell(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *args: 
         loop.call_soon_threadsafe(callback, *args)
 
 
-def watch_end(
-    result: ReplicaResult, loop: asyncio.AbstractEventLoop, ended: Callable[[BaseException | None], None]
-) -> None:
-    """Call `ended(error or None)` on `loop` once, when an accepted unary request has ended.
+class Soon:
+    """Does on a loop what other threads learn of: at once, and within `_SOON_S` where it has just done something.
 
-    Errors of user code travel in the answer's own object. So that is looked at where it lies, without fetching or
-    deserialising it: a large answer may never be wanted in this process.
+    Waking a loop for each call showed in the throughput of short ones; a busy router catches up whenever it chooses.
+    """
+
+    def __init__(self, is_urgent: Callable[[], bool]) -> None:
+        self.loop: asyncio.AbstractEventLoop = cast("asyncio.AbstractEventLoop", None)
+        self.left: deque[Callable[[], None]] = deque()
+        self._is_urgent, self._looks_later = is_urgent, False
+
+    def call(self, callback: Callable[[], None]) -> None:
+        """From any thread."""
+        self.left.append(callback)
+        if not self._looks_later or self._is_urgent():
+            tell(self.loop, self.catch_up)
+
+    def catch_up(self) -> None:
+        """Do what is left; on the loop."""
+        while self.left:
+            try:
+                self.left.popleft()()
+            except Exception:  # it may be a request's choice that does this
+                logger.exception("shadecast: the end of a request was not taken in")
+            if not self._looks_later:
+                self._looks_later = True
+                self.loop.call_later(_SOON_S, self._look)
+
+    def _look(self) -> None:
+        self._looks_later = False  # before looking: what comes from now on wakes the loop itself
+        self.catch_up()
+
+
+def watch_end(
+    result: ReplicaResult,
+    on_loop: Callable[[Callable[[], None]], None],
+    ended: Callable[[BaseException | None, float], None],
+    is_answered: Callable[[], bool] = bool,
+) -> None:
+    """Have `ended(error or None, when)` called by `on_loop` once, when an accepted unary request has ended.
+
+    Errors of user code travel in the answer's own object. Where the caller does not have the answer yet (`is_answered`)
+    that is looked at where it lies, without fetching or deserialising it: a large one may never be wanted here.
     """
 
     def settle(outcome: object) -> None:
-        tell(loop, ended, outcome if isinstance(outcome, BaseException) else None)
+        on_loop(functools.partial(ended, outcome if isinstance(outcome, BaseException) else None, time.monotonic()))
 
     try:
         ref = result.to_object_ref()
@@ -43,15 +83,13 @@ def watch_end(
         result.add_done_callback(settle)
         return
 
-    def look() -> None:
-        if not ray.is_initialized():
-            return
-        if is_answer(ref):
-            ended(None)
-        else:
+    def look(at_s: float) -> None:
+        if is_answered() or (ray.is_initialized() and is_answer(ref)):
+            ended(None, at_s)
+        elif ray.is_initialized():
             when_completed(ref, settle)
 
-    when_ready(ref, lambda: tell(loop, look), settle)
+    when_ready(ref, lambda: on_loop(functools.partial(look, time.monotonic())), settle)
 
 
 def was_cancelled(error: BaseException | None) -> bool:
@@ -59,14 +97,3 @@ def was_cancelled(error: BaseException | None) -> bool:
     cause = getattr(error, "cause", None)
     kinds = (TaskCancelledError, RequestCancelledError, asyncio.CancelledError)
     return isinstance(error, kinds) or isinstance(cause, kinds)
-
-
-def http_status(item: Any) -> int:
-    """The status in the first part of an HTTP answer, pickled messages as Serve's proxy reads them; 200 if unknown."""
-    if not isinstance(item, bytes) or len(item) > _MAX_STATUS_BYTES:
-        return 200
-    try:
-        first = pickle.loads(item)[0]  # noqa: S301 - from our own replica: the proxy does the same with it
-        return int(first["status"]) if first["type"] == "http.response.start" else 200
-    except Exception:  # whatever a replica sent: what became of it is the proxy's to find out
-        return 200

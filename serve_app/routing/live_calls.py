@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import hashlib
 import logging
 import math
@@ -17,8 +18,8 @@ from typing import Any, cast
 
 from ray.serve.request_router import PendingRequest, RunningReplica
 
-from serve_app.ray_api import is_by_reference, reserved_slot
-from serve_app.routing.ends import http_status, tell, was_cancelled, watch_end
+from serve_app.ray_api import http_status, is_by_reference, reserved_slot
+from serve_app.routing.ends import Soon, tell, was_cancelled, watch_end
 from serve_app.routing.mirror import Mirror
 from serve_app.routing.routes import Routes
 from serve_app.routing.second_attempts import SecondAttempts
@@ -32,8 +33,7 @@ from shadecast.reading import MARK, Reading
 
 logger = logging.getLogger("ray.serve")
 
-_COUNT, _RECORD, _CLOSE, _WAITING = Do.COUNT, Do.RECORD, Do.CLOSE, Phase.WAITING
-_CHOOSE = Event.CHOOSE
+_COUNT, _RECORD, _CLOSE, _WAITING, _CHOOSE = Do.COUNT, Do.RECORD, Do.CLOSE, Phase.WAITING, Event.CHOOSE
 _PICK_COUNTS_S = 1.0
 """A pick that is not sent through this router counts for so long: until other routers' reports show its request."""
 
@@ -45,6 +45,8 @@ class LiveCall(Call):
     reading: Reading | None = None
     """How a stream, or an answer sent by value, is read."""
     pair: Pair | None = None
+    answered = False
+    """Its caller has the answer."""
     retriable = False
     """Safe to be sent again."""
     had: list[Any] | None = None
@@ -84,6 +86,8 @@ class LiveCalls:
         self.ledger = Ledger(router_id, deployment, self.book)
         self.mirror = Mirror(config.trial, self.ledger.pair, lambda: self.ledger.count("mirror_dropped"))
         self.waiting = Waiting()
+        self.soon = Soon(lambda: bool(self.waiting.line))
+        """For the ends of calls: caught up with before every choice and report."""
         self.second = SecondAttempts(self, config)
         self.observing = False
         """Requests go as Serve sends them; nothing is copied, or sent again."""
@@ -103,11 +107,11 @@ class LiveCalls:
 
     # ------------------------------------------------------------------ the life of a call
 
-    def tell(self, call: LiveCall, event: Event, **facts: Any) -> None:
+    def tell(self, call: LiveCall, event: Event, at_s: float | None = None, **facts: Any) -> None:
         """Carry out an event and what follows; one that cannot be any more (both ends of a stream, say) is nothing."""
         if (call.phase, event) not in TRANSITIONS:
             return
-        for do in self.book.handle(call, event, time.monotonic(), **facts):
+        for do in self.book.handle(call, event, time.monotonic() if at_s is None else at_s, **facts):
             if do is _COUNT:
                 if self.routes.count(call.replica_id) and self.waiting.line:
                     self.waiting.offer()
@@ -272,7 +276,7 @@ class LiveCalls:
         """Have the call's end told."""
         metadata, inner, loop = call.metadata, result.inner, self.loop
         if not metadata.is_streaming and is_by_reference(pending):
-            watch_end(inner, loop, lambda error: self._ended(call, error))
+            watch_end(inner, self.soon.call, functools.partial(self._ended, call), lambda: call.answered)
             return
         call.reading = Reading(time.monotonic())
         if not call.pinned and self.second.resumes(pending):
@@ -284,11 +288,11 @@ class LiveCalls:
 
     # ------------------------------------------------------------------ ends
 
-    def _ended(self, call: LiveCall, error: BaseException | None, *, ok: bool = True) -> None:
+    def _ended(self, call: LiveCall, error: BaseException | None, at_s: float | None = None, ok: bool = True) -> None:
         if was_cancelled(error):
             self.drop(call)
         else:
-            self.tell(call, Event.END, ok=ok and error is None)
+            self.tell(call, Event.END, at_s, ok=ok and error is None)
 
     def _produced(self, call: LiveCall, error: BaseException | None) -> None:
         """The replica is done with a stream; how it went is known if that failed, or nobody reads it any more."""
@@ -367,6 +371,7 @@ class LiveCalls:
 
     def report(self, **more: Any) -> dict[str, Any]:
         """This second's report."""
+        self.soon.catch_up()
         for call in self.book.all_running():
             self._count_items(call)
         made = self.ledger.report(time.monotonic(), self.routes.alive, **more)

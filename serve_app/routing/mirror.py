@@ -19,8 +19,8 @@ from ray.serve.request_router import PendingRequest, ReplicaResult, RunningRepli
 
 from serve_app.copying import METADATA_KEY
 from serve_app.ray_api import current_request_id, is_by_reference, serialise_lazily, when_completed
-from serve_app.routing.ends import watch_end
-from serve_app.routing.user_functions import load_function
+from serve_app.routing.ends import tell, watch_end
+from serve_app.user_functions import load_function
 from shadecast.compare import answers_equal
 from shadecast.config import TrialConfig
 from shadecast.pairs import MISSING, Pair
@@ -253,9 +253,9 @@ async def _ended(result: ReplicaResult) -> BaseException | None:
     loop = asyncio.get_running_loop()
     done: asyncio.Future[BaseException | None] = loop.create_future()
 
-    def settle(error: BaseException | None) -> None:
+    def settle(error: BaseException | None, _at_s: float) -> None:
         if not done.done():
             done.set_result(error)
 
-    watch_end(result, loop, settle)
+    watch_end(result, functools.partial(tell, loop), settle)
     return await done

@@ -14,13 +14,13 @@ import weakref
 from collections.abc import Sequence
 from typing import Any, cast
 
-from ray.serve.request_router import PendingRequest, ReplicaID, ReplicaResult, RunningReplica
+from ray.serve.request_router import PendingRequest, ReplicaID, RunningReplica
 
 from serve_app.ray_api import ServeRouter
 from serve_app.routing.link import keep_in_touch
 from serve_app.routing.live_calls import LiveCall, LiveCalls
-from serve_app.routing.user_functions import load_function
 from serve_app.routing.watched_result import WatchedReplica
+from serve_app.user_functions import load_function
 from shadecast.config import CHOICES, Config, retired_settings, sections
 from shadecast.errors import ConfigError
 from shadecast.tables import table_message
@@ -94,6 +94,7 @@ class Router(ServeRouter):
         """
         routes, metadata, context = self._routes, pending_request.metadata, pending_request.routing_context
         calls = self.calls
+        calls.soon.catch_up()
         if calls.observing or calls.waiting.line or metadata.multiplexed_model_id:
             return None
         now_s = time.monotonic()
@@ -128,6 +129,7 @@ class Router(ServeRouter):
         One that nobody has asked to be sent (a pick for another way) never waits.
         """
         calls, routes = self.calls, self._routes
+        calls.soon.catch_up()
         if calls.observing:
             return await self.choose_as_serve(candidate_replicas, pending_request)
         now_s = time.monotonic()
@@ -253,12 +255,6 @@ class Router(ServeRouter):
         call = self.calls.find(metadata)
         return call.pending if call is not None else None
 
-    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult) -> None:
-        """A replica has accepted a request: its `WatchedResult` has told that already."""
-
-    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        """Some request that has this id, which calls share, is over: each `WatchedResult` tells of its own."""
-
     def _observe(self, taken: str) -> None:
         """Compare what Serve has chosen with what would have been, by our own estimates."""
         picks, ledger = self._routes.picks, self.calls.ledger
@@ -272,7 +268,7 @@ class Router(ServeRouter):
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Serve's own membership: authoritative, whatever the table says."""
-        self.calls.loop = self.loop
+        self.calls.loop = self.calls.soon.loop = self.loop
         watched = [r if isinstance(r, WatchedReplica) else WatchedReplica(r, self.calls) for r in replicas]
         super().update_replicas(watched)
         self._routes.set_replicas(cast("list[RunningReplica]", watched))

@@ -175,18 +175,22 @@ class WatchedResult:
             call = self._call
             if call.reading is not None:
                 return await self._read(self._inner.get_async(), whole=True)
-            if not call.retriable:
-                return await self._inner.get_async()
+            waiting = self._inner.get_async()
             try:
-                return await self._wait.until(self._inner.get_async())
+                answer = await (self._wait.until(waiting) if call.retriable else waiting)
             except InterruptedWaitError:
                 pass
+            else:
+                call.answered = True
+                return answer
         return await cast("WatchedResult", self._second).get_async()
 
     def get(self, timeout_s: float | None) -> Any:
         """The answer, waited for in a thread."""
         if self._call.reading is None:
-            return self._inner.get(timeout_s)
+            answer = self._inner.get(timeout_s)
+            self._call.answered = True
+            return answer
         return self._read_blocking(lambda: self._inner.get(timeout_s), whole=True)
 
     def __next__(self) -> Any:

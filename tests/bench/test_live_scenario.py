@@ -18,7 +18,7 @@ from bench.live.report import write_markdown
 from bench.live.run import Rows
 from bench.live.scenario import SCENARIOS, find_scenarios, requests
 from bench.live.soak import growth_per_s
-from bench.live.targets import checks, baseline
+from bench.live.targets import baseline, checks
 from bench.results import Row, by_arm
 from shadecast.config import Config
 

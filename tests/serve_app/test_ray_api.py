@@ -200,8 +200,6 @@ def test_this_is_a_supported_ray():
         ("__init__", ["deployment_id", "handle_source", "use_replica_queue_len_cache"]),
         ("initialize_state", []),
         ("choose_replicas", ["candidate_replicas", "pending_request"]),
-        ("on_request_routed", ["pending_request", "replica_id", "result"]),
-        ("on_request_completed", ["replica_id", "internal_request_id"]),
         ("on_replica_actor_died", ["replica_id"]),
         ("update_replicas", ["replicas"]),
         ("_get_pending_request_matching_internal_request_id", ["request_metadata"]),
@@ -218,7 +216,7 @@ def test_a_router_still_has_the_hook(method, parameters):
 
 
 def test_the_hooks_that_serve_calls_are_those_that_the_router_overrides():
-    for method in ("choose_replicas", "on_request_routed", "on_request_completed", "update_replicas"):
+    for method in ("choose_replicas", "update_replicas"):
         ours, theirs = (
             list(inspect.signature(getattr(k, method)).parameters) for k in (PredictiveRouter, RequestRouter)
         )
@@ -228,7 +226,6 @@ def test_the_hooks_that_serve_calls_are_those_that_the_router_overrides():
 @pytest.mark.parametrize(
     ("where", "text", "why"),
     [
-        (AsyncioRouter._route_and_send_request_once, "on_request_routed(", "outcomes start there"),
         (AsyncioRouter._route_and_send_request_once, "get_rejection_response()", "acceptance tells the queue length"),
         (RequestRouter._choose_replicas_with_backoff, "should_backoff", "full replicas must not make the loop spin"),
         (

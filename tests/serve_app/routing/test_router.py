@@ -1394,10 +1394,12 @@ async def test_newer_settings_are_gone_by_at_once_and_calls_under_way_go_on():
         assert router.choose_at_once(request()) is None
         assert {await ask(serve) for _ in range(60)} >= {"b", "new"}, "as Serve does, whatever the table says"
         assert len(new.copies) == 2, "an observer copies nothing"
+        await asyncio.sleep(0.05)
         assert in_flight(serve) == before
         router.use_settings(False, settings)
         assert router.level == "table"
         assert {await ask(serve) for _ in range(20)} == {"a"}
+        await asyncio.sleep(0.05)
         assert in_flight(serve) == before
         end([*held, *new.copies])
         await settle()

@@ -397,6 +397,7 @@ class RouterMachine(RuleBasedStateMachine):
             self.nothing_has_raised()
 
     async def take_report(self):
+        self.router.calls.soon.catch_up()  # as a report does first
         self.count()
         for view in self.serve.report().replicas:
             self.reported["started", view.replica_id] += view.started
