@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 from collections.abc import Callable
 from typing import Any
+
+from shadecast.compare import answers_equal
+from shadecast.config import TrialConfig
 
 logger = logging.getLogger("ray.serve")
 
@@ -22,3 +26,16 @@ def load_function(setting: str, path: str) -> Callable[..., Any] | None:
         logger.error(f"shadecast: {setting} = {path!r} is not a function. It is left out.")
         return None
     return found  # type: ignore[no-any-return]
+
+
+def comparison(config: TrialConfig) -> Callable[[Any, Any], Any] | None:
+    """The function that compares answers; None where it is not wanted."""
+    match config.compare:
+        case "":
+            return None
+        case "exact":
+            return answers_equal
+        case "close":
+            return functools.partial(answers_equal, tolerance=config.compare_tolerance)
+        case path:
+            return load_function("trial.compare", path)

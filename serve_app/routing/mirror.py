@@ -20,8 +20,7 @@ from ray.serve.request_router import PendingRequest, ReplicaResult, RunningRepli
 from serve_app.copying import METADATA_KEY
 from serve_app.ray_api import current_request_id, is_by_reference, serialise_lazily, when_completed
 from serve_app.routing.ends import tell, watch_end
-from serve_app.user_functions import load_function
-from shadecast.compare import answers_equal
+from serve_app.user_functions import comparison
 from shadecast.config import TrialConfig
 from shadecast.pairs import MISSING, Pair
 from shadecast.reading import MARK, Reading
@@ -55,7 +54,7 @@ class Mirror:
     def configure(self, config: TrialConfig) -> None:
         """Go by other settings from the next copy on."""
         self._config = config
-        self._equal = _comparison(config)
+        self._equal = comparison(config)
 
     @property
     def under_way(self) -> int:
@@ -233,19 +232,6 @@ def _is_large(request: PendingRequest) -> bool:
         if isinstance(size, int) and size >= _LARGE_BYTES:
             return True
     return False
-
-
-def _comparison(config: TrialConfig) -> Callable[[Any, Any], Any] | None:
-    """The function that compares answers; None where it is not wanted."""
-    match config.compare:
-        case "":
-            return None
-        case "exact":
-            return answers_equal
-        case "close":
-            return functools.partial(answers_equal, tolerance=config.compare_tolerance)
-        case path:
-            return load_function("trial.compare", path)
 
 
 async def _ended(result: ReplicaResult) -> BaseException | None:

@@ -196,9 +196,13 @@ class Router(ServeRouter):
 
         While it is full, a request waits for it as long as a move would cost, so that a burst scatters no session. One
         that does not tell its queue is asked twice: on a cold connection, Serve's first deadline is often too short.
+        Then its sessions go to their fallbacks for a while.
         """
         routes, context = self._routes, pending_request.routing_context  # Serve's marks: no mixin reads them here
         own = routes.affinity(pending_request.metadata.session_id)
+        if own >= 0 and context.tried_same_az and self.queue_of(routes.replicas[own].replica_id) is None:
+            self.calls.second.is_silent(routes.picks.ids[own])
+            own = routes.affinity(pending_request.metadata.session_id)
         if own < 0:
             return None
         replica = routes.replicas[own]

@@ -105,13 +105,20 @@ class SecondAttempts:
                 self._leave(call, now_s)
 
     def _leave(self, call: LiveCall, now_s: float) -> None:
-        routes = self._calls.routes
-        picks, ejected = routes.picks, routes.ejections.at(now_s)
-        others = [picks.ids[i] for i in picks.pool if picks.ids[i] != call.replica_id]
-        if call.replica_id in picks.index and is_alone_unresponsive(others, routes.slow, ejected):
-            replica_id = call.replica_id
-            if self._retry(call):
-                routes.eject(replica_id, self._calls.loop)
+        replica_id = call.replica_id
+        if self._is_alone(replica_id, now_s) and self._retry(call):
+            self._calls.routes.eject(replica_id, self._calls.loop)
+
+    def _is_alone(self, replica_id: str, now_s: float) -> bool:
+        """Whether it is the replica that does not answer, and not everything."""
+        routes, picks = self._calls.routes, self._calls.routes.picks
+        others = [picks.ids[i] for i in picks.pool if picks.ids[i] != replica_id]
+        return replica_id in picks.index and is_alone_unresponsive(others, routes.slow, routes.ejections.at(now_s))
+
+    def is_silent(self, replica_id: str) -> None:
+        """A replica has not told its queue, however often it was asked: it is left out for a moment."""
+        if self._is_alone(replica_id, time.monotonic()):
+            self._calls.routes.eject(replica_id, self._calls.loop)
 
     def _retry(self, call: LiveCall) -> bool:
         """Cancel a call that was not accepted: Serve chooses again. Whether it was done."""

@@ -941,9 +941,9 @@ async def test_a_session_waits_once_for_a_replica_that_is_slow_to_tell_its_queue
         own.tells_after_s = 60.0
         unlucky = await serve.send(1, session_id="s")
         assert unlucky.replica is not own
-        first, second, third = serve.router.offers
-        assert (first, second) == ([[own.name]], [[own.name]])
-        assert {name for rank in third for name in rank} == {"a", "b"}
+        (other,) = {"a", "b"} - {own.name}
+        assert serve.router.offers == [[[own.name]], [[own.name]], [[other]]]
+        await asyncio.sleep(2.0)  # in which it is left out
         own.tells_after_s = 0.15  # too late for Serve's first deadline
         luckier = await serve.send(1, session_id="s")
         assert luckier.replica is own
@@ -951,6 +951,26 @@ async def test_a_session_waits_once_for_a_replica_that_is_slow_to_tell_its_queue
         end([unlucky, luckier])
         await settle()
         assert sum(in_flight(serve).values()) == 0
+
+
+@in_virtual_time
+async def test_sessions_of_a_replica_that_tells_its_queue_no_more_wait_for_it_once():
+    async with serving(*replicas("abcd")) as serve:
+        serve.take(table(1, **dict.fromkeys("abcd", 1.0)))
+        homes = {s: await ask(serve, session_id=s) for s in map(str, range(40))}
+        own = serve.replicas[homes["0"]]
+        its = [s for s, home in homes.items() if home == own.name]
+        own.tells_after_s = 60.0
+        serve.router.replica_queue_len_cache.invalidate_key(own.replica_id)
+        first = await ask(serve, session_id="0")
+        began_s = asyncio.get_running_loop().time()
+        fallbacks = {s: [await ask(serve, session_id=s) for _ in range(3)] for s in its}
+        assert asyncio.get_running_loop().time() - began_s < 0.1, "nobody waits for it again"
+        assert {first} == set(fallbacks["0"])
+        assert all(len(set(went)) == 1 and own.name not in went for went in fallbacks.values())
+        await asyncio.sleep(2.0)
+        own.tells_after_s = 0.0
+        assert [await ask(serve, session_id=s) for s in its] == [own.name] * len(its)
 
 
 @in_virtual_time
