@@ -20,6 +20,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from serve_app.gateway.outputs import as_declared
 from serve_app.gateway.tensors import Array, TensorSpec
 from serve_app.protocol_error import InvalidInput
 from shadecast.errors import ConfigError
@@ -141,6 +142,7 @@ class ModelServer:
         self._model = model
         self._infer = getattr(model, "infer", None)
         self._generate = getattr(model, "generate", None)
+        self._outputs = _specs(type(model), "outputs")
         self._with_parameters = _takes(self._infer, "parameters")
         self._resumes = _takes(self._generate, RESUME)
         self._is_async = inspect.iscoroutinefunction(self._infer)
@@ -152,6 +154,7 @@ class ModelServer:
         """The model's outputs for `inputs`. `budget_s` is the time left to the client when the call was sent."""
         if self._infer is None:
             raise TypeError("the model has no method infer")
+        inputs = {name: _writable(array) for name, array in inputs.items()}
         args: tuple[Any, ...] = (inputs, dict(parameters or {})) if self._with_parameters else (inputs,)
         try:
             async with asyncio.timeout(budget_s):
@@ -161,7 +164,7 @@ class ModelServer:
                     outputs = await self._in_thread(self._infer, *args)
         except InvalidInput as error:
             return Refusal(str(error))
-        return _as_arrays(outputs)
+        return as_declared(outputs, self._outputs)
 
     async def generate(self, request: dict[str, Any], had: Sequence[Any] = ()) -> AsyncIterator[Any]:
         """The model's stream for one request, after the items `had`; a generator function or an asynchronous one."""
@@ -199,10 +202,9 @@ class ModelServer:
             yield item
 
 
-def _as_arrays(outputs: Any) -> dict[str, Array]:
-    if not isinstance(outputs, Mapping):
-        raise TypeError(f"infer returned {type(outputs).__name__}; it must return a dict of arrays by output name")
-    return {str(name): np.asarray(value) for name, value in outputs.items()}
+def _writable(array: Array) -> Array:
+    """The model's own: what Ray hands out lies in memory that others read."""
+    return array if not isinstance(array, np.ndarray) or array.flags.writeable else array.copy()
 
 
 def _takes(method: Callable[..., Any] | None, parameter: str) -> bool:

@@ -188,7 +188,7 @@ def to_json(name: str, array: Array) -> list[Any]:
     flat: list[Any] = array.ravel().tolist()
     if array.dtype.kind in "OS":
         try:
-            return [item.decode() if isinstance(item, bytes) else str(item) for item in flat]
+            return [bytes(i).decode() if isinstance(i, (bytes, bytearray, memoryview)) else str(i) for i in flat]
         except UnicodeDecodeError:
             raise ProtocolError(
                 500, f"output {name!r} holds bytes that are not UTF-8; request it with binary_data"
@@ -243,7 +243,8 @@ def to_bytes(array: Array) -> bytes:
     if array.dtype.kind in "OSU":
         parts: list[bytes] = []
         for item in array.ravel().tolist():
-            raw = item if isinstance(item, bytes) else str(item).encode(errors="replace")
+            is_raw = isinstance(item, (bytes, bytearray, memoryview))
+            raw = bytes(item) if is_raw else str(item).encode(errors="replace")
             parts.append(struct.pack("<I", len(raw)))
             parts.append(raw)
         return b"".join(parts)
