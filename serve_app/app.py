@@ -6,6 +6,7 @@ No `from __future__ import annotations` here: Serve reads the annotation of `bui
 import dataclasses
 import json
 import os
+import re
 from typing import Annotated, Any, Literal, Self
 
 import click
@@ -60,6 +61,7 @@ class AppArgs(BaseModel):
     queue_timeout_s: Seconds = Field(10.0, description="for a replica to have room; then a 503")
     retry_fraction: float = Field(0.2, ge=0, le=1, description="retries as a fraction of requests")
     session_cookie: str = Field("", pattern=r"^[A-Za-z0-9_.-]{0,64}$", description="cookie that holds a session's id")
+    allow_origins: tuple[str, ...] = Field((), description="whose pages may call from a browser; '*' is all")
     access_log: bool = Field(False, description="a log line for every request, from Serve; costs time on each")
     graceful_shutdown_timeout_s: Seconds = Field(60.0, description="for live requests and streams to finish")
 
@@ -72,6 +74,15 @@ class AppArgs(BaseModel):
             return json.loads(value)
         except ValueError as error:
             raise ValueError(f"must be a mapping, as JSON on the command line: {error}") from None
+
+    @field_validator("allow_origins", mode="before")
+    @classmethod
+    def _origins(cls, value: Any) -> Any:
+        origins = [each.strip() for each in value.split(",")] if isinstance(value, str) else value
+        for origin in origins if isinstance(origins, (list, tuple)) else ():
+            if not re.fullmatch(r"\*|https?://[^/\s*]+", str(origin)):
+                raise ValueError(f"{origin!r} is no origin: give e.g. https://app.example.org, or *")
+        return origins
 
     @field_validator("autoscaling")
     @classmethod

@@ -23,6 +23,7 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray import serve
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
@@ -56,8 +57,11 @@ class GatewaySettings:
     retry_fraction: float = 0.2
     session_header: str = SESSION_HEADER
     session_cookie: str = ""
+    allow_origins: tuple[str, ...] = ()
+    """Whose pages may call from a browser: origins, or "*" for all; nobody's by default."""
 
 
+_MEDIA = ("application/json", "application/octet-stream", "application/x-www-form-urlencoded")
 Ready = Callable[[], Awaitable[bool]]
 
 
@@ -70,6 +74,7 @@ class InferenceApi:
         self._settings = settings
         self._ready = ready
         self.session_header = settings.session_header
+        self.allow_origins = settings.allow_origins
         self.bodies = BodyReader(
             settings.max_body_bytes,
             settings.max_total_body_bytes,
@@ -178,7 +183,8 @@ class InferenceApi:
 
     def _body(self, request: Request) -> Any:
         media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if media not in ("", "application/json", "application/octet-stream") and not media.endswith("+json"):
+        # curl says that it sends a form unless told otherwise, and examples of Triton's do not tell it
+        if media not in ("", *_MEDIA) and not media.endswith("+json"):
             raise ProtocolError(415, f"Content-Type {media[:80]!r}: send application/json or application/octet-stream")
         headers = request.headers
         return self.bodies.read(request.receive, headers.get("content-length"), headers.get("content-encoding", ""))
@@ -224,6 +230,7 @@ class EventStream(StreamingResponse):
     def __init__(self, stream: Stream, encode: Callable[[Any], str]) -> None:
         super().__init__(self._events(stream, encode), media_type="text/event-stream")
         self.headers["Cache-Control"] = "no-cache"
+        self.headers["X-Accel-Buffering"] = "no"  # nginx would hold tokens back
         self._stream = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -260,11 +267,22 @@ def make_app(api: InferenceApi) -> FastAPI:
         ]
     for method, path, endpoint in routes:
         app.add_api_route(path, endpoint, methods=[method], **openapi.describe(method, path, api.info))
+        if method == "GET":
+            app.add_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
     app.add_exception_handler(ProtocolError, _refused)
     app.add_exception_handler(HTTPException, _not_routed)
     app.add_exception_handler(Exception, _failed)
     app.add_middleware(HeaderGuard, id_headers=(*ID_HEADERS, api.session_header.encode()))
     app.add_middleware(RequestIds)
+    if api.allow_origins:
+        methods = ("GET", "HEAD", "POST")
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=api.allow_origins,
+            allow_methods=methods,
+            allow_headers=("*",),
+            expose_headers=(HEADER_LENGTH, "X-Request-Id", "Retry-After"),
+        )
     return app
 
 

@@ -64,7 +64,7 @@ class EncodedResponse:
 def parse_json_object(text: bytes | memoryview) -> dict[str, Any]:
     """A JSON object from UTF-8 bytes. Raises ProtocolError (400); NaN and Infinity are not JSON."""
     try:
-        value = json.loads(str(text, "utf-8"), parse_constant=_refuse_constant)
+        value = json.loads(str(text, "utf-8-sig"), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
         raise ProtocolError(400, f"the body is not UTF-8 at byte {error.start}") from None
     except json.JSONDecodeError as error:

@@ -96,6 +96,8 @@ def path(cls: type) -> str:
         ({"max_body_bytes": 10}, "max_body_bytes = 10: input should be greater than or equal to 1024"),
         ({"retry_fraction": 2}, "retry_fraction = 2: input should be less than or equal to 1"),
         ({"session_cookie": "a b"}, "session_cookie = 'a b'"),
+        ({"allow_origins": "app.example.org"}, "allow_origins = 'app.example.org': 'app.example.org' is no origin"),
+        ({"allow_origins": ["https://a.org/path"]}, "'https://a.org/path' is no origin: give e.g. https://"),
         ({"config": "{"}, "config = '{': must be a mapping, as JSON on the command line"),
         ({"config": {"balance": {"slots": -1}}}, "balance.slots = -1: must be a number from 0 to 4096"),
         ({"config": {"balanse": {}}}, "balanse = {}: unknown section"),

@@ -6,6 +6,7 @@ Every answer that is not 2xx is JSON `{"error": reason}`.
 from __future__ import annotations
 
 import asyncio
+import codecs
 import gzip
 import json
 import zlib
@@ -19,6 +20,7 @@ from ray.exceptions import ActorDiedError, RayTaskError
 
 from serve_app.gateway.ingress import InferenceApi, Readiness, make_app
 from serve_app.gateway.model_server import ModelInfo, Refusal
+from serve_app.gateway.oip import HEADER_LENGTH
 from tests.serve_app.gateway.gateway_fakes import INFO, FakeHandle, client, make_api
 
 REQUEST = {"inputs": [{"name": "pixels", "datatype": "FP32", "shape": [1, 2], "data": [1, 2]}]}
@@ -67,6 +69,27 @@ def reason(response: httpx.Response, status: int) -> str:
 def test_health_and_metadata_answer(path: str, answer: dict[str, Any]) -> None:
     response = send(make_api(FakeHandle(DIGIT)), "GET", path)
     assert (response.status_code, response.json()) == (200, answer)
+    assert send(make_api(FakeHandle(DIGIT)), "HEAD", path).status_code == 200, "as balancers ask"
+
+
+ORIGIN = {"origin": "https://app.example.org"}
+PREFLIGHT = ORIGIN | {"access-control-request-method": "POST", "access-control-request-headers": "content-type"}
+
+
+def test_pages_of_allowed_origins_may_call_and_nobody_else_by_default() -> None:
+    api = make_api(FakeHandle(DIGIT), allow_origins=("https://app.example.org",))
+    asked = send(api, "OPTIONS", INFER, headers=PREFLIGHT)
+    assert (asked.status_code, asked.headers["access-control-allow-origin"]) == (200, ORIGIN["origin"])
+    answer = send(api, "POST", INFER, json=REQUEST, headers=ORIGIN)
+    assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, ORIGIN["origin"])
+    assert HEADER_LENGTH.lower() in answer.headers["access-control-expose-headers"].lower()
+    refused = send(api, "POST", "/v2/models/other/infer", json=REQUEST, headers=ORIGIN)
+    assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (404, ORIGIN["origin"])
+    other = send(api, "OPTIONS", INFER, headers=PREFLIGHT | {"origin": "https://elsewhere.org"})
+    assert "access-control-allow-origin" not in other.headers
+    default = make_api(FakeHandle(DIGIT))
+    assert send(default, "OPTIONS", INFER, headers=PREFLIGHT).status_code == 405
+    assert "access-control-allow-origin" not in send(default, "POST", INFER, json=REQUEST, headers=ORIGIN).headers
 
 
 def test_the_server_names_its_extensions() -> None:
@@ -270,17 +293,29 @@ def test_an_unknown_compression_is_refused_with_the_known_ones() -> None:
     assert response.headers["accept-encoding"] == "gzip, deflate"
 
 
-@pytest.mark.parametrize(
-    "media", ["text/plain", "multipart/form-data; boundary=x", "application/x-www-form-urlencoded"]
-)
+@pytest.mark.parametrize("media", ["text/plain", "multipart/form-data; boundary=x", "image/png"])
 def test_other_content_types_are_refused(media: str) -> None:
     assert "application/json" in reason(post(content=b"{}", headers={"content-type": media}), 415)
 
 
-@pytest.mark.parametrize("media", ["application/json; charset=utf-8", "application/vnd.x+json", "Application/JSON"])
+@pytest.mark.parametrize(
+    "media",
+    [
+        "application/json; charset=utf-8",
+        "application/vnd.x+json",
+        "Application/JSON",
+        "application/x-www-form-urlencoded",  # what curl says unless it is told otherwise
+    ],
+)
 def test_kinds_of_json_are_taken(media: str) -> None:
     content = json.dumps(REQUEST).encode()
     assert post(content=content, headers={"content-type": media}).status_code == 200
+
+
+def test_a_byte_order_mark_before_json_is_no_part_of_it() -> None:
+    content = codecs.BOM_UTF8 + json.dumps(REQUEST).encode()
+    assert post(content=content, headers=JSON).status_code == 200
+    assert post(content=content, headers=JSON | {HEADER_LENGTH.lower(): str(len(content))}).status_code == 200
 
 
 def test_a_body_that_stops_coming_is_given_up() -> None:
@@ -425,6 +460,7 @@ async def words(*items: Any) -> AsyncIterator[Any]:
 def events(response: httpx.Response) -> list[dict[str, Any]]:
     assert response.status_code == 200, response.text
     assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert response.headers["x-accel-buffering"] == "no"
     lines = [line for line in response.text.split("\n\n") if line]
     assert all(line.startswith("data: ") for line in lines)
     return [json.loads(line.removeprefix("data: ")) for line in lines]
