@@ -9,6 +9,8 @@ from shadecast.types import RouterReport
 
 STALE_S = 3.0
 """A router that has not reported for so long carries nothing."""
+_NOTHING = 1e-6
+"""Arrivals a second that are what adding and taking off leaves."""
 
 
 @dataclass(slots=True)
@@ -39,8 +41,7 @@ class ServingLoad:
         self._add_arrivals(router, -1.0)
         router.arrivals_per_s.clear()
         for replica_id in report.gone:
-            node_id, in_flight = router.replicas.pop(replica_id, ("", 0))
-            self._in_flight[node_id] -= in_flight
+            self._take_off(*router.replicas.pop(replica_id, ("", 0)))
         for view in report.replicas:
             node_id, in_flight = router.replicas.get(view.replica_id, (view.node_id, 0))
             self._in_flight[node_id] += view.in_flight - in_flight
@@ -52,16 +53,24 @@ class ServingLoad:
     def _add_arrivals(self, router: _Router, sign: float) -> None:
         for node_id, arrivals_per_s in router.arrivals_per_s.items():
             self._arrivals_per_s[node_id] += sign * arrivals_per_s
+            if abs(self._arrivals_per_s[node_id]) < _NOTHING:
+                del self._arrivals_per_s[node_id]
 
     def _forget(self, key: tuple[str, str]) -> None:
         router = self._routers.pop(key, None)
         if router is not None:
             self._add_arrivals(router, -1.0)
             for node_id, in_flight in router.replicas.values():
-                self._in_flight[node_id] -= in_flight
+                self._take_off(node_id, in_flight)
         if not self._routers:
             self._in_flight.clear()
             self._arrivals_per_s.clear()
+
+    def _take_off(self, node_id: str, in_flight: int) -> None:
+        """A replica is gone from a node. Of nodes without requests nothing is kept: they come and go."""
+        self._in_flight[node_id] -= in_flight
+        if not self._in_flight[node_id]:
+            del self._in_flight[node_id]
 
     def on(self, node_id: str, now_s: float) -> tuple[float, float]:
         """(requests in flight, arrivals per second) on a node, over all deployments and routers."""

@@ -141,7 +141,7 @@ class Balancer:
         self._fleet.sum_rates()
         for report in taken:  # only now: a replica's errors are judged by the others' rates of the same time
             self._observe(report)
-        self._fleet.forget_routers()
+        self._fleet.forget()
         self._estimates.update(elapsed_s)
         self._urgency.update(elapsed_s)
         self._fleet.holds = tick.holds

@@ -265,12 +265,15 @@ class Fleet:
 
     # ------------------------------------------------------------------ questions
 
-    def forget_routers(self) -> None:
-        """Those that report no more, and their counts."""
+    def forget(self) -> None:
+        """Routers that report no more, with their counts, and nodes that are gone for long."""
         for router_id in [k for k, router in self.routers.items() if self.now_s - router.heard_s > LOST_AFTER_S]:
             router = self.routers.pop(router_id)
             for replica_id in list(router.in_flight):
                 self._unlist(router_id, router, replica_id)
+        used = {r.connection.node_id for r in self.replicas.values()}
+        for node_id in [n for n, node in self.nodes.items() if n not in used and self.age_s(node) > _REMEMBERED_S]:
+            del self.nodes[node_id]
 
     def serving(self) -> list[Replica]:
         """Those that take live traffic."""

@@ -679,3 +679,17 @@ def test_one_replica_in_all_serves_at_once_and_so_does_the_one_that_replaces_it(
     assert world.row("next").share > 0.0
     world.run(15)
     assert world.state("next") is State.ACTIVE
+
+
+def test_nodes_that_come_and_go_leave_nothing_behind():
+    world = grown()
+    for i in range(300):
+        world.add(f"short{i}", node_id=f"node-short{i}")
+        if i >= 5:
+            del world.machines[f"short{i - 5}"]
+        world.run(5)
+    fleet = world.balancer._fleet
+    assert len(fleet.nodes) < 100
+    assert len(fleet.replicas) < 20
+    assert len(fleet._left) < 100
+    assert {f"node-old{i}" for i in range(4)} <= fleet.nodes.keys()
