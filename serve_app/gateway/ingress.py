@@ -22,6 +22,7 @@ import numpy as np
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray import serve
+from ray.serve.schema import ApplicationStatus
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
@@ -59,6 +60,8 @@ class GatewaySettings:
     session_cookie: str = ""
     allow_origins: tuple[str, ...] = ()
     """Whose pages may call from a browser: origins, or "*" for all; nobody's by default."""
+    scales_to_zero: bool = False
+    """The model may have no replica: it is ready without one, and requests wait until one has started."""
 
 
 _MEDIA = ("application/json", "application/octet-stream", "application/x-www-form-urlencoded")
@@ -307,7 +310,10 @@ class Readiness:
     While the controller does not answer, what was known last holds: readiness must not fail with it.
     """
 
-    def __init__(self, app_name: str, deployment: str, now_s: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, app_name: str, deployment: str, now_s: Callable[[], float] = time.monotonic, scales_to_zero: bool = False
+    ) -> None:
+        self._scales_to_zero, self._may_start = scales_to_zero, False
         self._app_name = app_name
         self._deployment = deployment
         self._now_s = now_s
@@ -322,10 +328,17 @@ class Readiness:
                 self._running = await asyncio.wait_for(asyncio.to_thread(self._ask), timeout=2.0)
         return self._running
 
+    async def may_start(self) -> bool:
+        """Whether there is no replica because none was needed: requests that wait for one start it."""
+        await self()
+        return self._may_start
+
     def _ask(self) -> bool:
         application = serve.status().applications[self._app_name]
         states = application.deployments[self._deployment].replica_states
-        return any(count > 0 for state, count in states.items() if str(state).endswith("RUNNING"))
+        running = any(count > 0 for state, count in states.items() if str(state).endswith("RUNNING"))
+        self._may_start = self._scales_to_zero and not running and application.status == ApplicationStatus.RUNNING
+        return running or self._may_start
 
 
 @serve.ingress()
@@ -334,8 +347,11 @@ class Gateway:
 
     def __init__(self, model: Any, info: ModelInfo, settings: GatewaySettings) -> None:
         budget = retry_budget(settings.retry_fraction)
-        caller = ModelCaller(model, time.monotonic, settings.queue_timeout_s, info.safe_to_repeat, budget)
-        self._api = InferenceApi(caller, info, settings, Readiness(model.app_name, model.deployment_name))
+        ready = Readiness(model.app_name, model.deployment_name, scales_to_zero=settings.scales_to_zero)
+        waits = ready.may_start if settings.scales_to_zero else None
+        queue_timeout_s, repeats = settings.queue_timeout_s, info.safe_to_repeat
+        caller = ModelCaller(model, time.monotonic, queue_timeout_s, repeats, budget, may_start=waits)
+        self._api = InferenceApi(caller, info, settings, ready)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The application of this replica, made once it is constructed."""

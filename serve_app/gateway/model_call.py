@@ -6,7 +6,7 @@ Every way in which a call can fail ends as a `ProtocolError`; nothing here waits
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -55,13 +55,17 @@ class ModelCaller:
         queue_timeout_s: float,
         safe_to_repeat: bool = True,
         budget: Budget | None = None,
+        *,
+        may_start: Callable[[], Awaitable[bool]] | None = None,
     ) -> None:
+        """`may_start`: whether there is no replica yet because none was needed; requests then wait by their deadline."""
         self._unary = handle.options(method_name="infer")
         self._streaming = handle.options(method_name="generate", stream=True)
         self._now_s = now_s
         self._queue_timeout_s = queue_timeout_s
         self._safe_to_repeat = safe_to_repeat
         self._budget = budget or retry_budget()
+        self._may_start = may_start
         self.retried = 0
         """Calls sent a second time since the start."""
 
@@ -127,13 +131,30 @@ class ModelCaller:
         """Waits until a replica has taken the request: bounded, or full replicas would hold clients without an end."""
         if self._queue_timeout_s >= left_s:
             return
+        if self._may_start is not None:
+            await self._started(response, self._may_start)
+            return
         try:
             async with asyncio.timeout(self._queue_timeout_s):
                 await wait_until_assigned(response)
         except TimeoutError:
-            raise ProtocolError(
-                503, f"no replica had room within {self._queue_timeout_s:g} s; try again later", _RETRY_SOON
-            ) from None
+            raise self._no_room() from None
+
+    async def _started(self, response: Any, may_start: Callable[[], Awaitable[bool]]) -> None:
+        """As `_placed`, but longer while the first replica is starting: then the request's own deadline counts."""
+        placed = asyncio.ensure_future(wait_until_assigned(response))
+        try:
+            while not (await asyncio.wait({placed}, timeout=self._queue_timeout_s))[0]:
+                if not await may_start():
+                    raise self._no_room()
+            await placed
+        finally:
+            placed.cancel()
+
+    def _no_room(self) -> ProtocolError:
+        return ProtocolError(
+            503, f"no replica had room within {self._queue_timeout_s:g} s; try again later", _RETRY_SOON
+        )
 
     def _retry(self, lost: _LostError) -> None:
         """Spends one retry, or raises the ProtocolError that ends the request."""

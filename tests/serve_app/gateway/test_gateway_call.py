@@ -15,7 +15,7 @@ from serve_app.gateway.model_call import CallOptions, ModelCaller
 from serve_app.gateway.model_server import Refusal
 from serve_app.protocol_error import ProtocolError
 from shadecast.budget import Budget
-from tests.serve_app.gateway.gateway_fakes import Clock, FakeHandle, FullResponse, make_caller
+from tests.serve_app.gateway.gateway_fakes import Clock, FakeHandle, FakeResponse, FullResponse, make_caller
 
 OPTIONS = CallOptions(timeout_s=30.0)
 DIED = ActorDiedError()
@@ -142,6 +142,34 @@ def test_a_model_that_never_answers_ends_as_504_and_is_cancelled() -> None:
     assert error.status == 504
     assert "0.02 s" in error.reason
     assert handle.responses[0].cancelled
+
+
+@pytest.mark.parametrize("starts", [True, False])
+def test_a_request_waits_by_its_own_deadline_while_the_first_replica_starts(starts: bool) -> None:
+    class StartingHandle(FakeHandle):
+        """Takes requests after .1 s."""
+
+        def options(self, **_: Any) -> FakeHandle:
+            return self
+
+        def remote(self, *_: Any) -> Any:
+            response = FakeResponse(ANSWER)
+            response._fetch_future_result_async = lambda: asyncio.sleep(0.1)  # type: ignore[attr-defined]
+            self.responses.append(response)
+            return response
+
+    async def may_start() -> bool:
+        return starts
+
+    caller = make_caller(StartingHandle(), queue_timeout_s=0.02, may_start=may_start)
+    if starts:
+        assert infer(caller) == ANSWER
+    else:
+        assert refusal(caller).status == 503
+    late = refusal(
+        make_caller(StartingHandle(), queue_timeout_s=0.02, may_start=may_start), CallOptions(timeout_s=0.05)
+    )
+    assert late.status == (504 if starts else 503)
 
 
 def test_full_replicas_end_as_503_long_before_the_deadline() -> None:

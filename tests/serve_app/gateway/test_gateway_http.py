@@ -11,12 +11,15 @@ import gzip
 import json
 import zlib
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+from ray import serve
 from ray.exceptions import ActorDiedError, RayTaskError
+from ray.serve.schema import ApplicationStatus
 
 from serve_app.gateway.ingress import InferenceApi, Readiness, make_app
 from serve_app.gateway.model_server import ModelInfo, Refusal
@@ -106,6 +109,32 @@ def test_without_a_running_replica_the_server_is_live_but_not_ready() -> None:
     assert send(api, "GET", "/v2/health/live").status_code == 200
     assert "no replica" in reason(send(api, "GET", "/v2/health/ready"), 503)
     assert "no replica" in reason(send(api, "GET", "/v2/models/digits/ready"), 503)
+
+
+@pytest.mark.parametrize(
+    ("to_zero", "status", "states", "ready", "may_start"),
+    [
+        (True, "RUNNING", {}, True, True),
+        (True, "RUNNING", {"STARTING": 1}, True, True),
+        (True, "RUNNING", {"RUNNING": 1, "STARTING": 1}, True, False),
+        (True, "DEPLOYING", {"STARTING": 1}, False, False),
+        (True, "UNHEALTHY", {}, False, False),
+        (False, "RUNNING", {"STARTING": 1}, False, False),
+        (False, "RUNNING", {"RUNNING": 1}, True, False),
+    ],
+)
+def test_a_model_that_scales_to_zero_is_ready_without_a_replica(
+    monkeypatch: pytest.MonkeyPatch, to_zero: bool, status: str, states: dict[str, int], ready: bool, may_start: bool
+) -> None:
+    deployment = SimpleNamespace(replica_states=states)
+    app = SimpleNamespace(status=ApplicationStatus(status), deployments={"model": deployment})
+    monkeypatch.setattr(serve, "status", lambda: SimpleNamespace(applications={"app": app}))
+
+    async def ask() -> tuple[bool, bool]:
+        readiness = Readiness("app", "model", scales_to_zero=to_zero)
+        return await readiness(), await readiness.may_start()
+
+    assert asyncio.run(ask()) == (ready, may_start)
 
 
 def test_readiness_asks_at_most_once_a_second_and_outlives_a_silent_controller() -> None:
