@@ -58,7 +58,7 @@ class ModelCaller:
         *,
         may_start: Callable[[], Awaitable[bool]] | None = None,
     ) -> None:
-        """`may_start`: whether there is no replica yet because none was needed; requests then wait by their deadline."""
+        """`may_start`: whether there is no replica yet because none was needed: requests wait by their deadline."""
         self._unary = handle.options(method_name="infer")
         self._streaming = handle.options(method_name="generate", stream=True)
         self._now_s = now_s
