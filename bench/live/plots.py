@@ -25,13 +25,14 @@ _STATES = {
 
 
 def plot_scenario(folder: Path, name: str, arms: Sequence[str], series: Path) -> list[Path]:
-    """Both pictures of the first seed that all arms have; those made."""
+    """Both pictures of the first seed that all arms have; where it was run elsewhere, those that are there already."""
+    pictures = [folder / f"{name}-{what}.png" for what in ("latency", "shares")]
     for seed in range(100):
         paths = {arm: series / f"{name}-{arm}-{seed}.json" for arm in arms}
         if all(path.exists() for path in paths.values()):
             found = {arm: json.loads(path.read_text()) for arm, path in paths.items()}
-            return [_latency(folder / f"{name}-latency.png", found), _shares(folder / f"{name}-shares.png", found)]
-    return []
+            return [_latency(pictures[0], found), _shares(pictures[1], found)]
+    return [picture for picture in pictures if picture.exists()]
 
 
 def _shade(axis: Any, data: dict[str, Any]) -> None:

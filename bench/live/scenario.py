@@ -138,7 +138,7 @@ _SCALE_UP = replace(
     note="two replicas at .95 of what they can do become four",
     replicas=2,
     joins=2,
-    rate_per_s=27,
+    rate_per_s=34,
 )
 
 
