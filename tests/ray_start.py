@@ -18,8 +18,8 @@ def start(how: Callable[[], T]) -> T:
     """`how()`, once more if a server of it did not come up.
 
     Ray forks to start its servers. If a thread that an earlier module's handles left is inside gRPC at that instant
-    ("skipping fork() handlers"), the child may hang before it becomes the server; Ray then waits in vain for its port, or
-    for the node to register.
+    ("skipping fork() handlers"), the child may hang before it becomes the server; Ray then waits in vain for its port,
+    or for the node to register.
     """
     before = {child.pid for child in psutil.Process().children()}
     try:
