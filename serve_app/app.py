@@ -168,7 +168,7 @@ def _deployment_name(info: ModelInfo) -> str:
 def _settings(args: AppArgs) -> GatewaySettings:
     names = [field.name for field in dataclasses.fields(GatewaySettings) if field.name in AppArgs.model_fields]
     header = os.environ.get("RAY_SERVE_SESSION_ID_HEADER_KEY", SESSION_HEADER)
-    to_zero = bool(args.autoscaling) and (args.autoscaling or {}).get("min_replicas", 1) == 0
+    to_zero = (args.autoscaling or {}).get("min_replicas", 1) == 0
     given = {name: getattr(args, name) for name in names}
     return GatewaySettings(**given, session_header=header, scales_to_zero=to_zero)
 

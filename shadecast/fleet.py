@@ -313,13 +313,15 @@ class Fleet:
 
     def able(self, serving: list[Replica]) -> float:
         """Nominal replicas that these are worth; where none is ACTIVE, they take all there is, whatever their share."""
-        ramped = any(r.connection.state is State.ACTIVE for r in serving)
-        return sum(r.capacity * (r.connection.share(self.config.trial.ramp) if ramped else 1.0) for r in serving)
+        return sum(r.capacity * part for r, part in zip(serving, self._parts(serving), strict=True))
 
     def shares(self, serving: list[Replica]) -> float:
         """Of picks, summed; where none is ACTIVE, each counts as one."""
+        return sum(self._parts(serving))
+
+    def _parts(self, serving: list[Replica]) -> list[float]:
         ramped = any(r.connection.state is State.ACTIVE for r in serving)
-        return sum(r.connection.share(self.config.trial.ramp) if ramped else 1.0 for r in serving)
+        return [r.connection.share(self.config.trial.ramp) if ramped else 1.0 for r in serving]
 
     def age_s(self, node: Node) -> float:
         """Of a node's last report."""

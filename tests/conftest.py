@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from xdist.scheduler import LoadScopeScheduling
+
+# how long an example takes says nothing where others have the processor first
+settings.register_profile("lowest priority", deadline=None)
+settings.load_profile("lowest priority")
 
 
 @cache

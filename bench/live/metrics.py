@@ -155,7 +155,8 @@ def _newcomer(
 ) -> dict[str, float]:
     """When the first newcomer answered, and what it got in the second half of its time, over a fair share.
 
-    Of ours also from when the coordinator listed it until it had its full share of picks, by samples of a second.
+    Of ours also from when the coordinator listed it until it had its full share of picks, by samples of a second; the
+    whole time if never.
     """
     joined = next((span for span in spans if span.kind.startswith("newcomer")), None)
     if joined is None:

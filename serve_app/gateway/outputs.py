@@ -50,9 +50,9 @@ def _array(name: str, value: Any, spec: TensorSpec | None) -> Array:
 
 
 def _holds_bytes(value: Any) -> bool:
-    """Whether the leaves of nested lists are bytes or strings: numpy would cut their trailing zeros off."""
-    if isinstance(value, (list, tuple)):
-        return any(_holds_bytes(item) for item in value)
+    """Whether nested lists begin with bytes or a string: numpy would cut their trailing zeros off."""
+    while isinstance(value, (list, tuple)) and value:
+        value = value[0]
     return isinstance(value, (bytes, bytearray, memoryview, str))
 
 

@@ -201,7 +201,7 @@ class Router(ServeRouter):
         routes, context = self._routes, pending_request.routing_context  # Serve's marks: no mixin reads them here
         own = routes.affinity(pending_request.metadata.session_id)
         if own >= 0 and context.tried_same_az and self.queue_of(routes.replicas[own].replica_id) is None:
-            self.calls.second.is_silent(routes.picks.ids[own])
+            self.calls.second.eject_silent(routes.picks.ids[own])
             own = routes.affinity(pending_request.metadata.session_id)
         if own < 0:
             return None

@@ -115,7 +115,7 @@ class SecondAttempts:
         others = [picks.ids[i] for i in picks.pool if picks.ids[i] != replica_id]
         return replica_id in picks.index and is_alone_unresponsive(others, routes.slow, routes.ejections.at(now_s))
 
-    def is_silent(self, replica_id: str) -> None:
+    def eject_silent(self, replica_id: str) -> None:
         """A replica has not told its queue, however often it was asked: it is left out for a moment."""
         if self._is_alone(replica_id, time.monotonic()):
             self._calls.routes.eject(replica_id, self._calls.loop)

@@ -122,7 +122,7 @@ def test_what_would_change_by_that_is_an_error_that_names_the_output(value, data
 
 
 def test_missing_outputs_and_other_shapes_are_errors_that_name_the_output():
-    specs = (TensorSpec("y", "FP32", (-1, 2)), BYTES.__class__("z", "INT64", (1,)))
+    specs = (TensorSpec("y", "FP32", (-1, 2)), TensorSpec("z", "INT64", (1,)))
     with pytest.raises(OutputError, match="output 'z' is declared, but infer returned 'y'"):
         as_declared({"y": np.zeros((1, 2), "f4")}, specs)
     with pytest.raises(OutputError, match=r"output 'z'.*None"):
