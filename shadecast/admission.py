@@ -88,7 +88,11 @@ class Admission:
         return not silent or (known.queue == 0 and now_s - known.connection.since_s > _UNHEARD_S)
 
     def plan_mirrors(self) -> None:
-        """Split the mirrored budget; with little traffic it grows, up to a candidate's fair share."""
+        """Split the mirrored budget; with little traffic it grows.
+
+        No candidate gets more copies than it would get requests, at the speed that it has shown: more would queue on
+        it, and its own queue would be taken for its speed. A few a second are never too many.
+        """
         trial, replicas, serving = self._fleet.config.trial, self._fleet.replicas.values(), self._fleet.serving()
         usual = median([r.capacity for r in serving]) if len(serving) > 1 else 0.0
         for known in replicas:
@@ -102,11 +106,14 @@ class Admission:
             return
         rate = self._fleet.all_rates.per_s
         each = min(trial.mirror_fraction, trial.mirror_budget / len(candidates))
-        most = min(trial.mirror_fraction_max, 1.0 / (len(serving) + 1))
+        fair = min(trial.mirror_fraction_max, 1.0 / (len(serving) + 1))
         for known in candidates:
             wanted = self._pairs_per_s(known) / rate if rate > 0.0 else 1.0
-            fraction = max(each, min(wanted, most)) if wanted > trial.mirror_fraction else each
-            known.mirror_fraction = fraction if known.trial is not None else min(fraction, wanted)
+            if known.trial is not None:
+                fraction = min(max(each, wanted), max(fair, min(each, wanted)))
+                known.mirror_fraction = fraction * min(2.0 * known.trial.speed(), 1.0)
+            else:
+                known.mirror_fraction = min(max(each, min(wanted, fair)), wanted)
 
     def _pairs_per_s(self, known: Replica) -> float:
         if known.trial is not None:

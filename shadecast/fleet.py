@@ -98,6 +98,8 @@ class Replica:
     """Fraction of its node's memory that was used when it was admitted."""
     step_outcomes: int = 0
     """Live requests that have ended since the present state, or step of the ramp, was entered."""
+    slow_since_s: float | None = None
+    """On the ramp: since when it has been so slow that it is of no use."""
     unexplained: float = 0.0
     """Log speed that its node's telemetry does not explain."""
     ruling: Ruling | None = None

@@ -167,6 +167,11 @@ class Trial:
             return Ruling(Verdict.INCONCLUSIVE, f"{end}, and no sign of harm", evidence)
         return Ruling(Verdict.CONTINUE, f"{self.pairs} pairs so far prove nothing", evidence)
 
+    def speed(self) -> float:
+        """Of the candidate against the primaries, as judged so far: at most 1, and 1 while nothing is known."""
+        mean = self._speed.interval(self.config.alpha, self.config.mixture).mean
+        return 1.0 if math.isnan(mean) else math.exp(-max(mean, 0.0))
+
     def _harm(self, speed: Interval) -> str:
         """What speaks against the candidate, in words; "" if nothing does."""
         config = self.config
@@ -179,7 +184,7 @@ class Trial:
 
     def _is_of_use(self, speed: Interval) -> bool:
         enough = speed.buckets >= _FEW_BUCKETS and speed.count >= 0.5 * self.config.min_pairs
-        return enough and speed.mean + 2.0 * speed.std_error < math.log(self.config.margin)
+        return enough and speed.mean < math.log(self.config.margin)
 
     def _in_words(self, interval: Interval) -> str:
         low, mean, high = (_percent(value) for value in (interval.lower, interval.mean, interval.upper))

@@ -71,6 +71,8 @@ class Trials:
         """Prepare what the new state needs."""
         known.trial = known.ruling = None
         known.step_outcomes = 0
+        if known.connection.state is not State.SHIFTING:
+            known.slow_since_s = None
         if event in (Event.ADMIT, Event.ADMIT_URGENT, Event.ADMIT_UNTRIED):
             known.errors = ErrorGuard()
             known.memory_before = self._fleet.memory_fraction(known)
@@ -174,7 +176,8 @@ class Trials:
         long_enough = waited_s >= self._config.step_s or (
             waited_s >= STEP_S and (bool(urgent) or known.step_outcomes >= _STEP_OUTCOMES)
         )
-        unsuspected = known.errors.score <= 0.0 or waited_s >= self._config.step_timeout_s
+        suspected = known.errors.score > 0.0 or known.slow_since_s is not None
+        unsuspected = not suspected or waited_s >= self._config.step_timeout_s
         if not long_enough or not unsuspected:
             return
         share = known.connection.share(self._config.ramp)
@@ -191,8 +194,12 @@ class Trials:
         if memory:
             return memory
         slower = math.exp(-self._estimates.advantage(known))
-        if not urgent and known.speed.weight >= _KNOWN_SPEED and slower > self._config.margin:
-            return f"it is {slower:.1f} times slower than the others"
+        if urgent or slower <= self._config.margin:
+            known.slow_since_s = None
+        elif known.slow_since_s is None:
+            known.slow_since_s = self._fleet.now_s if known.speed.weight >= _KNOWN_SPEED else None
+        elif self._fleet.now_s - known.slow_since_s >= self._config.step_s:  # a moment is for its capacity to answer
+            return f"it has been {slower:.1f} times slower than the others for {self._config.step_s:g} s"
         return ""
 
     def _guard(self, known: Replica) -> None:

@@ -129,7 +129,13 @@ _WELL = Scenario(
 _HALF_SPEED = replace(
     _WELL,
     name="newcomer-half-speed",
-    note="a fourth replica joins, on half the others' quota",
+    note="a fourth replica joins on a machine of half the speed: every request takes twice the CPU time",
+    faults=(Fault("newcomer_slow", 0.15, 1.0, 2.0, bad=False),),
+)
+_HALF_QUOTA = replace(
+    _WELL,
+    name="newcomer-half-quota",
+    note="a fourth replica joins on half the others' quota, which one request uses up: it takes four times as long there",
     faults=(Fault("quota", -1.0, 1.1, 0.5 * QUOTA, bad=False), *_WELL.faults),
 )
 _SCALE_UP = replace(
@@ -168,6 +174,7 @@ _ALL = (
     _batched(_WELL, 28),
     _HALF_SPEED,
     _batched(_HALF_SPEED, 28),
+    _HALF_QUOTA,
     _SCALE_UP,
     _batched(_SCALE_UP, 40),
     Scenario(

@@ -87,6 +87,8 @@ def checks(scenario: str, found: Found, without: Found) -> list[Check]:
                 *_at_most(found, "newcomer_full_share_s", 20.0, "seconds from being listed to its full share"),
                 Check(f"its part of a fair share is {low:g} to {high:g}", f"{share:.2f}", low <= share <= high),
             ]
+        case "newcomer-half-quota":
+            return list(_ratio(found, "p99_s", "default", 1.0))
         case "scale-up-under-load":
             return list(_at_most(found, "newcomer_full_share_s", 12.0, "seconds from being listed to its full share"))
         case "node-kill":

@@ -119,6 +119,36 @@ def test_a_slower_machine_works_as_soon_and_takes_its_part(speed):
     assert 0.8 * speed < world.live["new"] / fair < 1.2 * speed + 0.1
 
 
+def test_a_slow_newcomer_gets_no_more_copies_than_it_would_get_requests():
+    world = grown()
+    world.add("new", speed=0.3)
+    world.run(8)
+    assert world.state("new") is State.SHADOWING
+    assert 0.0 < world.row("new").mirror_fraction < 0.7 / (len(world.machines) - 1)
+
+
+def test_one_newcomer_among_many_is_not_overrun_by_copies():
+    world = grown(50, rate_per_tick=250)  # 500 a second, 10 for each
+    world.add("new")
+    world.run(4)
+    assert world.state("new") is State.SHADOWING
+    assert world.row("new").mirror_fraction <= 1.2 / 50
+
+
+@pytest.mark.parametrize(("stalled_s", "stays"), [(3.0, True), (60.0, False)])
+def test_on_the_ramp_a_moment_of_slowness_is_borne_and_lasting_slowness_is_not(stalled_s, stays):
+    world = grown(rate_per_tick=60, settings={"trial": {"step_s": 5.0}})
+    newcomer = world.add("new")
+    world.tick()
+    while world.state("new") is not State.SHIFTING:
+        world.tick()
+    newcomer.speed = 0.1
+    world.run(stalled_s)
+    newcomer.speed = 1.0 if stays else 0.1
+    world.run(20)
+    assert ("guard_tripped" not in world.events("new")) is stays
+
+
 @pytest.mark.parametrize("node_stays", [False, True])
 @pytest.mark.parametrize(("speed", "allowed"), [(0.5, True), (0.15, False)])
 def test_a_machine_that_is_slower_than_the_others_comes_back_with_what_it_could_do(speed, allowed, node_stays):
