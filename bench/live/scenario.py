@@ -135,7 +135,7 @@ _HALF_SPEED = replace(
 _HALF_QUOTA = replace(
     _WELL,
     name="newcomer-half-quota",
-    note="a fourth replica joins on half the others' quota, which one request uses up: it takes four times as long there",
+    note="a fourth replica joins on half the others' quota, about what one request uses up",
     faults=(Fault("quota", -1.0, 1.1, 0.5 * QUOTA, bad=False), *_WELL.faults),
 )
 _SCALE_UP = replace(
