@@ -56,7 +56,7 @@ def six_busy_and_own(host: FakeHost, *own: int, ticks: int = 10) -> None:
 
 
 def guaranteed_pod(host: FakeHost, usage_s: float = 100.0, quota: str = "200000 100000", cores: str = "4-5") -> None:
-    """Version 2, static CPU manager: the cpuset is the container's own, and kubelet sets the quota that goes with it."""
+    """Version 2, static CPU manager: the container has a cpuset of its own, and the quota that goes with it."""
     pod = "kubepods.slice/kubepods-podab.slice"
     host.enter(f"0::/{pod}/cri-1.scope\n")
     host.group("", cpuset__cpus__effective="0-15")
