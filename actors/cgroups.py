@@ -127,6 +127,11 @@ def affinity(roots: Roots, pid: int | str) -> frozenset[int]:
     return frozenset()
 
 
+def online(roots: Roots) -> frozenset[int]:
+    """Cores of the host that are there."""
+    return core_list(read_text(roots.sys / "devices/system/cpu/online"))
+
+
 def cgroup_paths(roots: Roots, pid: int | str = "self") -> dict[str, str]:
     """Path of each controller's hierarchy from /proc/<pid>/cgroup; key "" is the version 2 hierarchy."""
     paths: dict[str, str] = {}
@@ -149,20 +154,18 @@ def hierarchies(roots: Roots, pid: int | str = "self") -> dict[str, Hierarchy]:
 
 
 def cpu_scope(
-    roots: Roots,
+    found: Mapping[str, Hierarchy],
     host_cores: frozenset[int],
-    pid: int | str = "self",
-    allowed: frozenset[int] = frozenset(),
+    online: frozenset[int],
+    allowed: frozenset[int],
     cpus: float = math.inf,
 ) -> CpuScope:
-    """What limits a process's CPU now: a quota below its cores, or else its cores.
+    """What limits the CPU of a process in these hierarchies: a quota below its cores, or else its cores.
 
-    `host_cores` are the host's (empty: unknown), `allowed` those of the process's affinity (empty: unknown). `cpus` is
-    the most that counts.
+    `host_cores` are those of /proc/stat, `allowed` those of the process's affinity; of all cores, empty means unknown.
+    `cpus` is the most that counts.
     """
-    found = hierarchies(roots, pid)
     cpuset, owner = _cpuset(found)
-    online = core_list(read_text(roots.sys / "devices/system/cpu/online"))
     cores = (allowed & cpuset) or cpuset or allowed
     cores = (cores & online) or cores
     host_cores = host_cores or online
@@ -180,9 +183,8 @@ def cpu_scope(
     return CpuScope(count if math.isfinite(count) else NAN, cores, group, whole_host=whole_host)
 
 
-def memory_groups(roots: Roots, host_bytes: float) -> tuple[MemoryGroup, ...]:
+def memory_groups(found: Mapping[str, Hierarchy], host_bytes: float) -> tuple[MemoryGroup, ...]:
     """Every memory limit not above the host's memory, the tightest first: any of them can kill."""
-    found = hierarchies(roots)
     ceiling = min(host_bytes if host_bytes > 0 else math.inf, 2.0**60)
     files = (
         ("memory", "memory.usage_in_bytes", "memory.limit_in_bytes"),

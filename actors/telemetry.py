@@ -131,11 +131,12 @@ class Sampler:
         """Take one reading. The first has NaN rates; so has one whose scope has just changed."""
         now_s, roots = self.clock(), self.roots
         host = self._try("host", lambda: host_stat(roots.proc), HostStat())
-        scope = self._try("CPU limits", lambda: self._scope_of("self", host), cgroups.CpuScope())
-        memory = self._try("memory limits", self._memory_limits, tuple[cgroups.MemoryGroup, ...]())
+        found = self._try("cgroups", lambda: cgroups.hierarchies(roots), dict[str, cgroups.Hierarchy]())
+        scope = self._try("CPU limits", lambda: self._own_scope(found, host), cgroups.CpuScope())
+        memory = self._try("memory limits", lambda: self._memory_limits(found), tuple[cgroups.MemoryGroup, ...]())
         if resolve := not 0.0 <= now_s - self._resolved_s < RESOLVE_S:
             self._resolved_s = now_s
-            self._try("processes", lambda: self._look_around(scope, host), None)
+            self._try("processes", lambda: self._look_around(scope), None)
         uses = self._try("processes", self._trees.scan, dict[int, TreeUse]())
         use = uses.get(self._raylet, TreeUse())
         new, old = self._count(now_s, host, scope, memory), self._last
@@ -203,28 +204,28 @@ class Sampler:
                 logger.warning("telemetry: %s cannot be read, its values are unknown: %r", reader, error)
             return otherwise
 
-    def _scope_of(self, pid: int | str, host: HostStat) -> cgroups.CpuScope:
-        """CPU scope of a process; cores of our own are the raylet's, whose children may have narrowed theirs."""
-        if pid == "self":
-            allowed = cgroups.affinity(self.roots, self._raylet) or cgroups.affinity(self.roots, "self")
-            if not allowed and not self.host_cpus:
-                allowed = frozenset(os.sched_getaffinity(0))
-        else:
-            allowed = cgroups.affinity(self.roots, pid)
-        cpus = self.host_cpus or math.inf
-        return cgroups.cpu_scope(self.roots, frozenset(host.cores), pid, allowed, cpus)
+    def _own_scope(self, found: Mapping[str, cgroups.Hierarchy], host: HostStat) -> cgroups.CpuScope:
+        """The cores are the raylet's: libraries pin threads of this process, and what is pinned is not the node."""
+        allowed = cgroups.affinity(self.roots, self._raylet) or cgroups.affinity(self.roots, "self")
+        if not allowed and not self.host_cpus:
+            allowed = frozenset(os.sched_getaffinity(0))
+        online = cgroups.online(self.roots)
+        return cgroups.cpu_scope(found, frozenset(host.cores), online, allowed, self.host_cpus or math.inf)
 
-    def _look_around(self, scope: cgroups.CpuScope, host: HostStat) -> None:
+    def _shares(self, scope: cgroups.CpuScope, pid: int) -> bool:
+        """Whether another raylet lives on the same quota or cores."""
+        found, allowed = cgroups.hierarchies(self.roots, pid), cgroups.affinity(self.roots, pid)
+        online = cgroups.online(self.roots)
+        return scope.shares_with(cgroups.cpu_scope(found, online, online, allowed, self.host_cpus or math.inf))
+
+    def _look_around(self, scope: cgroups.CpuScope) -> None:
         self._trees.forget_outsiders()
         if not self._trees.known:
             self._trees.scan()
         self._raylet = raylet_above(self.roots.proc, self.pid) or 0
         raylets = [pid for pid, entry in self._trees.known.items() if pid == entry.raylet]
-        self._sharing = tuple(
-            pid
-            for pid in raylets
-            if self._raylet and (pid == self._raylet or scope.shares_with(self._scope_of(pid, host)))
-        )
+        others = (pid for pid in raylets if pid != self._raylet and self._shares(scope, pid))
+        self._sharing = (self._raylet, *others) if self._raylet else ()
 
     def _count(
         self, now_s: float, host: HostStat, scope: cgroups.CpuScope, memory: tuple[cgroups.MemoryGroup, ...]
@@ -264,9 +265,9 @@ class Sampler:
         told = scope.whole_host or around or not math.isnan(new.group_s)
         return total if told or not self._raylet else use.tree_s / dt_s
 
-    def _memory_limits(self) -> tuple[cgroups.MemoryGroup, ...]:
+    def _memory_limits(self, found: Mapping[str, cgroups.Hierarchy]) -> tuple[cgroups.MemoryGroup, ...]:
         host_bytes = read_fields(self.roots.proc / "meminfo").get("MemTotal", NAN) * 1024.0
-        return cgroups.memory_groups(self.roots, host_bytes)
+        return cgroups.memory_groups(found, host_bytes)
 
     def _memory_fraction(self, groups: tuple[cgroups.MemoryGroup, ...]) -> float:
         host = self._try("memory", lambda: memory_fraction(self.roots.proc), NAN)
