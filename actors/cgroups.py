@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,17 +18,15 @@ Parts = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class Hierarchy:
-    """A mounted hierarchy and the folders from its top to a process's group."""
+    """A mounted hierarchy and the folders from its top to a process's group.
+
+    `upward` are the folders from the group up to the mount, each with its own parts; what a container does not see is
+    left out.
+    """
 
     mount: Path
     parts: Parts
-
-    def upward(self) -> Iterator[tuple[Path, Parts]]:
-        """From the group up to the mount, each with its own parts; what a container does not see is left out."""
-        for depth in range(len(self.parts), -1, -1):
-            folder = self.mount.joinpath(*self.parts[:depth])
-            if os.path.isdir(folder):
-                yield folder, self.parts[:depth]
+    upward: tuple[tuple[Path, Parts], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,11 +144,13 @@ def cgroup_paths(roots: Roots, pid: int | str = "self") -> dict[str, str]:
 def hierarchies(roots: Roots, pid: int | str = "self") -> dict[str, Hierarchy]:
     """The mounted hierarchies that a process is in, by controller; key "" is version 2."""
     mounts = _mounts(roots)
-    return {
-        controller: Hierarchy(mounts[controller][0], _parts(path, mounts[controller][1]))
-        for controller, path in cgroup_paths(roots, pid).items()
-        if controller in mounts
-    }
+    paths = cgroup_paths(roots, pid)
+    return {c: _hierarchy(mounts[c][0], _parts(path, mounts[c][1])) for c, path in paths.items() if c in mounts}
+
+
+def _hierarchy(mount: Path, parts: Parts) -> Hierarchy:
+    levels = [(mount.joinpath(*parts[:depth]), parts[:depth]) for depth in range(len(parts), -1, -1)]
+    return Hierarchy(mount, parts, tuple((folder, own) for folder, own in levels if os.path.isdir(folder)))
 
 
 def cpu_scope(
@@ -193,7 +193,7 @@ def memory_groups(found: Mapping[str, Hierarchy], host_bytes: float) -> tuple[Me
     )
     groups = []
     for controller, usage, limit in files:
-        for folder, _ in found[controller].upward() if controller in found else ():
+        for folder, _ in found[controller].upward if controller in found else ():
             if 0 < (limit_bytes := read_number(folder / limit)) <= ceiling:
                 groups.append(MemoryGroup(folder, usage, limit_bytes))
     return tuple(sorted(groups, key=lambda g: g.limit_bytes))
@@ -202,11 +202,11 @@ def memory_groups(found: Mapping[str, Hierarchy], host_bytes: float) -> tuple[Me
 def _quota(found: Mapping[str, Hierarchy]) -> tuple[float, CpuGroup] | None:
     """The tightest quota above a process, in CPUs, and its group."""
     quotas: list[tuple[float, CpuGroup]] = []
-    for folder, parts in found["cpu"].upward() if "cpu" in found else ():
+    for folder, parts in found["cpu"].upward if "cpu" in found else ():
         quota, period = read_number(folder / "cpu.cfs_quota_us"), read_number(folder / "cpu.cfs_period_us")
         if quota > 0 and period > 0:
             quotas.append((quota / period, CpuGroup(folder, _usage(found, parts), folder / "cpu.stat")))
-    for folder, parts in found[""].upward() if "" in found else ():
+    for folder, parts in found[""].upward if "" in found else ():
         words = (read_text(folder / "cpu.max") or "").split()
         try:
             limit = float(words[0]) / float(words[1])
@@ -222,7 +222,7 @@ def _cpuset(found: Mapping[str, Hierarchy]) -> tuple[frozenset[int], CpuGroup | 
     for controller in ("cpuset", ""):
         cores: frozenset[int] = frozenset()
         owner: CpuGroup | None = None
-        for folder, parts in found[controller].upward() if controller in found else ():
+        for folder, parts in found[controller].upward if controller in found else ():
             names = ("cpuset.cpus.effective", "cpuset.effective_cpus", "cpuset.cpus")
             here = next((c for name in names if (c := core_list(read_text(folder / name)))), frozenset[int]())
             if cores and here and here != cores:

@@ -193,6 +193,7 @@ class TreeUse:
     tree_s: float = 0.0
     replicas_s: float = 0.0
     replicas: int = 0
+    processes: int = 0
 
 
 REPLICA_NAME = "ray::ServeReplica"[:15]
@@ -226,6 +227,7 @@ class RayTrees:
             if entry.raylet not in uses:
                 continue
             use, old = uses[entry.raylet], before.get(pid)
+            use.processes += 1
             use.replicas += entry.stat.name.startswith(REPLICA_NAME)
             known = old is not None and old.stat.start_ticks == entry.stat.start_ticks
             used_s = entry.stat.own_s

@@ -117,6 +117,9 @@ class Sampler:
     _trees: RayTrees = field(init=False)
     _raylet: int = 0
     _sharing: tuple[int, ...] = ()
+    _own: str | None = None
+    """/proc/self/cgroup; while it stays the same, so do the folders of our groups."""
+    _found: Mapping[str, cgroups.Hierarchy] = field(default_factory=dict)
     _links: dict[str, float] = field(default_factory=dict)
     """Speed of each network device that counts."""
     _devices: frozenset[str] = frozenset()
@@ -131,13 +134,19 @@ class Sampler:
         """Take one reading. The first has NaN rates; so has one whose scope has just changed."""
         now_s, roots = self.clock(), self.roots
         host = self._try("host", lambda: host_stat(roots.proc), HostStat())
-        found = self._try("cgroups", lambda: cgroups.hierarchies(roots), dict[str, cgroups.Hierarchy]())
+        resolve = not 0.0 <= now_s - self._resolved_s < RESOLVE_S
+        own = read_text(roots.proc / "self/cgroup")
+        if resolve or own != self._own:
+            self._own = own
+            self._found = self._try("cgroups", lambda: cgroups.hierarchies(roots), {})
+        found = self._found
         scope = self._try("CPU limits", lambda: self._own_scope(found, host), cgroups.CpuScope())
         memory = self._try("memory limits", lambda: self._memory_limits(found), tuple[cgroups.MemoryGroup, ...]())
-        if resolve := not 0.0 <= now_s - self._resolved_s < RESOLVE_S:
+        if resolve:
             self._resolved_s = now_s
             self._try("processes", lambda: self._look_around(scope), None)
         uses = self._try("processes", self._trees.scan, dict[int, TreeUse]())
+        seen = self._raylet in uses if self._raylet else bool(self._trees.known)
         use = uses.get(self._raylet, TreeUse())
         new, old = self._count(now_s, host, scope, memory), self._last
         self._last = new
@@ -154,10 +163,10 @@ class Sampler:
         if len(self._sharing) > 1:
             shared_cpus, limit = limit, min(self.node_cpus or limit, limit)
             outside = max(0.0, cpus - sum(u.replicas_s for u in sharing) / dt_s)
-            own = max(0.0, use.tree_s - use.replicas_s) / dt_s
-            background = min(limit, max(own, limit - max(0.0, shared_cpus - outside)))
+            rest = max(0.0, use.tree_s - use.replicas_s) / dt_s
+            background = min(limit, max(rest, limit - max(0.0, shared_cpus - outside)))
             cpus = background + use.replicas_s / dt_s if not math.isnan(cpus) else NAN
-        if math.isnan(cpus):
+        if math.isnan(cpus) or not seen:  # without the process table nobody knows what is Serve's
             background = NAN
 
         rx, tx, carried = self._network(old, new, dt_s)
@@ -263,7 +272,7 @@ class Sampler:
             around = [_rate(before[c], after[c], dt_s) for c in scope.cores if c in before and c in after]
         total = _greatest([_rate(old.group_s, new.group_s, dt_s), sum(around) if around else NAN])
         told = scope.whole_host or around or not math.isnan(new.group_s)
-        return total if told or not self._raylet else use.tree_s / dt_s
+        return total if told or not use.processes else use.tree_s / dt_s
 
     def _memory_limits(self, found: Mapping[str, cgroups.Hierarchy]) -> tuple[cgroups.MemoryGroup, ...]:
         host_bytes = read_fields(self.roots.proc / "meminfo").get("MemTotal", NAN) * 1024.0

@@ -281,6 +281,24 @@ class Broken:
         raise ZeroDivisionError("float division by zero")
 
 
+@pytest.mark.parametrize("hidden", ["table", "raylet"])
+def test_without_the_process_table_nobody_knows_what_is_background(
+    host: FakeHost, clock: Clock, monkeypatch: pytest.MonkeyPatch, hidden: str
+) -> None:
+    s = sampler(host, clock)
+    s.read()
+    host.busy += 100
+    host.write()
+    if hidden == "table":
+        monkeypatch.setattr("actors.procfs.os.listdir", lambda _: 1 // 0)
+    else:
+        host.put("proc/10/stat", "")
+    clock.now_s += 1.0
+    snapshot = s.read().snapshot
+    assert snapshot.cpu_fraction == pytest.approx(0.5)
+    assert math.isnan(snapshot.cpu_background_fraction)
+
+
 READERS = {
     "host_stat": "cpu_fraction",
     "memory_fraction": "memory_fraction",
