@@ -1,58 +1,133 @@
-"""Which cgroup limits this process, on hierarchies of version 1 and 2, and what it has used of them."""
+"""Which cgroups limit this node's CPU and memory, on hierarchies of version 1 and 2, and what was used of them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from actors.procfs import NAN, Roots, pressure_total_s, read_fields, read_number, read_text
 
+MOUNT = "/sys/fs/cgroup"
+MAX_CORE = 1 << 16
+"""No kernel has cores beyond this number: a list that names one is garbage."""
+Parts = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Hierarchy:
+    """A mounted hierarchy and the folders from its top to a process's group.
+
+    `upward` are the folders from the group up to the mount, each with its own parts; what a container does not see is
+    left out.
+    """
+
+    mount: Path
+    parts: Parts
+    upward: tuple[tuple[Path, Parts], ...]
+
 
 @dataclass(frozen=True, slots=True)
 class CpuGroup:
-    """The tightest CPU quota above this process. `folder` holds the accounting files, `quota_folder` the quota's."""
+    """A group whose own use counts. `usage` and `stalled` are files that tell it, None where there are none."""
 
-    version: int
     folder: Path
-    quota_folder: Path
-    limit_cpus: float
+    usage: Path | None
+    stalled: Path | None
 
     def used_s(self) -> float:
         """Cumulative CPU seconds of everything in the group; NaN where unreadable."""
-        if self.version == 2:
-            return read_fields(self.folder / "cpu.stat").get("usage_usec", NAN) / 1e6
-        return read_number(self.folder / "cpuacct.usage") / 1e9
+        if self.usage is None:
+            return NAN
+        if self.usage.name == "cpu.stat":
+            return read_fields(self.usage).get("usage_usec", NAN) / 1e6
+        return read_number(self.usage) / 1e9
 
     def stalled_s(self) -> float:
         """Cumulative seconds in which something waited for CPU: PSI in version 2, throttled time in version 1."""
-        if self.version == 2:
-            return pressure_total_s(read_text(self.folder / "cpu.pressure"))
-        return read_fields(self.quota_folder / "cpu.stat").get("throttled_time", NAN) / 1e9
+        if self.stalled is None:
+            return NAN
+        if self.stalled.name == "cpu.pressure":
+            return pressure_total_s(read_text(self.stalled))
+        return read_fields(self.stalled).get("throttled_time", NAN) / 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class CpuScope:
+    """What a process may use of the host's CPUs, and whose use counts.
+
+    `cores` are those it may run on, empty where nothing tells. `group` is None where the cores are no group's own.
+    With a `quota` only the group's use counts. Without one, whatever else runs on the same cores takes from us.
+    """
+
+    limit_cpus: float = NAN
+    cores: frozenset[int] = frozenset()
+    group: CpuGroup | None = None
+    quota: bool = False
+    whole_host: bool = True
+
+    def shares_with(self, other: CpuScope) -> bool:
+        """Whether two processes live on the same quota, or else on the same cores."""
+        if self.quota or other.quota:
+            mine, theirs = (s.group.folder if s.quota and s.group else None for s in (self, other))
+            return mine == theirs
+        return not self.cores or not other.cores or bool(self.cores & other.cores)
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryGroup:
-    """The tightest memory limit above this process."""
+    """A memory limit above this process. `usage` is what the kernel compares with it."""
 
-    version: int
     folder: Path
+    usage: str
     limit_bytes: float
 
     def used_bytes(self) -> float:
-        """Working set: usage less the page cache that the kernel drops first, as kubelet counts it."""
-        usage, inactive = (
-            ("memory.current", "inactive_file")
-            if self.version == 2
-            else ("memory.usage_in_bytes", "total_inactive_file")
-        )
-        used = read_number(self.folder / usage)
-        return max(0.0, used - read_fields(self.folder / "memory.stat").get(inactive, 0.0))
+        """What cannot be reclaimed: usage less the file pages on the reclaim lists and reclaimable slab.
+
+        These are what MemAvailable of /proc/meminfo counts as available. tmpfs and shared memory (on the anonymous
+        lists), mlocked pages (on the unevictable one), kernel memory and sockets stay in. Dirty pages do not: reclaim
+        writes them out, and the kernel slows whoever makes more. Anonymous memory stays in even where there is swap: a
+        model that is swapped out does not answer. NaN without memory.stat: usage alone may be mostly cache.
+        """
+        stat = read_fields(self.folder / "memory.stat")
+        total = "total_" if "total_inactive_file" in stat or "total_active_file" in stat else ""
+        lists = [stat.get(total + name, 0.0) for name in ("active_file", "inactive_file", "slab_reclaimable")]
+        return max(0.0, read_number(self.folder / self.usage) - sum(lists)) if stat else NAN
 
     def stalled_s(self) -> float:
         """Cumulative seconds in which something waited for memory; NaN in version 1."""
-        return pressure_total_s(read_text(self.folder / "memory.pressure")) if self.version == 2 else NAN
+        return pressure_total_s(read_text(self.folder / "memory.pressure"))
+
+
+def core_list(text: str | None) -> frozenset[int]:
+    """Cores of a list as the kernel writes it ("0-1,4,6-7"); empty where it is empty or malformed."""
+    cores: set[int] = set()
+    try:
+        for part in (text or "").strip().split(","):
+            low, dash, high = part.partition("-")
+            if not 0 <= int(low) <= (last := int(high) if dash else int(low)) < MAX_CORE:
+                return frozenset()
+            cores.update(range(int(low), last + 1))
+    except ValueError:
+        return frozenset()
+    return frozenset(cores)
+
+
+def affinity(roots: Roots, pid: int | str) -> frozenset[int]:
+    """Cores a process may be scheduled on by /proc/<pid>/status; may name cores that are offline."""
+    for line in (read_text(roots.proc / str(pid) / "status") or "").splitlines():
+        name, _, cores = line.partition(":")
+        if name == "Cpus_allowed_list":
+            return core_list(cores)
+    return frozenset()
+
+
+def online(roots: Roots) -> frozenset[int]:
+    """Cores of the host that are there."""
+    return core_list(read_text(roots.sys / "devices/system/cpu/online"))
 
 
 def cgroup_paths(roots: Roots, pid: int | str = "self") -> dict[str, str]:
@@ -60,61 +135,145 @@ def cgroup_paths(roots: Roots, pid: int | str = "self") -> dict[str, str]:
     paths: dict[str, str] = {}
     for line in (read_text(roots.proc / str(pid) / "cgroup") or "").splitlines():
         _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        for controller in controllers.split(",") if controllers else [""]:
+        controllers, colon, path = rest.partition(":")
+        for controller in controllers.split(",") if colon else ():
             paths[controller] = path
     return paths
 
 
-def cpu_home(roots: Roots, pid: int) -> tuple[str | None, str | None]:
-    """Which CPU groups a process lives in: equal for processes that share one quota."""
+def hierarchies(roots: Roots, pid: int | str = "self") -> dict[str, Hierarchy]:
+    """The mounted hierarchies that a process is in, by controller; key "" is version 2."""
+    mounts = _mounts(roots)
     paths = cgroup_paths(roots, pid)
-    return paths.get("cpu"), paths.get("")
+    return {c: _hierarchy(mounts[c][0], _parts(path, mounts[c][1])) for c, path in paths.items() if c in mounts}
 
 
-def cpu_group(roots: Roots, host_cpus: float) -> CpuGroup | None:
-    """The tightest quota below the host's cores, None where no cgroup limits CPU."""
-    paths = cgroup_paths(roots)
-    best: CpuGroup | None = None
-    for folder in _upward(roots.cgroup / "cpu", paths.get("cpu")):
+def _hierarchy(mount: Path, parts: Parts) -> Hierarchy:
+    levels = [(mount.joinpath(*parts[:depth]), parts[:depth]) for depth in range(len(parts), -1, -1)]
+    return Hierarchy(mount, parts, tuple((folder, own) for folder, own in levels if os.path.isdir(folder)))
+
+
+def cpu_scope(
+    found: Mapping[str, Hierarchy],
+    host_cores: frozenset[int],
+    online: frozenset[int],
+    allowed: frozenset[int],
+    cpus: float = math.inf,
+) -> CpuScope:
+    """What limits the CPU of a process in these hierarchies: a quota below its cores, or else its cores.
+
+    `host_cores` are those of /proc/stat, `allowed` those of the process's affinity; of all cores, empty means unknown.
+    `cpus` is the most that counts.
+    """
+    cpuset, owner = _cpuset(found)
+    cores = (allowed & cpuset) or cpuset or allowed
+    cores = (cores & online) or cores
+    host_cores = host_cores or online
+    count = min(cpus, float(len(cores or host_cores)) or math.inf)
+    quota = _quota(found)
+    if quota is not None and (quota[0] < count or (quota[0] == count and not host_cores)):
+        return CpuScope(quota[0], cores, quota[1], quota=True, whole_host=False)
+    owns = owner is not None and ((cpuset & online) or cpuset) <= cores
+    whole_host = not owns
+    if host_cores:
+        whole_host = host_cores <= cores if cores else len(host_cores) <= count
+    group = owner if owns else quota[1] if quota is not None and quota[0] == count else None
+    if whole_host:
+        group = None
+    return CpuScope(count if math.isfinite(count) else NAN, cores, group, whole_host=whole_host)
+
+
+def memory_groups(found: Mapping[str, Hierarchy], host_bytes: float) -> tuple[MemoryGroup, ...]:
+    """Every memory limit not above the host's memory, the tightest first: any of them can kill."""
+    ceiling = min(host_bytes if host_bytes > 0 else math.inf, 2.0**60)
+    files = (
+        ("memory", "memory.usage_in_bytes", "memory.limit_in_bytes"),
+        ("memory", "memory.memsw.usage_in_bytes", "memory.memsw.limit_in_bytes"),  # memory and swap together
+        ("", "memory.current", "memory.max"),
+    )
+    groups = []
+    for controller, usage, limit in files:
+        for folder, _ in found[controller].upward if controller in found else ():
+            if 0 < (limit_bytes := read_number(folder / limit)) <= ceiling:
+                groups.append(MemoryGroup(folder, usage, limit_bytes))
+    return tuple(sorted(groups, key=lambda g: g.limit_bytes))
+
+
+def _quota(found: Mapping[str, Hierarchy]) -> tuple[float, CpuGroup] | None:
+    """The tightest quota above a process, in CPUs, and its group."""
+    quotas: list[tuple[float, CpuGroup]] = []
+    for folder, parts in found["cpu"].upward if "cpu" in found else ():
         quota, period = read_number(folder / "cpu.cfs_quota_us"), read_number(folder / "cpu.cfs_period_us")
-        if quota > 0 and period > 0 and quota / period < (best.limit_cpus if best else host_cpus):
-            relative = folder.relative_to(roots.cgroup / "cpu")
-            best = CpuGroup(1, roots.cgroup / "cpuacct" / relative, folder, quota / period)
-    for folder in _upward(roots.cgroup, paths.get("")):
+        if quota > 0 and period > 0:
+            quotas.append((quota / period, CpuGroup(folder, _usage(found, parts), folder / "cpu.stat")))
+    for folder, parts in found[""].upward if "" in found else ():
         words = (read_text(folder / "cpu.max") or "").split()
         try:
             limit = float(words[0]) / float(words[1])
         except (IndexError, ValueError, ZeroDivisionError):
             continue
-        if 0 < limit < (best.limit_cpus if best else host_cpus):
-            best = CpuGroup(2, folder, folder, limit)
-    return best
+        if limit > 0:
+            quotas.append((limit, CpuGroup(folder, _usage(found, parts), folder / "cpu.pressure")))
+    return min(quotas, key=lambda q: q[0], default=None)
 
 
-def memory_group(roots: Roots, host_bytes: float) -> MemoryGroup | None:
-    """The tightest memory limit below the host's memory, None where no cgroup limits it."""
-    paths = cgroup_paths(roots)
-    ceiling = host_bytes if host_bytes > 0 else math.inf
-    best: MemoryGroup | None = None
-    hierarchies = (
-        (1, roots.cgroup / "memory", paths.get("memory"), "memory.limit_in_bytes"),
-        (2, roots.cgroup, paths.get(""), "memory.max"),
-    )
-    for version, mount, path, name in hierarchies:
-        for folder in _upward(mount, path):
-            limit = read_number(folder / name)
-            if 0 < limit < min(ceiling, best.limit_bytes if best else ceiling, 2.0**60):
-                best = MemoryGroup(version, folder, limit)
-    return best
+def _cpuset(found: Mapping[str, Hierarchy]) -> tuple[frozenset[int], CpuGroup | None]:
+    """A process's effective cpuset, and the highest group above it that has this very set; empty where none tells."""
+    for controller in ("cpuset", ""):
+        cores: frozenset[int] = frozenset()
+        owner: CpuGroup | None = None
+        for folder, parts in found[controller].upward if controller in found else ():
+            names = ("cpuset.cpus.effective", "cpuset.effective_cpus", "cpuset.cpus")
+            here = next((c for name in names if (c := core_list(read_text(folder / name)))), frozenset[int]())
+            if cores and here and here != cores:
+                break
+            if here:
+                cores = here
+                stalled = folder / "cpu.pressure" if not controller else None
+                owner = CpuGroup(folder, _usage(found, parts), stalled)
+        if cores:
+            return cores, owner
+    return frozenset(), None
 
 
-def _upward(mount: Path, path: str | None) -> Iterator[Path]:
-    """From the group's folder up to the mount; where a container sees only its own part, the mount itself."""
-    if path is None:
-        return
-    parts = [p for p in path.split("/") if p not in ("", ".", "..")]
-    for depth in range(len(parts), -1, -1):
-        folder = mount.joinpath(*parts[:depth])
-        if folder.is_dir():
-            yield folder
+def _usage(found: Mapping[str, Hierarchy], parts: Parts) -> Path | None:
+    """The CPU accounts of the group with these parts, wherever CPU is accounted; None where its processes are not."""
+    for controller, name in (("cpuacct", "cpuacct.usage"), ("", "cpu.stat")):
+        hierarchy = found.get(controller)
+        if hierarchy is not None and hierarchy.parts[: len(parts)] == parts:
+            file = hierarchy.mount.joinpath(*parts, name)
+            if os.path.isfile(file):
+                return file
+    return None
+
+
+def _mounts(roots: Roots) -> dict[str, tuple[Path, str | None]]:
+    """Folder of each controller's hierarchy ("" is version 2), and which group its top is (None: not told)."""
+    try:
+        names = os.listdir(roots.cgroup)
+    except OSError:
+        names = []
+    mounts: dict[str, tuple[Path, str | None]] = {c: (roots.cgroup / n, None) for n in names for c in n.split(",")}
+    unified = roots.cgroup / "unified"
+    mounts[""] = (unified if os.path.isdir(unified) else roots.cgroup, None)
+    for line in (read_text(roots.proc / "self/mountinfo") or "").splitlines():
+        before, _, after = line.partition(" - ")
+        words, kind = before.split(), after.split()
+        if len(words) < 5 or len(kind) < 3 or kind[0] not in ("cgroup", "cgroup2"):
+            continue
+        usual = words[4] == MOUNT or words[4].startswith(MOUNT + "/")
+        folder = roots.cgroup / words[4][len(MOUNT) + 1 :] if usual else Path(words[4])
+        for controller in kind[2].split(",") if kind[0] == "cgroup" else [""]:
+            if os.path.isdir(folder) and (usual or controller not in mounts):
+                mounts[controller] = (folder, words[3])
+    return mounts
+
+
+def _parts(path: str, top: str | None) -> Parts:
+    """Folders below a mount's top group. A group that is not below the top counts as the top itself."""
+    if top is not None and top != "/":
+        path = path[len(top) :] if path == top or path.startswith(top + "/") else "/"
+    parts = path.split("/")
+    if top is not None and ".." in parts:
+        return ()
+    return tuple(p for p in parts if p not in ("", ".", ".."))

@@ -64,32 +64,56 @@ def read_fields(path: Path | str) -> Mapping[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class HostStat:
-    """Cumulative counters of /proc/stat. CPU in seconds over all cores; `busy_s` includes stolen time."""
+    """Cumulative counters of /proc/stat. CPU in seconds; `busy_s` over all cores, `cores` one by one.
+
+    Busy includes stolen time; idle and iowait are not busy, guest time is already inside user time.
+    """
 
     busy_s: float = NAN
     context_switches: float = NAN
     runnable: float = NAN
+    cores: Mapping[int, float] = field(default_factory=dict)
 
 
 def host_stat(proc: Path) -> HostStat:
-    """Read /proc/stat; idle and iowait are not busy, guest time is already inside user time."""
+    """Read /proc/stat; lines that are malformed are left out."""
     busy_s = switches = runnable = NAN
+    cores: dict[int, float] = {}
     for line in (read_text(proc / "stat") or "").splitlines():
         words = line.split()
         try:
-            match words[0]:
-                case "cpu":
-                    user, nice, system, _idle, _iowait, irq, softirq, steal = (float(w) for w in words[1:9])
-                    busy_s = (user + nice + system + irq + softirq + steal) / TICKS_PER_S
-                case "ctxt":
-                    switches = float(words[1])
-                case "procs_running":
-                    runnable = float(words[1])
-                case _:
-                    pass
+            if line.startswith("cpu"):
+                user, nice, system, _idle, _iowait, irq, softirq, steal = (float(w) for w in words[1:9])
+                used_s = (user + nice + system + irq + softirq + steal) / TICKS_PER_S
+                if words[0] == "cpu":
+                    busy_s = used_s
+                else:
+                    cores[int(words[0][3:])] = used_s
+            elif line.startswith("ctxt"):
+                switches = float(words[1])
+            elif line.startswith("procs_running"):
+                runnable = float(words[1])
         except (IndexError, ValueError):
             continue
-    return HostStat(busy_s, switches, runnable)
+    return HostStat(busy_s, switches, runnable, cores)
+
+
+def memory_fraction(proc: Path) -> float:
+    """Part of the host's memory that is not available; NaN where meminfo does not tell.
+
+    Without MemAvailable (before Linux 3.14, some sandboxes) it is what the kernel makes it of: free pages, file pages
+    on the reclaim lists and reclaimable slab.
+    """
+    info = read_fields(proc / "meminfo")
+    total = info.get("MemTotal", NAN)
+    if not total > 0:
+        return NAN
+    if "Active(file)" in info or "Inactive(file)" in info:
+        files = info.get("Active(file)", 0.0) + info.get("Inactive(file)", 0.0)
+    else:
+        files = info.get("Buffers", 0.0) + max(0.0, info.get("Cached", 0.0) - info.get("Shmem", 0.0))
+    made = info.get("MemFree", NAN) + files + info.get("SReclaimable", 0.0)
+    return 1.0 - info.get("MemAvailable", made) / total
 
 
 def pressure_total_s(text: str | None, kind: str = "some") -> float:
@@ -103,27 +127,6 @@ def pressure_total_s(text: str | None, kind: str = "some") -> float:
                     except ValueError:
                         return NAN
     return NAN
-
-
-def network_bytes(proc: Path, loopback: bool = False) -> Mapping[str, tuple[float, float]]:
-    """Cumulative (received, sent) bytes of each interface of this network namespace, loopback only on demand."""
-    out: dict[str, tuple[float, float]] = {}
-    for line in (read_text(proc / "self/net/dev") or "").splitlines():
-        name, colon, rest = line.partition(":")
-        words = rest.split()
-        if not colon or (name.strip() == "lo" and not loopback) or len(words) < 9:
-            continue
-        try:
-            out[name.strip()] = (float(words[0]), float(words[8]))
-        except ValueError:
-            continue
-    return out
-
-
-def link_bytes_per_s(sys: Path, interface: str) -> float:
-    """Link speed of an interface; NaN where the driver does not say (virtio, ifb)."""
-    megabits = read_number(sys / "class/net" / interface / "speed")
-    return megabits * 125_000.0 if megabits > 0 else NAN
 
 
 def disk_busy_s(proc: Path) -> Mapping[str, float]:
@@ -190,6 +193,7 @@ class TreeUse:
     tree_s: float = 0.0
     replicas_s: float = 0.0
     replicas: int = 0
+    processes: int = 0
 
 
 REPLICA_NAME = "ray::ServeReplica"[:15]
@@ -210,7 +214,7 @@ class RayTrees:
     def scan(self) -> dict[int, TreeUse]:
         """Walk the process table once; use by pid of the raylet. The first scan has no earlier one: use is 0."""
         try:
-            pids = {int(name) for name in os.listdir(self.proc) if name.isdigit()}
+            pids = {int(name) for name in os.listdir(self.proc) if name.isdecimal()}
         except OSError:
             return {}
         before, after = self.known, dict[int, _Known]()
@@ -223,6 +227,7 @@ class RayTrees:
             if entry.raylet not in uses:
                 continue
             use, old = uses[entry.raylet], before.get(pid)
+            use.processes += 1
             use.replicas += entry.stat.name.startswith(REPLICA_NAME)
             known = old is not None and old.stat.start_ticks == entry.stat.start_ticks
             used_s = entry.stat.own_s

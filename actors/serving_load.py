@@ -9,6 +9,8 @@ from shadecast.types import RouterReport
 
 STALE_S = 3.0
 """A router that has not reported for so long carries nothing."""
+MIN_INTERVAL_S = 0.01
+"""A report so soon after the one before tells no rate: one request would look like a hundred a second and more."""
 _NOTHING = 1e-6
 """Arrivals a second that are what adding and taking off leaves."""
 
@@ -46,7 +48,7 @@ class ServingLoad:
             node_id, in_flight = router.replicas.get(view.replica_id, (view.node_id, 0))
             self._in_flight[node_id] += view.in_flight - in_flight
             router.replicas[view.replica_id] = (node_id, view.in_flight)
-            if view.started and report.interval_s > 0.0:
+            if view.started and report.interval_s >= MIN_INTERVAL_S:
                 router.arrivals_per_s[node_id] += view.started / report.interval_s
         self._add_arrivals(router, 1.0)
 

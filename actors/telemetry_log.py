@@ -3,11 +3,17 @@
 Layout: `<root>/node=<machine>/hour=<YYYYMMDDTHH>/<recording>.parquet` (hours are UTC). A flush writes the hour so far
 into a hidden temporary file and moves it over the old one, so a reader sees the old file or the new one, never half of
 either; a crash loses at most `flush_s`. Each node bounds its own part by size and age, oldest hours first.
+
+The wall clock may step. Rows of an hour that comes back, and is no longer in memory, go into a second file of that hour
+(`<recording>.2.parquet`); a file is only ever replaced by one with the same rows and more. Readers sort by `t_s`, which
+is monotonic. Age deletes nothing within an hour of a start or a step: the clock may be wrong, and no file be old.
 """
 
 from __future__ import annotations
 
 import datetime
+import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +27,9 @@ from models.schema import arrow_schema
 from shadecast.errors import ConfigError
 
 SUFFIX = ".parquet"
+HOUR_S = 3600.0
+MAX_ROWS = 100_000
+"""In memory, while the file system refuses to take them: a day at one a second, some 200 MB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +48,15 @@ class LogLimits:
 
 
 @dataclass(slots=True)
+class _Hour:
+    """Rows of one hour, and the file that holds the first `written` of them."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    written: int = 0
+    name: str = ""
+
+
+@dataclass(slots=True)
 class TelemetryLog:
     """Appends rows of one machine's recording. `uri` is a folder or a pyarrow filesystem URI."""
 
@@ -48,10 +66,12 @@ class TelemetryLog:
     limits: LogLimits = field(default_factory=LogLimits)
     _fs: Any = None
     _root: str = ""
-    _rows: list[dict[str, Any]] = field(default_factory=list)
-    _hour: str = ""
-    _unflushed: int = 0
+    _hours: dict[str, _Hour] = field(default_factory=dict)
+    """Rows in memory by hour, the hour written to last at the end."""
     _flushed_s: float | None = None
+    _wall_s: float = -math.inf
+    _steady_s: float = math.inf
+    """Since when the wall clock has gone on without a step."""
 
     def __post_init__(self) -> None:
         for name, value in (("machine", self.machine), ("recording", self.recording)):
@@ -60,45 +80,78 @@ class TelemetryLog:
         self._fs, root = open_filesystem(self.uri)
         self._root = f"{root.rstrip('/')}/node={self.machine}"
         self._fs.create_dir(self._root, recursive=True)
+        names: set[str] = set()
         for info in self._list():
             if info.base_name.startswith("."):
                 self._fs.delete_file(info.path)
+            names.add(info.base_name)
+        # A machine without a clock of its own starts at the same second with the same pid each time.
+        again = (f"{self.recording}-{n}" for n in itertools.count(2))
+        free = (r for r in (self.recording, *itertools.islice(again, len(names))) if not _taken(r, names))
+        self.recording = next(free)
 
     def append(self, row: Mapping[str, Any], wall_s: float) -> None:
-        """Add one row (missing columns become NaN); writes a file when `flush_s` has passed or the hour is over."""
-        hour = datetime.datetime.fromtimestamp(wall_s, datetime.UTC).strftime("%Y%m%dT%H")
+        """Add one row (missing columns become NaN); writes files when `flush_s` has passed or the hour is another.
+
+        Raises OSError where the file system refuses; the row is kept and written with a later one.
+        """
+        label = _label(wall_s)
+        new_hour = bool(self._hours) and label != next(reversed(self._hours))
+        self._hours[label] = hour = self._hours.pop(label, _Hour())
+        hour.rows.append({**row, "machine": self.machine, "recording": self.recording, "wall_s": wall_s})
+        if not 0.0 <= wall_s - self._wall_s <= HOUR_S:
+            self._steady_s = wall_s
+        self._wall_s = wall_s
         if self._flushed_s is None:
             self._flushed_s = wall_s
-        if hour != self._hour and self._rows:
-            self.flush(wall_s)
-            self._rows.clear()
-        self._hour = hour
-        self._rows.append({**row, "machine": self.machine, "recording": self.recording, "wall_s": wall_s})
-        self._unflushed += 1
-        if not 0 <= wall_s - self._flushed_s < self.limits.flush_s:
+        if new_hour or not 0 <= wall_s - self._flushed_s < self.limits.flush_s:
             self.flush(wall_s)
 
     def flush(self, wall_s: float) -> None:
-        """Write the hour so far; a no-op when nothing is new. Raises OSError where the file system refuses."""
+        """Write what is new; a no-op when nothing is. Raises OSError where the file system refuses."""
         self._flushed_s = wall_s
-        if not self._unflushed:
-            return
-        folder = f"{self._root}/hour={self._hour}"
+        wrote = False
+        try:
+            for label, hour in self._hours.items():
+                if len(hour.rows) > hour.written:
+                    self._write(label, hour)
+                    wrote = True
+        finally:
+            self._forget()
+        if wrote:
+            self._prune(wall_s)
+
+    def _write(self, label: str, hour: _Hour) -> None:
+        folder = f"{self._root}/hour={label}"
         self._fs.create_dir(folder, recursive=True)
-        temporary, final = f"{folder}/.{self.recording}.tmp", f"{folder}/{self.recording}{SUFFIX}"
+        if not hour.name:
+            later = (f"{self.recording}.{n}" for n in itertools.count(2))
+            names = itertools.chain([self.recording], later)
+            hour.name = next(n for n in names if not self._exists(f"{folder}/{n}{SUFFIX}"))
+        temporary = f"{folder}/.{hour.name}.tmp"
         with self._fs.open_output_stream(temporary) as sink:
-            pq.write_table(_table(self._rows), sink, compression="zstd")
-        self._fs.move(temporary, final)
-        self._unflushed = 0
-        self._prune(wall_s)
+            pq.write_table(_table(hour.rows), sink, compression="zstd")
+        self._fs.move(temporary, f"{folder}/{hour.name}{SUFFIX}")
+        hour.written = len(hour.rows)
+
+    def _forget(self) -> None:
+        """Keep the last two hours, for a clock that goes back and forth; what is not written only up to a bound."""
+        labels = list(self._hours)
+        rows = sum(len(self._hours[label].rows) for label in labels)
+        for n, label in enumerate(labels[:-1]):
+            hour = self._hours[label]
+            if (hour.written == len(hour.rows) and n < len(labels) - 2) or rows > MAX_ROWS:
+                rows -= len(hour.rows)
+                del self._hours[label]
 
     def _prune(self, wall_s: float) -> None:
         files = sorted((i for i in self._list() if i.path.endswith(SUFFIX)), key=lambda i: i.path)
         total = sum(info.size for info in files)
-        oldest = datetime.datetime.fromtimestamp(wall_s - self.limits.max_age_s, datetime.UTC).strftime("%Y%m%dT%H")
+        steady = wall_s - self._steady_s >= HOUR_S
+        oldest = _label(wall_s - self.limits.max_age_s) if steady else ""
         for info in files:
             hour = info.path.rpartition("hour=")[2].partition("/")[0]
-            if hour == self._hour or (total <= self.limits.max_bytes and hour >= oldest):
+            if hour in self._hours or (total <= self.limits.max_bytes and hour >= oldest):
                 continue
             self._fs.delete_file(info.path)
             total -= info.size
@@ -106,9 +159,20 @@ class TelemetryLog:
             if not self._fs.get_file_info(pafs.FileSelector(folder)):
                 self._fs.delete_dir(folder)
 
+    def _exists(self, path: str) -> bool:
+        return bool(self._fs.get_file_info(path).type != pafs.FileType.NotFound)
+
     def _list(self) -> list[Any]:
         found = self._fs.get_file_info(pafs.FileSelector(self._root, recursive=True))
         return [info for info in found if info.is_file]
+
+
+def _taken(recording: str, names: set[str]) -> bool:
+    return any(name.startswith(recording + ".") for name in names)
+
+
+def _label(wall_s: float) -> str:
+    return datetime.datetime.fromtimestamp(wall_s, datetime.UTC).strftime("%Y%m%dT%H")
 
 
 def _table(rows: list[dict[str, Any]]) -> pa.Table:

@@ -17,6 +17,8 @@ from shadecast.errors import ShadecastError
 
 MAX_HOLE = 3
 """Up to so many missing samples in a row stay in a series as NaN; a longer gap ends it."""
+CLOCK_STEP_S = 60.0
+"""Where calendar and monotonic time part by so much, the clock was set or the machine slept: a series ends there."""
 
 
 class TelemetryError(ShadecastError, ValueError):
@@ -61,7 +63,10 @@ def series_of(frame: pd.DataFrame, source: str) -> Iterator[Series]:
         wall_s = rows["wall_s"].to_numpy(np.float64) if "wall_s" in rows.columns else None
         fresh = np.concatenate([[True], np.diff(slot) > 0])
         slot, values = slot[fresh], values[fresh]
-        for part in np.split(np.arange(len(slot)), np.flatnonzero(np.diff(slot) > MAX_HOLE + 1) + 1):
+        breaks = np.diff(slot) > MAX_HOLE + 1
+        if wall_s is not None:
+            breaks |= np.abs(np.diff((wall_s - t_s)[fresh])) > CLOCK_STEP_S
+        for part in np.split(np.arange(len(slot)), np.flatnonzero(breaks) + 1):
             grid = np.full((slot[part[-1]] - slot[part[0]] + 1, len(CHANNELS)), np.nan, np.float32)
             grid[slot[part] - slot[part[0]]] = values[part]
             began_wall_s = float(wall_s[fresh][part[0]]) if wall_s is not None else math.nan

@@ -163,10 +163,14 @@ def up(
     page_port: PageOption = 8266,
     telemetry_log: Annotated[str, typer.Option(help="Folder or URI for telemetry; empty: none is kept.")] = "",
     registry: Annotated[str, typer.Option(help="Forecaster registry; empty: the shipped model.")] = "",
+    link_bytes_per_s: Annotated[
+        float, typer.Option(help="Speed of nodes' links that do not tell it (VMs, pods).")
+    ] = 0.0,
 ) -> None:
     """Start the control plane on a cluster that runs already."""
+    settings = {"telemetry_log": telemetry_log, "registry": registry, "link_bytes_per_s": link_bytes_per_s}
     with _connected(address):
-        plane = start_control_plane({"telemetry_log": telemetry_log, "registry": registry}, page_port=page_port)
+        plane = start_control_plane(settings, page_port=page_port)
         console.print("Control plane runs.")
         if plane.page_url:
             console.print(f"Live page {plane.page_url}, token {plane.token}", highlight=False)

@@ -34,3 +34,12 @@ def test_nodes_that_come_and_go_leave_nothing_behind():
     assert len(load._in_flight) < 5
     assert len(load._arrivals_per_s) < 5
     assert len(load._routers["app/model", "router"].replicas) < 5
+
+
+def test_a_report_right_after_another_tells_no_rate():
+    load = ServingLoad()
+    for interval_s in (1e-320, 1e-6, 0.0):
+        load.take(RouterReport("router", "app/model", 1, interval_s, (view("a", 0, 3, "n"),)), 0.0)
+        assert load.on("n", 0.0) == (0.0, 0.0)
+    load.take(report(2, view("a", 0, 3, "n")), 0.0)
+    assert load.on("n", 0.0) == (0.0, 3.0)

@@ -250,6 +250,111 @@ def test_two_readings_at_one_instant_give_nan_not_infinity(host: FakeHost, clock
     assert math.isnan(s.read().snapshot.cpu_fraction)
 
 
+def test_a_clock_that_goes_back_or_stands_still_spoils_one_reading_only(host: FakeHost, clock: Clock) -> None:
+    s = sampler(host, clock)
+    s.read()
+    for step_s in (-50.0, 0.0, 1e-6, 1e-3):
+        clock.now_s += step_s
+        assert math.isnan(s.read().snapshot.cpu_fraction)
+    host.busy += 100
+    assert second_reading(host, clock, s).snapshot.cpu_fraction == pytest.approx(0.5)
+
+
+def test_a_counter_that_goes_back_is_unknown_once_and_never_nothing(host: FakeHost, clock: Clock) -> None:
+    host.busy, host.rx = 10_000, 10_000
+    host.write()
+    s = sampler(host, clock)
+    s.read()
+    host.busy, host.rx = 5, 5
+    snapshot = second_reading(host, clock, s).snapshot
+    assert math.isnan(snapshot.cpu_fraction)
+    assert math.isnan(snapshot.cpu_background_fraction)
+    assert math.isnan(snapshot.net_rx_bytes_per_s)
+    host.busy += 100
+    assert second_reading(host, clock, s).snapshot.cpu_fraction == pytest.approx(0.5)
+
+
+class Broken:
+    """A reader that raises what nobody thought of."""
+
+    def read(self) -> tuple[float, float]:
+        raise ZeroDivisionError("float division by zero")
+
+
+@pytest.mark.parametrize("hidden", ["table", "raylet"])
+def test_without_the_process_table_nobody_knows_what_is_background(
+    host: FakeHost, clock: Clock, monkeypatch: pytest.MonkeyPatch, hidden: str
+) -> None:
+    s = sampler(host, clock)
+    s.read()
+    host.busy += 100
+    host.write()
+    if hidden == "table":
+        monkeypatch.setattr("actors.procfs.os.listdir", lambda _: 1 // 0)
+    else:
+        host.put("proc/10/stat", "")
+    clock.now_s += 1.0
+    snapshot = s.read().snapshot
+    assert snapshot.cpu_fraction == pytest.approx(0.5)
+    assert math.isnan(snapshot.cpu_background_fraction)
+
+
+READERS = {
+    "host_stat": "cpu_fraction",
+    "memory_fraction": "memory_fraction",
+    "network.network_bytes": "net_rx_bytes_per_s",
+    "pressure_total_s": "cpu_pressure_fraction",
+}
+
+
+@pytest.mark.parametrize("broken", [*READERS, "disk_busy_s", "cgroups.memory_groups", "gpu"])
+def test_no_reader_takes_another_down_and_each_failure_is_told_once(
+    host: FakeHost, clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: str
+) -> None:
+    def fail(*_: object, **__: object) -> float:
+        return 1 // 0
+
+    if broken != "gpu":
+        monkeypatch.setattr(f"actors.telemetry.{broken}", fail)
+    s = sampler(host, clock, gpu=Broken() if broken == "gpu" else None)
+    s.read()
+    for _ in range(5):
+        host.busy += 100
+        host.rx += 1000
+        snapshot = second_reading(host, clock, s).snapshot
+    unknown = {name for name in READERS.values() if math.isnan(getattr(snapshot, name))}
+    assert unknown == ({READERS[broken]} if broken in READERS else set())
+    assert math.isnan(snapshot.gpu_fraction)
+    assert 1 <= len(caplog.records) <= 2
+
+
+@pytest.mark.parametrize("mode", ["empty", "garbage", "folders", "gone"])
+def test_trees_that_are_hidden_or_broken_in_the_middle_cost_only_their_values(
+    host: FakeHost, clock: Clock, caplog: pytest.LogCaptureFixture, mode: str
+) -> None:
+    """Every file of /proc in turn; what the others tell is still there."""
+    for path in sorted(p for p in (host.root / "proc").rglob("*") if p.is_file()):
+        s = sampler(host, clock)
+        s.read()
+        whole = path.read_text()
+        host.busy += 100
+        host.rx += 1000
+        host.write()
+        path.unlink()
+        if mode == "folders":
+            path.mkdir()
+        elif mode != "gone":
+            path.write_text("" if mode == "empty" else "\0x 99999999999999999999 -1 nan inf \n" * 3)
+        clock.now_s += 1.0
+        snapshot = s.read().snapshot
+        known = [not math.isnan(getattr(snapshot, name)) for name in READERS.values()]
+        assert sum(known) >= len(known) - 1, path
+        if mode == "folders":
+            path.rmdir()
+        path.write_text(whole)
+    assert not caplog.records
+
+
 def test_a_process_name_with_brackets_is_parsed(host: FakeHost) -> None:
     stat = process_stat(host.roots.proc, 13)
     assert stat is not None

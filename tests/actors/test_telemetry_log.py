@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import math
 from pathlib import Path
 from typing import Any
@@ -116,6 +118,82 @@ def test_old_hours_go_by_age_and_the_oldest_first_by_size(tmp_path: Path) -> Non
     left = [p.parent.name for p in files(tmp_path)]
     assert len(left) == 2
     assert max(left) == "hour=20231115T06", "the hour being written stays"
+
+
+STEPS = {
+    "back-into-a-former-hour": [0, 3600, 7200, 10, 3610, 20],
+    "back-within-the-hour": [1000, 1001, 5, 6],
+    "forward-over-hours": [0, 1, 6 * 3600, 6 * 3600 + 1, 2],
+    "to-the-epoch-and-back": [0, 1, -START_S + 5, -START_S + 6, 2, 3],
+    "to-2038-and-back": [0, 1, 4.5e8, 4.5e8 + 1, 2, 3],
+    "back-and-forth": [3599, 3600, 3599, 3600, 7200, 3599, 3600, 10800, 3599, 3600],
+}
+
+
+@pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)
+def test_a_wall_clock_that_steps_loses_no_row(tmp_path: Path, steps: list[float]) -> None:
+    log = TelemetryLog(str(tmp_path), "n", "r", LogLimits(flush_s=1.0))
+    t_s = 0.0
+    for step_s in steps:
+        for i in range(30):
+            log.append(row(t_s), START_S + step_s + i)
+            t_s += 1.0
+    log.flush(START_S + steps[-1] + 60)
+    tables = [pq.read_table(p, partitioning=None) for p in files(tmp_path)]
+    found = sorted(t for table in tables for t in table["t_s"].to_pylist())
+    assert found == [float(i) for i in range(30 * len(steps))]
+    for path, table in zip(files(tmp_path), tables, strict=True):
+        hours = {
+            datetime.datetime.fromtimestamp(w, datetime.UTC).strftime("%Y%m%dT%H") for w in table["wall_s"].to_pylist()
+        }
+        assert path.parent.name == f"hour={hours.pop()}"
+        assert not hours
+    series = read_folder(tmp_path)
+    assert sum(len(s.values) for s in series) == len(found)
+
+
+def test_series_tell_the_calendar_time_on_either_side_of_a_step(tmp_path: Path) -> None:
+    log = TelemetryLog(str(tmp_path), "n", "r")
+    for t in range(100):
+        log.append(row(float(t)), (5.0 if t < 40 else START_S) + t)
+    log.flush(START_S + 100)
+    assert [(s.began_wall_s, len(s.values)) for s in read_folder(tmp_path)] == [(5.0, 40), (START_S + 40, 60)]
+
+
+def test_a_clock_that_leaps_ahead_deletes_nothing_until_it_has_stood_an_hour(tmp_path: Path) -> None:
+    log = TelemetryLog(str(tmp_path), "n", "r", LogLimits(max_age_s=24 * HOUR_S))
+    log.append(row(0.0), START_S)
+    leap_s = START_S + 365 * 24 * HOUR_S
+    for t in range(0, 3000, 60):
+        log.append(row(1.0 + t), leap_s + t)
+    assert len(list(tmp_path.rglob("hour=20231114T22/*.parquet"))) == 1
+    for t in range(3000, 8000, 60):
+        log.append(row(1.0 + t), leap_s + t)
+    assert not list(tmp_path.rglob("hour=20231114T22/*.parquet"))
+
+
+def test_a_recording_of_the_same_name_is_another_recording(tmp_path: Path) -> None:
+    """A machine that starts at the epoch each time, in a container whose pids are always the same."""
+    for value in (0.25, 0.5, 0.75):
+        log = TelemetryLog(str(tmp_path), "n", "19700101T000005-57")
+        for t in range(30):
+            log.append(row(float(t), value), 5.0 + t)
+        log.flush(40.0)
+    assert sorted(s.values[0, 0] for s in read_folder(tmp_path)) == [0.25, 0.5, 0.75]
+
+
+def test_rows_outlive_a_file_system_that_refuses_over_the_hour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError("disk full")
+
+    log = TelemetryLog(str(tmp_path), "n", "r", LogLimits(flush_s=60.0))
+    monkeypatch.setattr("actors.telemetry_log.pq.write_table", full)
+    for t in range(0, 4 * 3600, 30):
+        with contextlib.suppress(OSError):
+            log.append(row(float(t)), START_S + t)
+    monkeypatch.undo()
+    log.flush(START_S + 4 * HOUR_S)
+    assert sum(pq.read_metadata(p).num_rows for p in files(tmp_path) if p.suffix == ".parquet") == 480
 
 
 def test_one_nodes_bounds_never_touch_another_nodes_files(tmp_path: Path) -> None:
