@@ -11,8 +11,8 @@ import asyncio
 import json
 import uuid
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 from starlette.middleware import Middleware
@@ -130,6 +130,20 @@ class BodyReader:
             yield body
         finally:
             self.held_bytes -= held.size
+
+    @contextmanager
+    def hold(self, size: int) -> Iterator[None]:
+        """Counts the `size` bytes of a body that is here already, for as long as the block runs.
+
+        Raises ProtocolError as `read` does: 413 when it is too large, 503 when too much is held already.
+        """
+        if size > self.max_body_bytes:
+            raise self._too_large()
+        self.take(size)
+        try:
+            yield
+        finally:
+            self.held_bytes -= size
 
     def take(self, size: int) -> None:
         """Counts `size` bytes; raises ProtocolError (503) when that is more than may be held at one time."""

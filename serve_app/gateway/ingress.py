@@ -29,6 +29,7 @@ from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from serve_app.gateway import openapi
+from serve_app.gateway.grpc_service import SERVER_NAME, InferenceRpcs, InferenceService
 from serve_app.gateway.model_call import CallOptions, ModelCaller, Stream, call_options, retry_budget
 from serve_app.gateway.model_server import ModelInfo
 from serve_app.gateway.oip import HEADER_LENGTH, decode_request, encode_response, parse_json_object
@@ -37,7 +38,6 @@ from serve_app.protocol_error import ProtocolError
 
 logger = logging.getLogger("ray.serve")
 
-SERVER_NAME = "shadecast"
 EXTENSIONS = ("binary_tensor_data", "parameters", "generate")
 TIMEOUT_HEADER = "x-request-timeout-seconds"
 """Serve's own header; its proxy stops waiting after that time with a 408."""
@@ -328,7 +328,7 @@ class Readiness:
 
 
 @serve.ingress()
-class Gateway:
+class Gateway(InferenceRpcs):
     """The class of Serve's ingress deployment. `model` is the handle of the `ModelServer` deployment."""
 
     def __init__(self, model: Any, info: ModelInfo, settings: GatewaySettings) -> None:
@@ -338,6 +338,7 @@ class Gateway:
         queue_timeout_s, repeats = settings.queue_timeout_s, info.safe_to_repeat
         caller = ModelCaller(model, time.monotonic, queue_timeout_s, repeats, budget, may_start=waits)
         self._api = InferenceApi(caller, info, settings, ready)
+        self._service = InferenceService(caller, info, settings, ready, self._api.bodies)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The application of this replica, made once it is constructed."""

@@ -287,7 +287,7 @@ def encode_response(
 
 
 def wanted_outputs(request: InferRequest, outputs: Mapping[str, Array]) -> Iterator[tuple[RequestedOutput, Array]]:
-    """The outputs that the request asked for, or all; raises ProtocolError (400) for one that the model did not give."""
+    """The outputs that the request asked for, or all; raises ProtocolError (400) for one that is not there."""
     wanted = request.outputs
     if wanted is None:
         wanted = tuple(RequestedOutput(name, request.binary_by_default) for name in outputs)
