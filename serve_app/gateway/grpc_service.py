@@ -7,8 +7,9 @@ traceback for each wrong request.
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,7 @@ STATUS_CODES: Mapping[int, grpc.StatusCode] = {
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
 """The code for each HTTP status that a request can end with."""
+_OFF_LOOP_BYTES = 64 * 1024
 _MAX_REASON_BYTES = 1000
 """Metadata of 8 KiB is all that many clients take, and a byte of it can become three."""
 _FINAL = "triton_final_response"
@@ -152,7 +154,7 @@ class InferenceService:
                 yield self._failed(refusal(error), request)
 
     async def _infer(self, request: Message, call: Call, metadata: Mapping[str, Any]) -> Message:
-        asked = decode_request(request, self._info.inputs, self._info.outputs)
+        asked = await _decoded(request, call, self._info.inputs, self._info.outputs)
         options = self._options(asked, call, metadata)
         outputs = await self._caller.infer(asked.inputs, dict(asked.parameters), options)
         return encode_response(asked, outputs, self._info.name, self._info.version)
@@ -160,7 +162,7 @@ class InferenceService:
     async def _generate(
         self, request: Message, call: Call, metadata: Mapping[str, Any]
     ) -> AsyncGenerator[Message, None]:
-        asked = decode_request(request)
+        asked = await _decoded(request, call, (), ())
         options = self._options(asked, call, metadata)
         stream = await self._caller.stream(as_json_object(asked), options)
         try:
@@ -243,6 +245,15 @@ async def _answer(
     if refused.headers:
         grpc_context.set_trailing_metadata([(name.lower(), value) for name, value in refused.headers.items()])
     return messages.ServerLiveResponse()
+
+
+async def _decoded(
+    request: Message, call: Call, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
+) -> InferRequest:
+    """`decode_request`, in a thread where typed contents are long; raw ones are only looked at."""
+    if len(call.body) < _OFF_LOOP_BYTES or request.raw_input_contents:
+        return decode_request(request, inputs, outputs)
+    return await asyncio.to_thread(decode_request, request, inputs, outputs)
 
 
 def refusal(error: Exception) -> ProtocolError:

@@ -38,6 +38,8 @@ _CONTENTS: Mapping[str, str] = {
     "FP64": "fp64_contents",
     "BYTES": "bytes_contents",
 }
+_AT_ONCE = 2**16
+"""Elements converted in one go: 3 ms in which no other thread runs."""
 _OWN_PARAMETER = "triton_"
 """Parameters that begin so are between Triton's client and the server; a model gets the others."""
 
@@ -102,14 +104,13 @@ def _from_contents(name: str, datatype: str, shape: tuple[int, ...], contents: M
     if len(given) != count:
         raise ProtocolError(400, f"input {name!r}: {len(given)} elements, but shape {list(shape)} needs {count}")
     dtype = DTYPES[datatype]
-    if dtype.kind == "O":
-        array: Array = np.empty(count, dtype=object)
-        array[:] = list(given)
-        return reshape(name, array, shape)
-    wide = np.fromiter(given, dtype={"i": np.dtype("i8"), "u": np.dtype("u8")}.get(dtype.kind, dtype), count=count)
-    array = wide.astype(dtype, copy=False)
-    if dtype.kind in "iu" and not (array == wide).all():
-        raise ProtocolError(400, f"input {name!r}: a number does not fit into {datatype}")
+    wide_dtype = {"i": np.dtype("i8"), "u": np.dtype("u8")}.get(dtype.kind, dtype)
+    array: Array = np.empty(count, dtype=dtype)
+    for start in range(0, count, _AT_ONCE):
+        wide = np.array(given[start : start + _AT_ONCE], dtype=wide_dtype)
+        part = array[start : start + _AT_ONCE] = wide.astype(dtype, copy=False)
+        if dtype.kind in "iu" and not (part == wide).all():
+            raise ProtocolError(400, f"input {name!r}: a number does not fit into {datatype}")
     return reshape(name, array, shape)
 
 

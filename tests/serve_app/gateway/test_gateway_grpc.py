@@ -308,6 +308,24 @@ def test_methods_that_are_not_offered_are_unimplemented() -> None:
     assert error.status() == "StatusCode.UNIMPLEMENTED"
 
 
+def test_long_typed_contents_are_decoded_and_refused_like_short_ones() -> None:
+    handle = FakeHandle(DIGIT)
+
+    async def talk(client: Any, _: Any) -> None:
+        infer = service_pb2_grpc.GRPCInferenceServiceStub(client._channel).ModelInfer
+        asked = service_pb2.ModelInferRequest(model_name="digits")
+        tensor = asked.inputs.add(name="pixels", datatype="FP32", shape=[50_000, 2])
+        tensor.contents.fp32_contents.extend(range(100_000))
+        await infer(asked)
+        tensor.contents.fp32_contents[-1] = float("nan")
+        call = infer(asked)
+        assert await call.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+    run(talk, handle)
+    ((inputs, _, _),) = [args for _, args in handle.calls]
+    assert np.array_equal(inputs["pixels"].ravel(), np.arange(100_000))
+
+
 def test_both_protocols_hand_the_model_the_same_arguments() -> None:
     handle = FakeHandle(DIGIT)
 

@@ -171,6 +171,14 @@ def test_a_number_that_does_not_fit_into_the_type_is_refused(datatype: str, fiel
         decode_request(message(entry))
 
 
+@pytest.mark.parametrize("datatype", ["INT8", "UINT64", "FP32", "BYTES"])
+def test_long_typed_contents_are_read_whole_and_in_order(datatype: str) -> None:
+    numbers = [number % 100 for number in range(150_001)]
+    contents = [str(number).encode() for number in numbers] if datatype == "BYTES" else numbers
+    entry = {"name": "x", "datatype": datatype, "shape": [150_001], "contents": {FIELDS[datatype]: contents}}
+    assert decode_request(message(entry)).inputs["x"].tolist() == contents
+
+
 def test_half_precision_is_sent_raw() -> None:
     entry = {"name": "x", "datatype": "FP16", "shape": [1], "contents": {"fp32_contents": [1]}}
     with pytest.raises(ProtocolError, match="send it in 'raw_input_contents'"):
