@@ -45,6 +45,11 @@ def add_inference_service(servicer: Any, server: Any) -> None:
     service._method_handlers = {path: _timed(handler) for path, handler in service._method_handlers.items()}
 
 
+def grpc_options(port: int) -> dict[str, Any]:
+    """`grpc_options` of `serve.start`; port 0 starts no gRPC server."""
+    return {"port": port, "grpc_servicer_functions": [f"{__name__}.{add_inference_service.__name__}"]} if port else {}
+
+
 def _timed(handler: Any) -> Any:
     """Serve's handler of one method, given `Call`s instead of bytes."""
     if not handler.request_streaming:
