@@ -48,7 +48,7 @@ def main(
             http_options={"host": "127.0.0.1", "port": http_port},
             grpc_options=grpc_options(grpc_port),
         )
-        serve.run(build(AppArgs(replicas=2, num_cpus=0.5)), name="digits", route_prefix="/")
+        serve.run(build(AppArgs.model_validate({"replicas": 2, "num_cpus": 0.5})), name="digits", route_prefix="/")
         rows = asyncio.run(_measure(http_port, grpc_port, rounds, seconds))
     finally:
         serve.shutdown()
@@ -105,7 +105,7 @@ async def _http(stack: AsyncExitStack, port: int) -> Infer:
     client = await stack.enter_async_context(triton_http.InferenceServerClient(f"127.0.0.1:{port}"))
     tensor = triton_http.InferInput("pixels", [1, 64], "FP32")
     tensor.set_data_from_numpy(np.ones((1, 64), np.float32))
-    return lambda: client.infer("digits", [tensor])  # type: ignore[no-any-return]
+    return lambda: client.infer("digits", [tensor])
 
 
 async def _grpc(stack: AsyncExitStack, port: int) -> Infer:
@@ -114,7 +114,7 @@ async def _grpc(stack: AsyncExitStack, port: int) -> Infer:
     client = await stack.enter_async_context(triton_grpc.InferenceServerClient(f"127.0.0.1:{port}", channel_args=own))
     tensor = triton_grpc.InferInput("pixels", [1, 64], "FP32")
     tensor.set_data_from_numpy(np.ones((1, 64), np.float32))
-    return lambda: client.infer("digits", [tensor])  # type: ignore[no-any-return]
+    return lambda: client.infer("digits", [tensor])
 
 
 if __name__ == "__main__":
