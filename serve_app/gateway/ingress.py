@@ -29,7 +29,7 @@ from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from serve_app.gateway import openapi
-from serve_app.gateway.model_call import CallOptions, ModelCaller, Stream, retry_budget
+from serve_app.gateway.model_call import CallOptions, ModelCaller, Stream, call_options, retry_budget
 from serve_app.gateway.model_server import ModelInfo
 from serve_app.gateway.oip import HEADER_LENGTH, decode_request, encode_response, parse_json_object
 from serve_app.http_guard import ID_HEADERS, BodyReader, HeaderGuard, RequestIds
@@ -178,11 +178,7 @@ class InferenceApi:
     # ------------------------------------------------ what a request brings
 
     def _check_model(self, request: Request) -> None:
-        model, version = request.path_params["model"], request.path_params.get("version")
-        if model != self.info.name:
-            raise ProtocolError(404, f"unknown model {model[:80]!r}; this server serves {self.info.name!r}")
-        if version is not None and version != self.info.version:
-            raise ProtocolError(404, f"unknown version {version[:80]!r} of {model!r}; there is {self.info.version!r}")
+        self.info.check_served(request.path_params["model"], request.path_params.get("version"))
 
     def _body(self, request: Request) -> Any:
         media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -197,17 +193,7 @@ class InferenceApi:
         header = request.headers.get(TIMEOUT_HEADER)
         if header is not None:
             limits.append(max(_seconds(header) - _PROXY_MARGIN_S, 0.001))
-        timeout_us = parameters.get("timeout")
-        if timeout_us is not None:
-            if type(timeout_us) is not int or timeout_us <= 0:
-                raise ProtocolError(400, "parameter 'timeout' must be a whole number of microseconds above 0")
-            limits.append(timeout_us / 1e6)
-        return CallOptions(
-            timeout_s=min(limits),
-            session_id=self._session(request),
-            multiplexed_model_id=_multiplexed_model_id(),
-            whole_stream=len(limits) > 1,
-        )
+        return call_options(parameters, limits, self._session(request))
 
     def _session(self, request: Request) -> str:
         """The session's id: Serve's header (`-` and `_` alike), else the cookie, else a new one for the cookie."""
@@ -356,13 +342,6 @@ class Gateway:
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The application of this replica, made once it is constructed."""
         return make_app(self._api)
-
-
-def _multiplexed_model_id() -> str:
-    """The model id that Serve read from the request's header; empty outside a replica."""
-    with suppress(Exception):
-        return str(serve.get_multiplexed_model_id())
-    return ""
 
 
 def _seconds(text: str) -> float:

@@ -6,11 +6,12 @@ Every way in which a call can fail ends as a `ProtocolError`; nothing here waits
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 
@@ -34,6 +35,27 @@ class CallOptions:
     session_id: str = ""
     multiplexed_model_id: str = ""
     whole_stream: bool = False
+
+
+def call_options(parameters: Mapping[str, Any], limits_s: Sequence[float], session_id: str) -> CallOptions:
+    """Options of a request with these parameters. `limits_s`: the server's limit, then those that the client set.
+
+    Raises ProtocolError (400) for a parameter `timeout` that is no time.
+    """
+    limits = list(limits_s)
+    timeout_us = parameters.get("timeout")
+    if timeout_us is not None:
+        if type(timeout_us) is not int or timeout_us <= 0:
+            raise ProtocolError(400, "parameter 'timeout' must be a whole number of microseconds above 0")
+        limits.append(timeout_us / 1e6)
+    return CallOptions(min(limits), session_id, _multiplexed_model_id(), whole_stream=len(limits) > 1)
+
+
+def _multiplexed_model_id() -> str:
+    """The model id that Serve read from the request's header; empty outside a replica."""
+    with suppress(Exception):
+        return str(serve.get_multiplexed_model_id())
+    return ""
 
 
 def retry_budget(fraction: float = 0.2) -> Budget:

@@ -22,7 +22,7 @@ import numpy as np
 
 from serve_app.gateway.outputs import as_declared
 from serve_app.gateway.tensors import Array, TensorSpec
-from serve_app.protocol_error import InvalidInput
+from serve_app.protocol_error import InvalidInput, ProtocolError
 from shadecast.errors import ConfigError
 
 RESUME = "had"
@@ -74,6 +74,13 @@ class ModelInfo:
             safe_to_repeat=bool(getattr(model, "safe_to_repeat", True)),
             resumes=_takes(getattr(model, "generate", None), RESUME),
         )
+
+    def check_served(self, name: str, version: str | None) -> None:
+        """Raises ProtocolError (404) for another model or version than this one; no version is any."""
+        if name != self.name:
+            raise ProtocolError(404, f"unknown model {name[:80]!r}; this server serves {self.name!r}")
+        if version is not None and version != self.version:
+            raise ProtocolError(404, f"unknown version {version[:80]!r} of {name!r}; there is {self.version!r}")
 
     def describe(self) -> dict[str, Any]:
         """The protocol's model metadata."""
