@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -29,9 +29,10 @@ from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from serve_app.gateway import openapi
+from serve_app.gateway.codec import OFF_LOOP_BYTES, Codec
 from serve_app.gateway.model_call import CallOptions, ModelCaller, Stream, call_options, retry_budget
 from serve_app.gateway.model_server import ModelInfo
-from serve_app.gateway.oip import HEADER_LENGTH, decode_request, encode_response, parse_json_object
+from serve_app.gateway.oip import HEADER_LENGTH
 from serve_app.http_guard import ID_HEADERS, BodyReader, HeaderGuard, RequestIds
 from serve_app.protocol_error import ProtocolError
 
@@ -76,6 +77,7 @@ class InferenceApi:
         self.info = info
         self._settings = settings
         self._ready = ready
+        self._codec = Codec(settings.request_timeout_s)
         self.session_header = settings.session_header
         self.allow_origins = settings.allow_origins
         self.bodies = BodyReader(
@@ -121,10 +123,12 @@ class InferenceApi:
         if not self.info.infers:
             raise ProtocolError(400, f"model {self.info.name!r} has no infer: POST its /generate")
         async with self._body(request) as body:
-            asked = decode_request(body, request.headers.get(HEADER_LENGTH), self.info.inputs, self.info.outputs)
-            options = self._options(request, asked.parameters)
+            length = request.headers.get(HEADER_LENGTH)
+            begun_s = time.monotonic()
+            asked = await self._codec.decode(body, length, self.info.inputs, self.info.outputs)
+            options = self._options(request, asked.parameters, begun_s if len(body) >= OFF_LOOP_BYTES else None)
             outputs = await self._caller.infer(asked.inputs, dict(asked.parameters), options)
-            answer = encode_response(asked, outputs, self.info.name, self.info.version)
+            answer = await self._codec.encode(asked, outputs, self.info.name, self.info.version)
         if answer.header_length is None:
             response = Response(answer.body, media_type="application/json")
         else:
@@ -155,14 +159,15 @@ class InferenceApi:
         if not self.info.generates:
             raise ProtocolError(400, f"model {self.info.name!r} has no generate: POST its /infer")
         async with self._body(request) as body:
-            asked = parse_json_object(body)
+            begun_s = time.monotonic()
+            asked, whole = await self._codec.parse(body)
             parameters = asked.get("parameters")
             if not isinstance(parameters, dict | None):
                 raise ProtocolError(400, "'parameters' of the request must be an object")
             if not isinstance(asked.get("id"), str | None):
                 raise ProtocolError(400, "'id' must be a string")
-            options = self._options(request, parameters or {})
-            return await self._caller.stream(asked, options), asked, options
+            options = self._options(request, parameters or {}, begun_s if len(body) >= OFF_LOOP_BYTES else None)
+            return await self._caller.stream(whole, options), asked, options
 
     def _event(self, item: Any, asked: Mapping[str, Any]) -> dict[str, Any]:
         """An item of the model's stream as the object that goes to the client."""
@@ -188,12 +193,16 @@ class InferenceApi:
         headers = request.headers
         return self.bodies.read(request.receive, headers.get("content-length"), headers.get("content-encoding", ""))
 
-    def _options(self, request: Request, parameters: Mapping[str, Any]) -> CallOptions:
+    def _options(self, request: Request, parameters: Mapping[str, Any], begun_s: float | None = None) -> CallOptions:
+        """Options of the call. What a large request, read since `begun_s`, took of its time is gone."""
         limits = [self._settings.request_timeout_s]
         header = request.headers.get(TIMEOUT_HEADER)
         if header is not None:
             limits.append(max(_seconds(header) - _PROXY_MARGIN_S, 0.001))
-        return call_options(parameters, limits, self._session(request))
+        options = call_options(parameters, limits, self._session(request))
+        if begun_s is None:
+            return options
+        return replace(options, timeout_s=max(options.timeout_s - (time.monotonic() - begun_s), 0.001))
 
     def _session(self, request: Request) -> str:
         """The session's id: Serve's header (`-` and `_` alike), else the cookie, else a new one for the cookie."""

@@ -104,7 +104,7 @@ class ModelCaller:
         except _LostError as lost:
             raise self._given_up(lost) from None
 
-    async def stream(self, request: dict[str, Any], options: CallOptions) -> Stream:
+    async def stream(self, request: Any, options: CallOptions) -> Stream:
         """A stream whose first item is there already; raises ProtocolError. Retried only up to that first item."""
         until_s = self._now_s() + options.timeout_s
         self._budget.request(self._now_s())
@@ -133,7 +133,7 @@ class ModelCaller:
             raise ProtocolError(400, answer.reason)
         return answer
 
-    async def _stream_once(self, request: dict[str, Any], options: CallOptions, until_s: float) -> Stream:
+    async def _stream_once(self, request: Any, options: CallOptions, until_s: float) -> Stream:
         left_s = until_s - self._now_s()
         response = _addressed(self._streaming, options).remote(request)
         try:

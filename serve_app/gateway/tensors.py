@@ -5,12 +5,13 @@ Nothing here loops in Python over the elements of a numeric tensor. BYTES tensor
 
 from __future__ import annotations
 
+import json
 import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,8 +74,40 @@ class TensorSpec:
         return {"name": self.name, "datatype": self.datatype, "shape": list(self.shape)}
 
 
-def datatype_of(array: Array) -> str:
+@dataclass(frozen=True, slots=True)
+class PackedBytes:
+    """A BYTES tensor as binary data: what travels between processes instead of a large array of objects."""
+
+    raw: bytes
+    """Each element as a 4-byte little-endian length and its bytes, in row-major order."""
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, array: Array) -> Array | Self:
+        """An array of objects packed; any other array as it is."""
+        return cls(to_bytes(array), array.shape) if array.dtype.kind == "O" else array
+
+    def unpack(self) -> Array:
+        """The array of `bytes`, its owner's own."""
+        return _unpack_bytes("", memoryview(self.raw), math.prod(self.shape)).reshape(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class RawJson:
+    """A JSON object that was checked already, as text: what travels between processes instead of many objects."""
+
+    text: bytes
+
+    def load(self) -> dict[str, Any]:
+        """The object."""
+        loaded: dict[str, Any] = json.loads(str(self.text, "utf-8-sig"))
+        return loaded
+
+
+def datatype_of(array: Array | PackedBytes) -> str:
     """The protocol's name of an array's type. Raises ProtocolError (500) for a type that the protocol lacks."""
+    if isinstance(array, PackedBytes):
+        return "BYTES"
     if array.dtype.kind in "OSU":
         return "BYTES"
     name = _NAMES.get(array.dtype.newbyteorder("<"))
@@ -179,8 +212,10 @@ def _strings(name: str, flat: list[Any]) -> Array:
     return array
 
 
-def to_json(name: str, array: Array) -> list[Any]:
+def to_json(name: str, array: Array | PackedBytes) -> list[Any]:
     """Flat element list, row-major. Raises ProtocolError (500) for what JSON cannot carry."""
+    if isinstance(array, PackedBytes):
+        array = array.unpack()
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise ProtocolError(
             500, f"output {name!r} holds NaN or infinity, which JSON cannot carry; request it with binary_data"
@@ -238,17 +273,24 @@ def _unpack_bytes(name: str, raw: memoryview, count: int) -> Array:
     return array
 
 
-def to_bytes(array: Array) -> bytes:
+def to_bytes(array: Array | PackedBytes) -> bytes:
     """Little-endian, row-major bytes; BYTES elements with a 4-byte length before each."""
+    if isinstance(array, PackedBytes):
+        return array.raw
     if array.dtype.kind in "OSU":
-        parts: list[bytes] = []
-        for item in array.ravel().tolist():
-            is_raw = isinstance(item, (bytes, bytearray, memoryview))
-            raw = bytes(item) if is_raw else str(item).encode(errors="replace")
-            parts.append(struct.pack("<I", len(raw)))
-            parts.append(raw)
+        items = [item if type(item) is bytes else _raw(item) for item in array.ravel().tolist()]
+        lengths = np.fromiter(map(len, items), "<u4", len(items)).tobytes()
+        parts: list[bytes] = [b""] * (2 * len(items))
+        parts[::2] = [lengths[at : at + 4] for at in range(0, len(lengths), 4)]
+        parts[1::2] = items
         return b"".join(parts)
     return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
+
+
+def _raw(item: Any) -> bytes:
+    if isinstance(item, (bytes, bytearray, memoryview)):
+        return bytes(item)
+    return str(item).encode(errors="replace")
 
 
 def reshape(name: str, array: Array, shape: tuple[int, ...]) -> Array:
