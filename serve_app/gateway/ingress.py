@@ -13,9 +13,10 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -43,6 +44,8 @@ EXTENSIONS = ("binary_tensor_data", "parameters", "generate")
 TIMEOUT_HEADER = "x-request-timeout-seconds"
 """Serve's own header; its proxy stops waiting after that time with a 408."""
 _PROXY_MARGIN_S = 0.05
+_KEEPALIVE = ":\n\n"
+"""A comment of server-sent events: every reader skips it."""
 SESSION_HEADER = "x-session-id"
 """Serve's default; `RAY_SERVE_SESSION_ID_HEADER_KEY` changes it for Serve and for the gateway."""
 
@@ -61,6 +64,8 @@ class GatewaySettings:
     session_cookie: str = ""
     allow_origins: tuple[str, ...] = ()
     """Whose pages may call from a browser: origins, or "*" for all; nobody's by default."""
+    stream_keepalive_s: float = 0.0
+    """Streams answer at once and get a comment whenever nothing came for so long; 0 is off."""
     scales_to_zero: bool = False
     """The model may have no replica: it is ready without one, and requests wait until one has started."""
 
@@ -151,10 +156,28 @@ class InferenceApi:
 
     async def generate_stream(self, request: Request) -> Response:
         """One generation as server-sent events, each with a JSON object."""
-        stream, asked, options = await self._open(request)
-        return self._with_cookie(EventStream(stream, lambda item: _dumps(self._event(item, asked))), request, options)
+        held = AsyncExitStack()
+        if self._settings.stream_keepalive_s:  # the answer begins now, the call with it
+            asked, whole, options = await held.enter_async_context(self._asked(request))
+            open_ = partial(self._caller.stream, whole, options)
+        else:
+            stream, asked, options = await self._open(request)
+            held.callback(stream.close)
+            open_ = partial(_opened, stream)
+        encode = partial(self._encoded, asked)
+        events = _events(open_, encode, self._settings.stream_keepalive_s)
+        return self._with_cookie(EventStream(events, held), request, options)
+
+    def _encoded(self, asked: Mapping[str, Any], item: Any) -> str:
+        return _dumps(self._event(item, asked))
 
     async def _open(self, request: Request) -> tuple[Stream, dict[str, Any], CallOptions]:
+        async with self._asked(request) as (asked, whole, options):
+            return await self._caller.stream(whole, options), asked, options
+
+    @asynccontextmanager
+    async def _asked(self, request: Request) -> AsyncIterator[tuple[dict[str, Any], Any, CallOptions]]:
+        """A generate request: what the gateway reads of it, what goes to the model, and the call's options."""
         self._check_model(request)
         if not self.info.generates:
             raise ProtocolError(400, f"model {self.info.name!r} has no generate: POST its /infer")
@@ -167,7 +190,7 @@ class InferenceApi:
             if not isinstance(asked.get("id"), str | None):
                 raise ProtocolError(400, "'id' must be a string")
             options = self._options(request, parameters or {}, begun_s if len(body) >= OFF_LOOP_BYTES else None)
-            return await self._caller.stream(whole, options), asked, options
+            yield asked, whole, options
 
     def _event(self, item: Any, asked: Mapping[str, Any]) -> dict[str, Any]:
         """An item of the model's stream as the object that goes to the client."""
@@ -225,26 +248,65 @@ class InferenceApi:
 class EventStream(StreamingResponse):
     """Server-sent events from a model's stream; the call is cancelled when the client leaves."""
 
-    def __init__(self, stream: Stream, encode: Callable[[Any], str]) -> None:
-        super().__init__(self._events(stream, encode), media_type="text/event-stream")
+    def __init__(self, events: AsyncGenerator[str], held: AsyncExitStack) -> None:
+        """`held` is let go at the end, whichever way it ends."""
+        super().__init__(events, media_type="text/event-stream")
         self.headers["Cache-Control"] = "no-cache"
         self.headers["X-Accel-Buffering"] = "no"  # nginx would hold tokens back
-        self._stream = stream
+        self._events = events
+        self._held = held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry."""
-        try:
+        async with self._held, aclosing(self._events):
             await super().__call__(scope, receive, send)
-        finally:
-            self._stream.close()
 
-    @staticmethod
-    async def _events(stream: Stream, encode: Callable[[Any], str]) -> AsyncIterator[str]:
-        try:
-            async for item in stream.items():
-                yield f"data: {encode(item)}\n\n"
-        except ProtocolError as error:  # the status line is gone already: the error is an event
-            yield f"data: {json.dumps({'error': error.reason})}\n\n"
+
+async def _events(
+    open_: Callable[[], Awaitable[Stream]], encode: Callable[[Any], str], keepalive_s: float
+) -> AsyncGenerator[str]:
+    """The events of a stream. With `keepalive_s` a comment comes at once, and whenever nothing else came for so long."""
+    items = _items(open_)
+    pending: asyncio.Future[Any] | None = None
+    try:
+        if keepalive_s:
+            yield _KEEPALIVE
+        while True:
+            if keepalive_s:
+                pending = asyncio.ensure_future(anext(items, None))
+                pending.add_done_callback(_seen)
+                while not (await asyncio.wait((pending,), timeout=keepalive_s))[0]:
+                    yield _KEEPALIVE
+            item = await (pending or anext(items, None))
+            if item is None:
+                return
+            yield f"data: {encode(item[0])}\n\n"
+    except ProtocolError as error:  # the status line is gone already: the error is an event
+        yield f"data: {json.dumps({'error': error.reason})}\n\n"
+    finally:
+        if pending is not None and not pending.done():
+            pending.cancel()  # which closes the stream
+        else:
+            await items.aclose()
+
+
+async def _items(open_: Callable[[], Awaitable[Stream]]) -> AsyncGenerator[tuple[Any]]:
+    stream = await open_()
+    try:
+        async for item in stream.items():
+            yield (item,)
+    finally:
+        stream.close()
+
+
+async def _opened(stream: Stream) -> Stream:
+    return stream
+
+
+def _seen(ended: asyncio.Future[Any]) -> None:
+    """Takes the exception of a task that nobody awaits any more."""
+    if not ended.cancelled():
+        ended.exception()
 
 
 def make_app(api: InferenceApi) -> FastAPI:
