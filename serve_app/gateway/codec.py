@@ -21,6 +21,7 @@ from typing import Any
 from serve_app.gateway.oip import (
     EncodedResponse,
     InferRequest,
+    RequestedOutput,
     decode_request,
     encode_response,
     json_part,
@@ -148,8 +149,12 @@ def _json_elements(request: InferRequest, outputs: Mapping[str, Array | PackedBy
     if request.outputs is None:
         chosen = [] if request.binary_by_default else list(outputs.values())
     else:
-        chosen = [outputs[want.name] for want in request.outputs if not want.binary and want.name in outputs]
+        chosen = [outputs[want.name] for want in request.outputs if _is_work(want) and want.name in outputs]
     return sum(_elements(array) for array in chosen)
+
+
+def _is_work(want: RequestedOutput) -> bool:
+    return not want.binary or bool(want.class_count)
 
 
 def _elements(array: Array | PackedBytes) -> int:

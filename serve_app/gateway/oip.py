@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from pydantic_core import PydanticSerializationError
 from pydantic_core import to_json as to_json_text
 
+from serve_app.gateway.classification import top_classes
 from serve_app.gateway.tensors import (
     DTYPES,
     Array,
@@ -36,7 +37,7 @@ from serve_app.protocol_error import ProtocolError
 HEADER_LENGTH = "Inference-Header-Content-Length"
 _MAX_TENSORS = 256
 _MAX_NAME = 256
-_UNSUPPORTED = ("shared_memory_region", "shared_memory_offset", "shared_memory_byte_size", "classification")
+_UNSUPPORTED = ("shared_memory_region", "shared_memory_offset", "shared_memory_byte_size")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,8 @@ class RequestedOutput:
 
     name: str
     binary: bool
+    class_count: int = 0
+    """Instead of the tensor, this many of its highest values as texts; 0: the tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,8 +238,15 @@ def requested_outputs(
             raise ProtocolError(400, f"unknown output {name!r}; the model gives {', '.join(map(repr, sorted(known)))}")
         parameters = checked_parameters(entry, f"output {name!r}")
         binary = _flag(parameters, "binary_data", f"output {name!r}", default=binary_by_default)
-        requested[name] = RequestedOutput(name, binary)
+        requested[name] = RequestedOutput(name, binary, _class_count(parameters, name))
     return tuple(requested.values())
+
+
+def _class_count(parameters: Mapping[str, Any], name: str) -> int:
+    count = parameters.get("classification", 0)
+    if type(count) is not int or count < 0:
+        raise ProtocolError(400, f"parameter 'classification' of output {name!r} must be a whole number from 0")
+    return count
 
 
 def _name(entry: Mapping[str, Any], what: str) -> str:
@@ -315,4 +325,4 @@ def wanted_outputs(request: InferRequest, outputs: Mapping[str, Any]) -> Iterato
             raise ProtocolError(
                 400, f"unknown output {want.name!r}; the model gave {', '.join(map(repr, outputs)) or 'none'}"
             )
-        yield want, array
+        yield want, top_classes(want.name, array, want.class_count) if want.class_count else array

@@ -20,6 +20,9 @@ from serve_app.protocol_error import ProtocolError
 
 Array = NDArray[Any]
 
+_BF16 = np.dtype([("bf16", "<u2")])
+"""The upper half of a 32-bit float, which numpy has no type for: what a BF16 output is on the wire."""
+
 DTYPES: Mapping[str, np.dtype[Any]] = {
     "BOOL": np.dtype("?"),
     "UINT8": np.dtype("u1"),
@@ -31,6 +34,7 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
     "INT32": np.dtype("<i4"),
     "INT64": np.dtype("<i8"),
     "FP16": np.dtype("<f2"),
+    "BF16": _BF16,
     "FP32": np.dtype("<f4"),
     "FP64": np.dtype("<f8"),
     "BYTES": np.dtype(object),
@@ -43,6 +47,7 @@ _JSON_TYPES: Mapping[str, tuple[frozenset[type], str]] = {
     "u": (frozenset({int}), "whole numbers"),
     "i": (frozenset({int}), "whole numbers"),
     "f": (frozenset({int, float}), "numbers"),
+    "V": (frozenset({int, float}), "numbers"),
     "O": (frozenset({str}), "strings"),
 }
 
@@ -110,7 +115,7 @@ def datatype_of(array: Array | PackedBytes) -> str:
         return "BYTES"
     if array.dtype.kind in "OSU":
         return "BYTES"
-    name = _NAMES.get(array.dtype.newbyteorder("<"))
+    name = _NAMES.get(array.dtype if array.dtype == _BF16 else array.dtype.newbyteorder("<"))
     if name is None:
         raise ProtocolError(500, f"the model returned an array of {array.dtype}, which the protocol cannot carry")
     return name
@@ -192,6 +197,11 @@ def _typed(name: str, datatype: str, flat: list[Any]) -> Array:
         return _strings(name, flat)
     if dtype.kind == "b":
         return np.array(flat, dtype=dtype)
+    if dtype == _BF16:
+        rounded = to_bf16(_typed(name, "FP32", flat))
+        if not np.isfinite(from_bf16(rounded)).all():
+            raise ProtocolError(400, f"input {name!r}: a number does not fit into BF16")
+        return from_bf16(rounded)
     try:
         wide: Array = np.array(flat, dtype={"f": np.float64, "u": np.uint64, "i": np.int64}[dtype.kind])
         limits: Any = np.finfo(dtype) if dtype.kind == "f" else np.iinfo(dtype)
@@ -216,6 +226,8 @@ def to_json(name: str, array: Array | PackedBytes) -> list[Any]:
     """Flat element list, row-major. Raises ProtocolError (500) for what JSON cannot carry."""
     if isinstance(array, PackedBytes):
         array = array.unpack()
+    if array.dtype == _BF16:
+        array = from_bf16(array)
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise ProtocolError(
             500, f"output {name!r} holds NaN or infinity, which JSON cannot carry; request it with binary_data"
@@ -250,7 +262,23 @@ def from_bytes(name: str, datatype: str, shape: tuple[int, ...], raw: memoryview
         flags = np.frombuffer(raw, dtype=np.uint8)
         if flags.size and flags.max() > 1:
             raise ProtocolError(400, f"input {name!r}: a BOOL byte must be 0 or 1")
-    return reshape(name, np.frombuffer(raw, dtype=dtype), shape)
+    array = np.frombuffer(raw, dtype=dtype)
+    return reshape(name, from_bf16(array) if dtype == _BF16 else array, shape)
+
+
+def to_bf16(array: Array) -> Array:
+    """32-bit floats as BF16, each rounded to the nearest (of two equally near to the even one); NaN stays NaN."""
+    bits = np.ascontiguousarray(array, "<f4").view("<u4")
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    halves = np.where(np.isnan(array), 0x7FC0, rounded).astype("<u2")
+    return halves.view(_BF16).reshape(array.shape)
+
+
+def from_bf16(array: Array) -> Array:
+    """BF16 as the 32-bit floats that they are the upper half of."""
+    halves = np.ascontiguousarray(array).view("<u2").reshape(array.shape)
+    floats: Array = (halves.astype("<u4") << 16).view("<f4")
+    return floats
 
 
 def _unpack_bytes(name: str, raw: memoryview, count: int) -> Array:
@@ -284,6 +312,8 @@ def to_bytes(array: Array | PackedBytes) -> bytes:
         parts[::2] = [lengths[at : at + 4] for at in range(0, len(lengths), 4)]
         parts[1::2] = items
         return b"".join(parts)
+    if array.dtype == _BF16:
+        return array.tobytes()
     return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
 
 
