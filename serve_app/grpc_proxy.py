@@ -21,6 +21,7 @@ UNARY = (
     "ServerMetadata",
     "ModelMetadata",
     "ModelConfig",
+    "ModelStatistics",
     "RepositoryIndex",
     "ModelInfer",
 )

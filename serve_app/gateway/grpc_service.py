@@ -14,15 +14,17 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 import grpc
+from google.protobuf.json_format import ParseDict
 
 from serve_app.gateway import grpc_messages as messages
 from serve_app.gateway import openapi
 from serve_app.gateway.grpc_messages import Message, parse
-from serve_app.gateway.model_call import CallOptions, ModelCaller, call_options
+from serve_app.gateway.model_call import CallOptions, ModelCaller, call_options, sequence_id
 from serve_app.gateway.model_server import ModelInfo
 from serve_app.gateway.oip import InferRequest
 from serve_app.gateway.oip_grpc import as_json_object, decode_request, encode_response, item_outputs
 from serve_app.gateway.tensors import TensorSpec
+from serve_app.gateway.triton import Statistics, index_entry, model_config
 from serve_app.grpc_proxy import Call
 from serve_app.http_guard import MAX_ID_BYTES, BodyReader
 from serve_app.protocol_error import ProtocolError
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ray.serve")
 
 SERVER_NAME = "shadecast"
-EXTENSIONS = ("parameters", "model_configuration", "model_repository")
+EXTENSIONS = ("classification", "model_configuration", "model_repository", "parameters", "statistics")
 _SERVES_SESSION = "session_id"
 """Serve's own metadata key for what its HTTP proxy reads from the session's header."""
 STATUS_CODES: Mapping[int, grpc.StatusCode] = {
@@ -62,13 +64,16 @@ class InferenceService:
         info: ModelInfo,
         settings: GatewaySettings,
         ready: Callable[[], Awaitable[bool]],
+        *,
         bodies: BodyReader,
+        statistics: Statistics,
     ) -> None:
-        """`bodies` counts what requests of all protocols hold."""
+        """`bodies` counts what requests of all protocols hold, `statistics` how they end."""
         self._caller = caller
         self._info = info
         self._ready = ready
         self._bodies = bodies
+        self._statistics = statistics
         self._timeout_s = settings.request_timeout_s
         header = settings.session_header.lower()
         self._session_keys = (header, header.replace("-", "_"), _SERVES_SESSION)
@@ -103,14 +108,14 @@ class InferenceService:
         """The model's tensors, and whether it streams, in Triton's form."""
         asked = parse(messages.ModelConfigRequest, call.body)
         self._info.check_served(asked.name, asked.version or None)
-        config = {
-            "name": self._info.name,
-            "platform": self._info.platform,
-            "input": [_configured(spec) for spec in self._info.inputs],
-            "output": [_configured(spec) for spec in self._info.outputs],
-            "model_transaction_policy": {"decoupled": self._info.generates},
-        }
-        return messages.ModelConfigResponse(config=config)
+        return ParseDict({"config": model_config(self._info)}, messages.ModelConfigResponse())
+
+    async def model_statistics(self, call: Call, _metadata: Mapping[str, Any]) -> Message:
+        """Counts of this gateway's inferences, over all protocols."""
+        asked = parse(messages.ModelStatisticsRequest, call.body)
+        if asked.name:
+            self._info.check_served(asked.name, asked.version or None)
+        return ParseDict(self._statistics.describe(self._info), messages.ModelStatisticsResponse())
 
     async def repository_index(self, call: Call, _metadata: Mapping[str, Any]) -> Message:
         """The one model that is served here."""
@@ -118,8 +123,7 @@ class InferenceService:
         ready = await self._ready()
         index = messages.RepositoryIndexResponse()
         if ready or not asked.ready:
-            state = "READY" if ready else "UNAVAILABLE"
-            index.models.add(name=self._info.name, version=self._info.version, state=state)
+            index.models.add(**index_entry(self._info, ready=ready))
         return index
 
     # ------------------------------------------------ inference
@@ -154,23 +158,31 @@ class InferenceService:
                 yield self._failed(refusal(error), request)
 
     async def _infer(self, request: Message, call: Call, metadata: Mapping[str, Any]) -> Message:
-        asked = await _decoded(request, call, self._info.inputs, self._info.outputs)
-        options = self._options(asked, call, metadata)
-        outputs = await self._caller.infer(asked.inputs, dict(asked.parameters), options)
-        return encode_response(asked, outputs, self._info.name, self._info.version)
+        with self._statistics.request() as timed:
+            with timed.phase("compute_input"):
+                asked = await _decoded(request, call, self._info.inputs, self._info.outputs)
+            options = self._options(asked, call, metadata)
+            with timed.phase("compute_infer"):
+                outputs = await self._caller.infer(asked.inputs, dict(asked.parameters), options)
+            with timed.phase("compute_output"):
+                answer = encode_response(asked, outputs, self._info.name, self._info.version)
+            timed.succeeded()
+        return answer
 
     async def _generate(
         self, request: Message, call: Call, metadata: Mapping[str, Any]
     ) -> AsyncGenerator[Message, None]:
-        asked = await _decoded(request, call, (), ())
-        options = self._options(asked, call, metadata)
-        stream = await self._caller.stream(as_json_object(asked), options)
-        try:
-            async for item in stream.items():
-                answer = encode_response(asked, item_outputs(item), self._info.name, self._info.version)
-                yield _streamed(answer, final=False)
-        finally:
-            stream.close()
+        with self._statistics.request() as timed:
+            asked = await _decoded(request, call, (), ())
+            options = self._options(asked, call, metadata)
+            stream = await self._caller.stream(as_json_object(asked), options)
+            try:
+                async for item in stream.items():
+                    answer = encode_response(asked, item_outputs(item), self._info.name, self._info.version)
+                    yield _streamed(answer, final=False)
+            finally:
+                stream.close()
+            timed.succeeded()
         if request.parameters[_EMPTY_FINAL].bool_param:
             yield _streamed(encode_response(asked, {}, self._info.name, self._info.version), final=True)
 
@@ -191,7 +203,7 @@ class InferenceService:
         session_id = next((metadata[key] for key in self._session_keys if metadata.get(key)), "")
         if not isinstance(session_id, str) or len(session_id) > MAX_ID_BYTES:
             raise ProtocolError(400, f"metadata {self._session_keys[0]}: must be text of at most {MAX_ID_BYTES} bytes")
-        return call_options(asked.parameters, limits, session_id)
+        return call_options(asked.parameters, limits, session_id or sequence_id(asked.parameters))
 
 
 class InferenceRpcs:
@@ -216,6 +228,9 @@ class InferenceRpcs:
 
     async def ModelConfig(self, call: Call, grpc_context: Any) -> Message:  # noqa: N802, D102
         return await _answer(self._service.model_config, call, grpc_context)
+
+    async def ModelStatistics(self, call: Call, grpc_context: Any) -> Message:  # noqa: N802, D102
+        return await _answer(self._service.model_statistics, call, grpc_context)
 
     async def RepositoryIndex(self, call: Call, grpc_context: Any) -> Message:  # noqa: N802, D102
         return await _answer(self._service.repository_index, call, grpc_context)
@@ -250,8 +265,9 @@ async def _answer(
 async def _decoded(
     request: Message, call: Call, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
 ) -> InferRequest:
-    """`decode_request`, in a thread where typed contents are long; raw ones are only looked at."""
-    if len(call.body) < _OFF_LOOP_BYTES or request.raw_input_contents:
+    """`decode_request`; in a thread where it takes long: raw numbers are only looked at, all else is converted."""
+    quick = request.raw_input_contents and all(tensor.datatype != "BYTES" for tensor in request.inputs)
+    if quick or len(call.body) < _OFF_LOOP_BYTES:
         return decode_request(request, inputs, outputs)
     return await asyncio.to_thread(decode_request, request, inputs, outputs)
 
@@ -262,11 +278,6 @@ def refusal(error: Exception) -> ProtocolError:
         return error
     logger.error("a gRPC request failed in the gateway", exc_info=error)
     return ProtocolError(500, f"the gateway failed: {type(error).__name__}")
-
-
-def _configured(spec: TensorSpec) -> dict[str, Any]:
-    kind = "STRING" if spec.datatype == "BYTES" else spec.datatype
-    return {"name": spec.name, "data_type": f"TYPE_{kind}", "dims": spec.shape}
 
 
 def _streamed(response: Message, *, final: bool) -> Message:

@@ -152,7 +152,9 @@ async def grpc_client(
     """An unmodified client of the gRPC service on loopback, without Serve between them; and the HTTP API beside it."""
     api = make_api(handle, info, ready, **settings)
     rpcs = InferenceRpcs()
-    rpcs._service = InferenceService(api._caller, info, GatewaySettings(**settings), ready, api.bodies)
+    rpcs._service = InferenceService(
+        api._caller, info, GatewaySettings(**settings), ready, bodies=api.bodies, statistics=api.statistics
+    )
     server = grpc.aio.server(options=[("grpc.max_receive_message_length", -1)])
     add_inference_service(_AsBytes(rpcs), server)
     port = server.add_insecure_port("127.0.0.1:0")

@@ -83,7 +83,7 @@ def test_health_and_metadata_are_what_http_says() -> None:
         config = (await client.get_model_config("digits")).config
         assert (config.input[0].data_type, list(config.input[0].dims)) == (11, [-1, 2])
         assert [output.data_type for output in config.output] == [9, 13]  # TYPE_INT64, TYPE_STRING
-        assert config.model_transaction_policy.decoupled
+        assert not config.model_transaction_policy.decoupled  # it has an infer, too
         index = await client.get_model_repository_index(as_json=True)
         assert index["models"] == [{"name": "digits", "version": "1", "state": "READY"}]
 
@@ -324,6 +324,41 @@ def test_long_typed_contents_are_decoded_and_refused_like_short_ones() -> None:
     run(talk, handle)
     ((inputs, _, _),) = [args for _, args in handle.calls]
     assert np.array_equal(inputs["pixels"].ravel(), np.arange(100_000))
+
+
+def test_a_sequence_is_a_session_where_no_session_is_named() -> None:
+    handle = FakeHandle(DIGIT)
+
+    async def talk(client: Any, _: Any) -> None:
+        await client.infer("digits", [pixels()], sequence_id=42)
+        await client.infer("digits", [pixels()], sequence_id="words")
+        await client.infer("digits", [pixels()], sequence_id=42, headers={"x-session-id": "s1"})
+
+    run(talk, handle)
+    assert [given["session_id"] for given, _ in handle.calls] == ["42", "words", "s1"]
+
+
+def test_the_highest_classes_of_an_output_are_given_where_they_are_asked_for() -> None:
+    wanted = [triton.InferRequestedOutput("digit", class_count=2)]
+    handle = FakeHandle({"digit": np.array([3, 9, 5])})
+    answer = run(lambda client, _: client.infer("digits", [pixels()], outputs=wanted), handle)
+    assert answer.as_numpy("digit").tolist() == [b"9:1", b"5:2"]
+
+
+def test_statistics_count_the_requests_of_both_protocols() -> None:
+    handle = FakeHandle(DIGIT, RuntimeError("broken"), DIGIT)
+
+    async def talk(client: Any, api: Any) -> Any:
+        await client.infer("digits", [pixels()])
+        with pytest.raises(InferenceServerException):
+            await client.infer("digits", [pixels()])
+        body = b'{"inputs": [{"name": "pixels", "datatype": "FP32", "shape": [1, 2], "data": [1, 1]}]}'
+        assert (await call(make_app(api), "POST", "/v2/models/digits/infer", [], body))[0] == 200
+        return (await client.get_inference_statistics("digits")).model_stats[0]
+
+    counted = run(talk, handle)
+    assert (counted.name, counted.inference_count) == ("digits", 2)
+    assert (counted.inference_stats.success.count, counted.inference_stats.fail.count) == (2, 1)
 
 
 def test_both_protocols_hand_the_model_the_same_arguments() -> None:

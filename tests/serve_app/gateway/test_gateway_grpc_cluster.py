@@ -115,7 +115,7 @@ def test_health_and_metadata(cluster: Cluster) -> None:
         assert client.get_server_metadata(headers=DIGITS).name == "shadecast"
         metadata = client.get_model_metadata("digits", headers=DIGITS)
         assert [(i.name, i.datatype, list(i.shape)) for i in metadata.inputs] == [("pixels", "FP32", [-1, 64])]
-        assert client.get_model_config("words", headers=WORDS).config.model_transaction_policy.decoupled
+        assert client.get_model_config("words", headers=WORDS).config.input[0].name == "text"
         assert client.get_model_repository_index(headers=WORDS).models[0].name == "words"
 
 
