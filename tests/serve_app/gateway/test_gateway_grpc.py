@@ -326,6 +326,16 @@ def test_long_typed_contents_are_decoded_and_refused_like_short_ones() -> None:
     assert np.array_equal(inputs["pixels"].ravel(), np.arange(100_000))
 
 
+def test_long_text_arrives_whole() -> None:
+    words = [str(number).encode() for number in range(20_000)]
+    tensor = triton.InferInput("text_input", [20_000], "BYTES")
+    tensor.set_data_from_numpy(np.array(words, object))
+    handle = FakeHandle(lambda inputs, *_: {"text": inputs["text_input"]})
+    model = replace(INFO, inputs=(), outputs=(), generates=False)
+    answer = run(lambda client, _: client.infer("digits", [tensor]), handle, info=model)
+    assert answer.as_numpy("text").tolist() == words
+
+
 def test_a_sequence_is_a_session_where_no_session_is_named() -> None:
     handle = FakeHandle(DIGIT)
 
