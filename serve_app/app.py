@@ -59,6 +59,9 @@ class AppArgs(BaseModel):
     body_idle_timeout_s: Seconds = Field(10.0, description="for the next bytes of a request's body")
     request_timeout_s: Seconds = Field(60.0, description="for an answer, or the next item of a stream")
     queue_timeout_s: Seconds = Field(10.0, description="for a replica to have room; then a 503")
+    stream_keepalive_s: float = Field(
+        0, ge=0, le=3600, allow_inf_nan=False, description="streams answer at once, with comments this often; 0 is off"
+    )
     retry_fraction: float = Field(0.2, ge=0, le=1, description="retries as a fraction of requests")
     session_cookie: str = Field("", pattern=r"^[A-Za-z0-9_.-]{0,64}$", description="cookie that holds a session's id")
     allow_origins: tuple[str, ...] = Field((), description="whose pages may call from a browser; '*' is all")

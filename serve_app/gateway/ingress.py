@@ -13,9 +13,10 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -29,19 +30,39 @@ from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from serve_app.gateway import openapi
-from serve_app.gateway.model_call import CallOptions, ModelCaller, Stream, retry_budget
+from serve_app.gateway.codec import OFF_LOOP_BYTES, Codec
+from serve_app.gateway.grpc_service import SERVER_NAME, InferenceRpcs, InferenceService
+from serve_app.gateway.model_call import CallOptions, ModelCaller, Stream, call_options, retry_budget, sequence_id
 from serve_app.gateway.model_server import ModelInfo
-from serve_app.gateway.oip import HEADER_LENGTH, decode_request, encode_response, parse_json_object
-from serve_app.http_guard import ID_HEADERS, BodyReader, HeaderGuard, RequestIds
+from serve_app.gateway.oip import HEADER_LENGTH, parse_json_object
+from serve_app.gateway.triton import Statistics, index_entry, model_config
+from serve_app.http_guard import ID_HEADERS, BodyReader, HeaderGuard, RequestIds, compression_asked
 from serve_app.protocol_error import ProtocolError
 
 logger = logging.getLogger("ray.serve")
 
-SERVER_NAME = "shadecast"
-EXTENSIONS = ("binary_tensor_data", "parameters", "generate")
+EXTENSIONS = (
+    "binary_tensor_data",
+    "classification",
+    "generate",
+    "model_configuration",
+    "model_repository",
+    "parameters",
+    "statistics",
+)
+"""Those of Triton's that are offered, by Triton's names."""
+_NOT_OFFERED = {
+    "systemsharedmemory": "shared memory",
+    "cudasharedmemory": "CUDA shared memory",
+    "tpusharedmemory": "TPU shared memory",
+    "trace": "tracing",
+    "logging": "changing log settings",
+}
 TIMEOUT_HEADER = "x-request-timeout-seconds"
 """Serve's own header; its proxy stops waiting after that time with a 408."""
 _PROXY_MARGIN_S = 0.05
+_KEEPALIVE = ":\n\n"
+"""A comment of server-sent events: every reader skips it."""
 SESSION_HEADER = "x-session-id"
 """Serve's default; `RAY_SERVE_SESSION_ID_HEADER_KEY` changes it for Serve and for the gateway."""
 
@@ -60,6 +81,8 @@ class GatewaySettings:
     session_cookie: str = ""
     allow_origins: tuple[str, ...] = ()
     """Whose pages may call from a browser: origins, or "*" for all; nobody's by default."""
+    stream_keepalive_s: float = 0.0
+    """Streams answer at once and get a comment whenever nothing came for so long; 0 is off."""
     scales_to_zero: bool = False
     """The model may have no replica: it is ready without one, and requests wait until one has started."""
 
@@ -76,6 +99,8 @@ class InferenceApi:
         self.info = info
         self._settings = settings
         self._ready = ready
+        self._codec = Codec(settings.request_timeout_s)
+        self.statistics = Statistics()
         self.session_header = settings.session_header
         self.allow_origins = settings.allow_origins
         self.bodies = BodyReader(
@@ -113,6 +138,47 @@ class InferenceApi:
             raise ProtocolError(503, f"no replica of model {self.info.name!r} is running yet", {"Retry-After": "1"})
         return JSONResponse({"name": self.info.name, "ready": True})
 
+    async def model_config(self, request: Request) -> Response:
+        """Triton's model configuration."""
+        self._check_model(request)
+        return JSONResponse(model_config(self.info))
+
+    async def model_statistics(self, request: Request) -> Response:
+        """Triton's statistics of the model, or of all models, which is the same: counted in this gateway."""
+        if "model" in request.path_params:
+            self._check_model(request)
+        return JSONResponse(self.statistics.describe(self.info))
+
+    async def repository_index(self, request: Request) -> Response:
+        """Triton's list of the models that there are."""
+        async with self._body(request) as body:
+            asked = parse_json_object(body) if body else {}
+        only_ready = asked.get("ready", False)
+        if not isinstance(only_ready, bool):
+            raise ProtocolError(400, "'ready' must be true or false")
+        ready = await self._ready()
+        return JSONResponse([index_entry(self.info, ready=ready)] if ready or not only_ready else [])
+
+    async def not_loaded(self, request: Request) -> Response:
+        """Models are not loaded and unloaded by clients here."""
+        if request.path_params["model"] != self.info.name:
+            self.info.check_served(request.path_params["model"], None)
+        action = request.url.path.rsplit("/", 1)[-1]
+        raise ProtocolError(
+            400, f"{action}: models come and go with their Serve application here (serve deploy); this extension is off"
+        )
+
+    async def not_offered(self, request: Request) -> Response:
+        """Extensions of Triton's that are not there."""
+        name = next(part for part in request.url.path.split("/") if part in _NOT_OFFERED)
+        raise ProtocolError(400, f"{_NOT_OFFERED[name]} is an extension that this server does not offer")
+
+    async def not_v1(self, request: Request) -> Response:
+        """The protocol before this one."""
+        raise ProtocolError(
+            404, f"{request.url.path[:80]}: this server speaks version 2 only: POST /v2/models/{self.info.name}/infer"
+        )
+
     # ------------------------------------------------ inference
 
     async def infer(self, request: Request) -> Response:
@@ -120,49 +186,82 @@ class InferenceApi:
         self._check_model(request)
         if not self.info.infers:
             raise ProtocolError(400, f"model {self.info.name!r} has no infer: POST its /generate")
-        async with self._body(request) as body:
-            asked = decode_request(body, request.headers.get(HEADER_LENGTH), self.info.inputs, self.info.outputs)
-            options = self._options(request, asked.parameters)
-            outputs = await self._caller.infer(asked.inputs, dict(asked.parameters), options)
-            answer = encode_response(asked, outputs, self.info.name, self.info.version)
-        if answer.header_length is None:
-            response = Response(answer.body, media_type="application/json")
-        else:
-            response = Response(answer.body, media_type="application/octet-stream")
-            response.headers[HEADER_LENGTH] = str(answer.header_length)
-        return self._with_cookie(response, request, options)
+        with self.statistics.request() as timed:
+            async with self._body(request) as body:
+                length = request.headers.get(HEADER_LENGTH)
+                begun_s = time.monotonic()
+                with timed.phase("compute_input"):
+                    asked = await self._codec.decode(body, length, self.info.inputs, self.info.outputs)
+                options = self._options(request, asked.parameters, begun_s if len(body) >= OFF_LOOP_BYTES else None)
+                with timed.phase("compute_infer"):
+                    outputs = await self._caller.infer(asked.inputs, dict(asked.parameters), options)
+                with timed.phase("compute_output"):
+                    answer = await self._codec.encode(asked, outputs, self.info.name, self.info.version)
+            timed.succeeded()
+        coding = compression_asked(request.headers.get("accept-encoding", ""))
+        content = await self.bodies.compress(answer.body, coding) if coding else answer.body
+        headers = {} if answer.header_length is None else {HEADER_LENGTH: str(answer.header_length)}
+        if coding:
+            headers |= {"Content-Encoding": coding, "Vary": "Accept-Encoding"}
+        media = "application/json" if answer.header_length is None else "application/octet-stream"
+        return self._with_cookie(Response(content, headers=headers, media_type=media), request, options)
 
     async def generate(self, request: Request) -> Response:
         """One generation as one JSON object: texts joined, the last value of everything else."""
-        stream, asked, options = await self._open(request)
-        merged: dict[str, Any] = {}
-        try:
-            async for item in stream.items():
-                for key, value in self._event(item, asked).items():
-                    joined = key == "text_output" and isinstance(merged.get(key), str) and isinstance(value, str)
-                    merged[key] = merged[key] + value if joined else value
-        finally:
-            stream.close()
-        return self._with_cookie(Response(_dumps(merged), media_type="application/json"), request, options)
+        self._check_generates(request)
+        with self.statistics.request() as timed:
+            async with self._asked(request) as (asked, whole, options):
+                stream = await self._caller.stream(whole, options)
+            merged: dict[str, Any] = {}
+            try:
+                async for item in stream.items():
+                    for key, value in self._event(item, asked).items():
+                        joined = key == "text_output" and isinstance(merged.get(key), str) and isinstance(value, str)
+                        merged[key] = merged[key] + value if joined else value
+            finally:
+                stream.close()
+            response = Response(_dumps(merged), media_type="application/json")
+            timed.succeeded()
+        return self._with_cookie(response, request, options)
 
     async def generate_stream(self, request: Request) -> Response:
         """One generation as server-sent events, each with a JSON object."""
-        stream, asked, options = await self._open(request)
-        return self._with_cookie(EventStream(stream, lambda item: _dumps(self._event(item, asked))), request, options)
+        self._check_generates(request)
+        async with AsyncExitStack() as held:
+            timed = held.enter_context(self.statistics.request())
+            if self._settings.stream_keepalive_s:  # the answer begins now, the call with it
+                asked, whole, options = await held.enter_async_context(self._asked(request))
+                open_ = partial(self._caller.stream, whole, options)
+            else:
+                async with self._asked(request) as (asked, whole, options):
+                    stream = await self._caller.stream(whole, options)
+                held.callback(stream.close)
+                open_ = partial(_opened, stream)
+            events = _events(open_, partial(self._encoded, asked), self._settings.stream_keepalive_s, timed.succeeded)
+            response = EventStream(events, held.pop_all())
+        return self._with_cookie(response, request, options)
 
-    async def _open(self, request: Request) -> tuple[Stream, dict[str, Any], CallOptions]:
+    def _encoded(self, asked: Mapping[str, Any], item: Any) -> str:
+        return _dumps(self._event(item, asked))
+
+    def _check_generates(self, request: Request) -> None:
         self._check_model(request)
         if not self.info.generates:
             raise ProtocolError(400, f"model {self.info.name!r} has no generate: POST its /infer")
+
+    @asynccontextmanager
+    async def _asked(self, request: Request) -> AsyncIterator[tuple[dict[str, Any], Any, CallOptions]]:
+        """A generate request: what the gateway reads of it, what goes to the model, and the call's options."""
         async with self._body(request) as body:
-            asked = parse_json_object(body)
+            begun_s = time.monotonic()
+            asked, whole = await self._codec.parse(body)
             parameters = asked.get("parameters")
             if not isinstance(parameters, dict | None):
                 raise ProtocolError(400, "'parameters' of the request must be an object")
             if not isinstance(asked.get("id"), str | None):
                 raise ProtocolError(400, "'id' must be a string")
-            options = self._options(request, parameters or {})
-            return await self._caller.stream(asked, options), asked, options
+            options = self._options(request, parameters or {}, begun_s if len(body) >= OFF_LOOP_BYTES else None)
+            yield asked, whole, options
 
     def _event(self, item: Any, asked: Mapping[str, Any]) -> dict[str, Any]:
         """An item of the model's stream as the object that goes to the client."""
@@ -178,11 +277,7 @@ class InferenceApi:
     # ------------------------------------------------ what a request brings
 
     def _check_model(self, request: Request) -> None:
-        model, version = request.path_params["model"], request.path_params.get("version")
-        if model != self.info.name:
-            raise ProtocolError(404, f"unknown model {model[:80]!r}; this server serves {self.info.name!r}")
-        if version is not None and version != self.info.version:
-            raise ProtocolError(404, f"unknown version {version[:80]!r} of {model!r}; there is {self.info.version!r}")
+        self.info.check_served(request.path_params["model"], request.path_params.get("version"))
 
     def _body(self, request: Request) -> Any:
         media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -192,64 +287,102 @@ class InferenceApi:
         headers = request.headers
         return self.bodies.read(request.receive, headers.get("content-length"), headers.get("content-encoding", ""))
 
-    def _options(self, request: Request, parameters: Mapping[str, Any]) -> CallOptions:
+    def _options(self, request: Request, parameters: Mapping[str, Any], begun_s: float | None = None) -> CallOptions:
+        """Options of the call. What a large request, read since `begun_s`, took of its time is gone."""
         limits = [self._settings.request_timeout_s]
         header = request.headers.get(TIMEOUT_HEADER)
         if header is not None:
             limits.append(max(_seconds(header) - _PROXY_MARGIN_S, 0.001))
-        timeout_us = parameters.get("timeout")
-        if timeout_us is not None:
-            if type(timeout_us) is not int or timeout_us <= 0:
-                raise ProtocolError(400, "parameter 'timeout' must be a whole number of microseconds above 0")
-            limits.append(timeout_us / 1e6)
-        return CallOptions(
-            timeout_s=min(limits),
-            session_id=self._session(request),
-            multiplexed_model_id=_multiplexed_model_id(),
-            whole_stream=len(limits) > 1,
-        )
+        options = call_options(parameters, limits, self._session(request, parameters))
+        if begun_s is None:
+            return options
+        return replace(options, timeout_s=max(options.timeout_s - (time.monotonic() - begun_s), 0.001))
 
-    def _session(self, request: Request) -> str:
-        """The session's id: Serve's header (`-` and `_` alike), else the cookie, else a new one for the cookie."""
+    def _session(self, request: Request, parameters: Mapping[str, Any]) -> str:
+        """The session's id: Serve's header (`-` and `_` alike), Triton's sequence id, the cookie, a new one for it."""
         header = self.session_header
         session_id = request.headers.get(header) or request.headers.get(header.replace("-", "_"), "")
+        session_id = session_id or sequence_id(parameters)
         if session_id or not self._settings.session_cookie:
             return session_id
         cookie = request.cookies.get(self._settings.session_cookie, "")
-        usable = 0 < len(cookie) <= 128 and cookie.isascii() and cookie.isprintable()
-        return cookie if usable else uuid.uuid4().hex
+        if 0 < len(cookie) <= 128 and cookie.isascii() and cookie.isprintable():
+            return cookie
+        request.state.new_session = uuid.uuid4().hex
+        return str(request.state.new_session)
 
     def _with_cookie(self, response: Response, request: Request, options: CallOptions) -> Response:
-        name = self._settings.session_cookie
-        has_header = request.headers.get(self.session_header)
-        if name and not has_header and request.cookies.get(name) != options.session_id:
-            response.set_cookie(name, options.session_id, httponly=True, samesite="lax")
+        if options.session_id and options.session_id == getattr(request.state, "new_session", None):
+            response.set_cookie(self._settings.session_cookie, options.session_id, httponly=True, samesite="lax")
         return response
 
 
 class EventStream(StreamingResponse):
     """Server-sent events from a model's stream; the call is cancelled when the client leaves."""
 
-    def __init__(self, stream: Stream, encode: Callable[[Any], str]) -> None:
-        super().__init__(self._events(stream, encode), media_type="text/event-stream")
+    def __init__(self, events: AsyncGenerator[str], held: AsyncExitStack) -> None:
+        """`held` is let go at the end, whichever way it ends."""
+        super().__init__(events, media_type="text/event-stream")
         self.headers["Cache-Control"] = "no-cache"
         self.headers["X-Accel-Buffering"] = "no"  # nginx would hold tokens back
-        self._stream = stream
+        self._events = events
+        self._held = held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry."""
-        try:
+        async with self._held, aclosing(self._events):
             await super().__call__(scope, receive, send)
-        finally:
-            self._stream.close()
 
-    @staticmethod
-    async def _events(stream: Stream, encode: Callable[[Any], str]) -> AsyncIterator[str]:
-        try:
-            async for item in stream.items():
-                yield f"data: {encode(item)}\n\n"
-        except ProtocolError as error:  # the status line is gone already: the error is an event
-            yield f"data: {json.dumps({'error': error.reason})}\n\n"
+
+async def _events(
+    open_: Callable[[], Awaitable[Stream]],
+    encode: Callable[[Any], str],
+    keepalive_s: float,
+    succeeded: Callable[[], None],
+) -> AsyncGenerator[str]:
+    """The events of a stream. With `keepalive_s` a comment comes at once, and whenever nothing else came for so long."""
+    items = _items(open_)
+    pending: asyncio.Future[Any] | None = None
+    try:
+        if keepalive_s:
+            yield _KEEPALIVE
+        while True:
+            if keepalive_s:
+                pending = asyncio.ensure_future(anext(items, None))
+                pending.add_done_callback(_seen)
+                while not (await asyncio.wait((pending,), timeout=keepalive_s))[0]:
+                    yield _KEEPALIVE
+            item = await (pending or anext(items, None))
+            if item is None:
+                succeeded()
+                return
+            yield f"data: {encode(item[0])}\n\n"
+    except ProtocolError as error:  # the status line is gone already: the error is an event
+        yield f"data: {json.dumps({'error': error.reason})}\n\n"
+    finally:
+        if pending is not None and not pending.done():
+            pending.cancel()  # which closes the stream
+        else:
+            await items.aclose()
+
+
+async def _items(open_: Callable[[], Awaitable[Stream]]) -> AsyncGenerator[tuple[Any]]:
+    stream = await open_()
+    try:
+        async for item in stream.items():
+            yield (item,)
+    finally:
+        stream.close()
+
+
+async def _opened(stream: Stream) -> Stream:
+    return stream
+
+
+def _seen(ended: asyncio.Future[Any]) -> None:
+    """Takes the exception of a task that nobody awaits any more."""
+    if not ended.cancelled():
+        ended.exception()
 
 
 def make_app(api: InferenceApi) -> FastAPI:
@@ -259,11 +392,17 @@ def make_app(api: InferenceApi) -> FastAPI:
         ("GET", "/v2", api.server_metadata),
         ("GET", "/v2/health/live", api.live),
         ("GET", "/v2/health/ready", api.ready),
+        ("GET", "/v2/models/stats", api.model_statistics),
+        ("POST", "/v2/repository/index", api.repository_index),
+        ("POST", "/v2/repository/models/{model}/load", api.not_loaded),
+        ("POST", "/v2/repository/models/{model}/unload", api.not_loaded),
     ]
     for base in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
         routes += [
             ("GET", base, api.model_metadata),
             ("GET", f"{base}/ready", api.model_ready),
+            ("GET", f"{base}/config", api.model_config),
+            ("GET", f"{base}/stats", api.model_statistics),
             ("POST", f"{base}/infer", api.infer),
             ("POST", f"{base}/generate", api.generate),
             ("POST", f"{base}/generate_stream", api.generate_stream),
@@ -272,6 +411,11 @@ def make_app(api: InferenceApi) -> FastAPI:
         app.add_api_route(path, endpoint, methods=[method], **openapi.describe(method, path, api.info))
         if method == "GET":
             app.add_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
+    elsewhere = [f"/v2/{name}{rest}" for name in _NOT_OFFERED for rest in ("", "/{rest:path}")]
+    for path in (*elsewhere, "/v2/models/{model}/trace/setting"):
+        app.add_route(path, api.not_offered, methods=["GET", "POST"], include_in_schema=False)
+    for path in ("/v1/models", "/v1/models/{rest:path}"):
+        app.add_route(path, api.not_v1, methods=["GET", "POST"], include_in_schema=False)
     app.add_exception_handler(ProtocolError, _refused)
     app.add_exception_handler(HTTPException, _not_routed)
     app.add_exception_handler(Exception, _failed)
@@ -342,7 +486,7 @@ class Readiness:
 
 
 @serve.ingress()
-class Gateway:
+class Gateway(InferenceRpcs):
     """The class of Serve's ingress deployment. `model` is the handle of the `ModelServer` deployment."""
 
     def __init__(self, model: Any, info: ModelInfo, settings: GatewaySettings) -> None:
@@ -352,17 +496,13 @@ class Gateway:
         queue_timeout_s, repeats = settings.queue_timeout_s, info.safe_to_repeat
         caller = ModelCaller(model, time.monotonic, queue_timeout_s, repeats, budget, may_start=waits)
         self._api = InferenceApi(caller, info, settings, ready)
+        self._service = InferenceService(
+            caller, info, settings, ready, bodies=self._api.bodies, statistics=self._api.statistics
+        )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The application of this replica, made once it is constructed."""
         return make_app(self._api)
-
-
-def _multiplexed_model_id() -> str:
-    """The model id that Serve read from the request's header; empty outside a replica."""
-    with suppress(Exception):
-        return str(serve.get_multiplexed_model_id())
-    return ""
 
 
 def _seconds(text: str) -> float:

@@ -6,15 +6,17 @@ Every way in which a call can fail ends as a `ProtocolError`; nothing here waits
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 
 from serve_app.gateway.model_server import Refusal
+from serve_app.http_guard import MAX_ID_BYTES
 from serve_app.protocol_error import ProtocolError
 from serve_app.ray_api import wait_until_assigned
 from shadecast.budget import Budget
@@ -34,6 +36,38 @@ class CallOptions:
     session_id: str = ""
     multiplexed_model_id: str = ""
     whole_stream: bool = False
+
+
+def call_options(parameters: Mapping[str, Any], limits_s: Sequence[float], session_id: str) -> CallOptions:
+    """Options of a request with these parameters. `limits_s`: the server's limit, then those that the client set.
+
+    Raises ProtocolError (400) for a parameter `timeout` that is no time.
+    """
+    limits = list(limits_s)
+    timeout_us = parameters.get("timeout")
+    if timeout_us is not None:
+        if type(timeout_us) is not int or timeout_us <= 0:
+            raise ProtocolError(400, "parameter 'timeout' must be a whole number of microseconds above 0")
+        limits.append(timeout_us / 1e6)
+    return CallOptions(min(limits), session_id, _multiplexed_model_id(), whole_stream=len(limits) > 1)
+
+
+def _multiplexed_model_id() -> str:
+    """The model id that Serve read from the request's header; empty outside a replica."""
+    with suppress(Exception):
+        return str(serve.get_multiplexed_model_id())
+    return ""
+
+
+def sequence_id(parameters: Mapping[str, Any]) -> str:
+    """Triton's id of a sequence of requests, a number or a string; 0 and "" are none. Raises ProtocolError (400)."""
+    given = parameters.get("sequence_id", "")
+    if not isinstance(given, (int, str)) or isinstance(given, bool):
+        raise ProtocolError(400, "parameter 'sequence_id' must be a whole number or a string")
+    text = str(given) if given else ""
+    if len(text) > MAX_ID_BYTES or not (text.isascii() and text.isprintable()):
+        raise ProtocolError(400, f"parameter 'sequence_id' must be printable ASCII, at most {MAX_ID_BYTES} characters")
+    return text
 
 
 def retry_budget(fraction: float = 0.2) -> Budget:
@@ -82,7 +116,7 @@ class ModelCaller:
         except _LostError as lost:
             raise self._given_up(lost) from None
 
-    async def stream(self, request: dict[str, Any], options: CallOptions) -> Stream:
+    async def stream(self, request: Any, options: CallOptions) -> Stream:
         """A stream whose first item is there already; raises ProtocolError. Retried only up to that first item."""
         until_s = self._now_s() + options.timeout_s
         self._budget.request(self._now_s())
@@ -111,7 +145,7 @@ class ModelCaller:
             raise ProtocolError(400, answer.reason)
         return answer
 
-    async def _stream_once(self, request: dict[str, Any], options: CallOptions, until_s: float) -> Stream:
+    async def _stream_once(self, request: Any, options: CallOptions, until_s: float) -> Stream:
         left_s = until_s - self._now_s()
         response = _addressed(self._streaming, options).remote(request)
         try:

@@ -21,12 +21,14 @@ from typing import Any, Self
 import numpy as np
 
 from serve_app.gateway.outputs import as_declared
-from serve_app.gateway.tensors import Array, TensorSpec
-from serve_app.protocol_error import InvalidInput
+from serve_app.gateway.tensors import Array, PackedBytes, RawJson, TensorSpec
+from serve_app.protocol_error import InvalidInput, ProtocolError
 from shadecast.errors import ConfigError
 
 RESUME = "had"
 """Parameter of a model's `generate` that takes the items which the client has had, where it can go on after them."""
+_MANY_OBJECTS = 8 * 1024
+"""Elements of a BYTES output from which on it is packed: so many take 1 ms to pickle."""
 BUILT_IN: Mapping[str, str] = {"digits": "serve_app.gateway.digits:Digits"}
 
 
@@ -74,6 +76,13 @@ class ModelInfo:
             safe_to_repeat=bool(getattr(model, "safe_to_repeat", True)),
             resumes=_takes(getattr(model, "generate", None), RESUME),
         )
+
+    def check_served(self, name: str, version: str | None) -> None:
+        """Raises ProtocolError (404) for another model or version than this one; no version is any."""
+        if name != self.name:
+            raise ProtocolError(404, f"unknown model {name[:80]!r}; this server serves {self.name!r}")
+        if version is not None and version != self.version:
+            raise ProtocolError(404, f"unknown version {version[:80]!r} of {name!r}; there is {self.version!r}")
 
     def describe(self) -> dict[str, Any]:
         """The protocol's model metadata."""
@@ -149,12 +158,15 @@ class ModelServer:
         self._threads = ThreadPoolExecutor(max_workers=max_ongoing, thread_name_prefix="infer")
 
     async def infer(
-        self, inputs: dict[str, Array], parameters: Mapping[str, Any] | None = None, budget_s: float | None = None
-    ) -> dict[str, Array] | Refusal:
+        self,
+        inputs: Mapping[str, Array | PackedBytes],
+        parameters: Mapping[str, Any] | None = None,
+        budget_s: float | None = None,
+    ) -> dict[str, Array | PackedBytes] | Refusal:
         """The model's outputs for `inputs`. `budget_s` is the time left to the client when the call was sent."""
         if self._infer is None:
             raise TypeError("the model has no method infer")
-        inputs = {name: _writable(array) for name, array in inputs.items()}
+        inputs = {name: await self._own(array) for name, array in inputs.items()}
         args: tuple[Any, ...] = (inputs, dict(parameters or {})) if self._with_parameters else (inputs,)
         try:
             async with asyncio.timeout(budget_s):
@@ -164,12 +176,29 @@ class ModelServer:
                     outputs = await self._in_thread(self._infer, *args)
         except InvalidInput as error:
             return Refusal(str(error))
-        return as_declared(outputs, self._outputs)
+        arrays = as_declared(outputs, self._outputs)
+        return {name: await self._light(array) for name, array in arrays.items()}
 
-    async def generate(self, request: dict[str, Any], had: Sequence[Any] = ()) -> AsyncIterator[Any]:
+    async def _own(self, array: Array | PackedBytes) -> Array:
+        """The model's own: what Ray hands out lies in memory that others read."""
+        if isinstance(array, PackedBytes):
+            unpacked: Array = await self._in_thread(array.unpack)
+            return unpacked
+        return array if not isinstance(array, np.ndarray) or array.flags.writeable else array.copy()
+
+    async def _light(self, array: Array) -> Array | PackedBytes:
+        """What the gateway takes without a stop: not a large array of objects."""
+        if array.dtype.kind != "O" or array.size < _MANY_OBJECTS:
+            return array
+        packed: PackedBytes = await self._in_thread(PackedBytes.of, array)
+        return packed
+
+    async def generate(self, request: dict[str, Any] | RawJson, had: Sequence[Any] = ()) -> AsyncIterator[Any]:
         """The model's stream for one request, after the items `had`; a generator function or an asynchronous one."""
         if self._generate is None:
             raise TypeError("the model has no method generate")
+        if isinstance(request, RawJson):
+            request = await self._in_thread(request.load)
         try:
             produced = self._generate(request, **({RESUME: list(had)} if self._resumes else {}))
             if inspect.isawaitable(produced):
@@ -200,11 +229,6 @@ class ModelServer:
         end = object()
         while (item := await self._in_thread(next, items, end)) is not end:
             yield item
-
-
-def _writable(array: Array) -> Array:
-    """The model's own: what Ray hands out lies in memory that others read."""
-    return array if not isinstance(array, np.ndarray) or array.flags.writeable else array.copy()
 
 
 def _takes(method: Callable[..., Any] | None, parameter: str) -> bool:

@@ -9,13 +9,19 @@ Specification: kserve/open-inference-protocol `specification/protocol/inference_
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NoReturn
 
+from pydantic_core import PydanticSerializationError
+from pydantic_core import to_json as to_json_text
+
+from serve_app.gateway.classification import top_classes
 from serve_app.gateway.tensors import (
     DTYPES,
     Array,
+    PackedBytes,
     TensorSpec,
     check_finite,
     check_shape,
@@ -31,7 +37,7 @@ from serve_app.protocol_error import ProtocolError
 HEADER_LENGTH = "Inference-Header-Content-Length"
 _MAX_TENSORS = 256
 _MAX_NAME = 256
-_UNSUPPORTED = ("shared_memory_region", "shared_memory_offset", "shared_memory_byte_size", "classification")
+_UNSUPPORTED = ("shared_memory_region", "shared_memory_offset", "shared_memory_byte_size")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +46,8 @@ class RequestedOutput:
 
     name: str
     binary: bool
+    class_count: int = 0
+    """Instead of the tensor, this many of its highest values as texts; 0: the tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +59,16 @@ class InferRequest:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     outputs: tuple[RequestedOutput, ...] | None = None
     binary_by_default: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AnnouncedInput:
+    """What a request says about one input. `read` makes the array of its data; it raises ProtocolError (400)."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    read: Callable[[], Array]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,21 +110,27 @@ def decode_request(
     Raises ProtocolError (400) with a reason for everything that does not fit.
     """
     view = memoryview(body)
-    split = _header_length(header_length, len(body))
-    request = parse_json_object(view[:split])
-    parameters = _parameters(request, "the request")
+    header = json_part(body, header_length)
+    split = len(header)
+    request = parse_json_object(header)
+    parameters = checked_parameters(request, "the request")
     request_id = request.get("id")
     if request_id is not None and not isinstance(request_id, str):
         raise ProtocolError(400, "'id' must be a string")
-    arrays = _decode_inputs(request, view[split:], {spec.name: spec for spec in inputs})
+    arrays = _decode_inputs(request, view[split:], inputs)
     binary_by_default = _flag(parameters, "binary_data_output", "the request")
     return InferRequest(
         inputs=arrays,
         id=request_id,
         parameters=parameters,
-        outputs=_requested_outputs(request, binary_by_default, outputs),
+        outputs=requested_outputs(request, binary_by_default, outputs),
         binary_by_default=binary_by_default,
     )
+
+
+def json_part(body: bytes, header_length: str | None) -> memoryview:
+    """The JSON part of a body, by the header's text; raises ProtocolError (400)."""
+    return memoryview(body)[: _header_length(header_length, len(body))]
 
 
 def _header_length(given: str | None, size: int) -> int:
@@ -120,32 +144,50 @@ def _header_length(given: str | None, size: int) -> int:
     return int(text)
 
 
-def _decode_inputs(request: Mapping[str, Any], tail: memoryview, specs: Mapping[str, TensorSpec]) -> dict[str, Array]:
+def _decode_inputs(request: Mapping[str, Any], tail: memoryview, specs: Sequence[TensorSpec]) -> dict[str, Array]:
     entries = request.get("inputs")
     if not isinstance(entries, list) or not entries:
         raise ProtocolError(400, "'inputs' must be a list with at least one tensor")
-    if len(entries) > _MAX_TENSORS:
-        raise ProtocolError(400, f"'inputs' holds {len(entries)} tensors; at most {_MAX_TENSORS} are taken")
-    arrays: dict[str, Array] = {}
     used = 0
-    for entry in entries:
-        name, datatype, shape = _announced(entry)
+
+    def read(entry: Mapping[str, Any], name: str, datatype: str, shape: tuple[int, ...]) -> Array:
+        nonlocal used
+        size = _binary_size(name, entry, len(tail) - used)
+        if size is None:
+            return from_json(name, datatype, shape, entry["data"])
+        used += size
+        return from_bytes(name, datatype, shape, tail[used - size : used])
+
+    def announcements() -> Iterator[AnnouncedInput]:
+        for entry in entries:
+            name, datatype, shape = announced(entry)
+            yield AnnouncedInput(name, datatype, shape, partial(read, entry, name, datatype, shape))
+        if used != len(tail):
+            raise ProtocolError(400, f"{len(tail) - used} bytes after the JSON part belong to no input")
+
+    return checked_inputs(len(entries), announcements(), specs)
+
+
+def checked_inputs(count: int, inputs: Iterable[AnnouncedInput], declared: Sequence[TensorSpec]) -> dict[str, Array]:
+    """The arrays of `count` inputs, each checked against what the model declares before its data is read.
+
+    Raises ProtocolError (400). Whatever way a request came, its inputs go through here.
+    """
+    if count > _MAX_TENSORS:
+        raise ProtocolError(400, f"'inputs' holds {count} tensors; at most {_MAX_TENSORS} are taken")
+    specs = {spec.name: spec for spec in declared}
+    arrays: dict[str, Array] = {}
+    for given in inputs:
+        name = given.name
         if name in arrays:
             raise ProtocolError(400, f"input {name!r} is given twice")
         if specs and name not in specs:
             raise ProtocolError(400, f"unknown input {name!r}; the model takes {', '.join(map(repr, specs))}")
         if specs:
-            check_spec(specs[name], datatype, shape)
-        size = _binary_size(name, entry, len(tail) - used)
-        if size is None:
-            arrays[name] = from_json(name, datatype, shape, entry["data"])
-        else:
-            arrays[name] = from_bytes(name, datatype, shape, tail[used : used + size])
-            used += size
+            check_spec(specs[name], given.datatype, given.shape)
+        arrays[name] = given.read()
         if specs and specs[name].finite:
             check_finite(name, arrays[name])
-    if used != len(tail):
-        raise ProtocolError(400, f"{len(tail) - used} bytes after the JSON part belong to no input")
     missing = [name for name in specs if name not in arrays]
     if missing:
         raise ProtocolError(400, f"missing input {', '.join(map(repr, missing))}")
@@ -154,7 +196,7 @@ def _decode_inputs(request: Mapping[str, Any], tail: memoryview, specs: Mapping[
 
 def _binary_size(name: str, entry: Mapping[str, Any], left: int) -> int | None:
     """Bytes that the input takes from the binary part, which has `left` of them; None for data in JSON."""
-    size = _parameters(entry, f"input {name!r}").get("binary_data_size")
+    size = checked_parameters(entry, f"input {name!r}").get("binary_data_size")
     if size is None:
         if "data" not in entry:
             raise ProtocolError(400, f"input {name!r}: needs 'data', or the parameter 'binary_data_size'")
@@ -166,8 +208,8 @@ def _binary_size(name: str, entry: Mapping[str, Any], left: int) -> int | None:
     return size
 
 
-def _announced(entry: Any) -> tuple[str, str, tuple[int, ...]]:
-    """Name, datatype and shape of one entry of `inputs`."""
+def announced(entry: Any) -> tuple[str, str, tuple[int, ...]]:
+    """Name, datatype and shape of one entry of `inputs`; raises ProtocolError (400)."""
     if not isinstance(entry, dict):
         raise ProtocolError(400, "each entry of 'inputs' must be an object")
     name = _name(entry, "input")
@@ -177,9 +219,10 @@ def _announced(entry: Any) -> tuple[str, str, tuple[int, ...]]:
     return name, datatype, check_shape(name, entry.get("shape"))
 
 
-def _requested_outputs(
+def requested_outputs(
     request: Mapping[str, Any], binary_by_default: bool, specs: Sequence[TensorSpec]
 ) -> tuple[RequestedOutput, ...] | None:
+    """The entries of a request's `outputs`, or None where it has none; raises ProtocolError (400)."""
     entries = request.get("outputs")
     if entries is None or entries == []:
         return None
@@ -193,10 +236,17 @@ def _requested_outputs(
         name = _name(entry, "output")
         if known and name not in known:
             raise ProtocolError(400, f"unknown output {name!r}; the model gives {', '.join(map(repr, sorted(known)))}")
-        parameters = _parameters(entry, f"output {name!r}")
+        parameters = checked_parameters(entry, f"output {name!r}")
         binary = _flag(parameters, "binary_data", f"output {name!r}", default=binary_by_default)
-        requested[name] = RequestedOutput(name, binary)
+        requested[name] = RequestedOutput(name, binary, _class_count(parameters, name))
     return tuple(requested.values())
+
+
+def _class_count(parameters: Mapping[str, Any], name: str) -> int:
+    count = parameters.get("classification", 0)
+    if type(count) is not int or count < 0:
+        raise ProtocolError(400, f"parameter 'classification' of output {name!r} must be a whole number from 0")
+    return count
 
 
 def _name(entry: Mapping[str, Any], what: str) -> str:
@@ -206,7 +256,8 @@ def _name(entry: Mapping[str, Any], what: str) -> str:
     return name
 
 
-def _parameters(entry: Mapping[str, Any], what: str) -> Mapping[str, Any]:
+def checked_parameters(entry: Mapping[str, Any], what: str) -> Mapping[str, Any]:
+    """The parameters of a request or a tensor; raises ProtocolError (400) for extensions that are not offered."""
     parameters = entry.get("parameters")
     if parameters is None:
         return {}
@@ -229,23 +280,15 @@ def _flag(parameters: Mapping[str, Any], name: str, what: str, default: bool = F
 
 
 def encode_response(
-    request: InferRequest, outputs: Mapping[str, Array], model_name: str, model_version: str
+    request: InferRequest, outputs: Mapping[str, Array | PackedBytes], model_name: str, model_version: str
 ) -> EncodedResponse:
     """Encodes a model's outputs as the request asked for them.
 
     Raises ProtocolError: 400 for an output that the model did not give, 500 for one that cannot be carried.
     """
-    wanted = request.outputs
-    if wanted is None:
-        wanted = tuple(RequestedOutput(name, request.binary_by_default) for name in outputs)
     entries: list[dict[str, Any]] = []
     tail: list[bytes] = []
-    for want in wanted:
-        array = outputs.get(want.name)
-        if array is None:
-            raise ProtocolError(
-                400, f"unknown output {want.name!r}; the model gave {', '.join(map(repr, outputs)) or 'none'}"
-            )
+    for want, array in wanted_outputs(request, outputs):
         entry: dict[str, Any] = {"name": want.name, "datatype": datatype_of(array), "shape": list(array.shape)}
         if want.binary:
             raw = to_bytes(array)
@@ -257,7 +300,29 @@ def encode_response(
     response: dict[str, Any] = {"model_name": model_name, "model_version": model_version, "outputs": entries}
     if request.id is not None:
         response["id"] = request.id
-    header = json.dumps(response, separators=(",", ":")).encode()
+    header = _to_json(response)
     if not tail:
         return EncodedResponse(header)
     return EncodedResponse(b"".join([header, *tail]), header_length=len(header))
+
+
+def _to_json(response: dict[str, Any]) -> bytes:
+    """JSON text. pydantic's serializer takes a tenth of the standard library's time; it refuses lone surrogates."""
+    try:
+        return to_json_text(response)
+    except PydanticSerializationError:
+        return json.dumps(response, separators=(",", ":")).encode()
+
+
+def wanted_outputs(request: InferRequest, outputs: Mapping[str, Any]) -> Iterator[tuple[RequestedOutput, Any]]:
+    """The outputs that the request asked for, or all; raises ProtocolError (400) for one that is not there."""
+    wanted = request.outputs
+    if wanted is None:
+        wanted = tuple(RequestedOutput(name, request.binary_by_default) for name in outputs)
+    for want in wanted:
+        array = outputs.get(want.name)
+        if array is None:
+            raise ProtocolError(
+                400, f"unknown output {want.name!r}; the model gave {', '.join(map(repr, outputs)) or 'none'}"
+            )
+        yield want, top_classes(want.name, array, want.class_count) if want.class_count else array

@@ -46,6 +46,49 @@ _GENERATE_REQUEST: Schema = {
 }
 _OBJECT: Schema = {"type": "object"}
 _ERROR: Schema = {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}
+_COUNT: Schema = {"type": "integer", "minimum": 0}
+_DURATION: Schema = {"type": "object", "required": ["count", "ns"], "properties": {"count": _COUNT, "ns": _COUNT}}
+_STATISTICS: Schema = {
+    "type": "object",
+    "required": ["name", "last_inference", "inference_count", "execution_count", "inference_stats", "batch_stats"],
+    "properties": {
+        "name": _NAME,
+        "version": {"type": "string"},
+        "last_inference": _COUNT,
+        "inference_count": _COUNT,
+        "execution_count": _COUNT,
+        "inference_stats": {"type": "object", "additionalProperties": _DURATION},
+        "batch_stats": {"type": "array", "maxItems": 0},
+    },
+}
+_INDEX_ENTRY: Schema = {
+    "type": "object",
+    "required": ["name", "state", "reason"],
+    "properties": {
+        "name": _NAME,
+        "version": {"type": "string"},
+        "state": {"enum": ["READY", "UNAVAILABLE"]},
+        "reason": {"type": "string"},
+    },
+}
+_ANSWERS: dict[str, Schema] = {
+    "stats": {
+        "type": "object",
+        "required": ["model_stats"],
+        "properties": {"model_stats": {"type": "array", "items": _STATISTICS}},
+    },
+    "config": {
+        "type": "object",
+        "required": ["name", "platform", "max_batch_size", "input", "output"],
+        "properties": {"name": _NAME, "max_batch_size": {"const": 0}, "input": {"type": "array"}},
+    },
+    "index": {"type": "array", "items": _INDEX_ENTRY},
+}
+_OPTIONAL_BODIES: dict[str, Schema] = {
+    "index": {"type": "object", "properties": {"ready": {"type": "boolean"}}},
+    "load": {"type": "object"},
+    "unload": {"type": "object"},
+}
 _REASONS = {
     400: "The request does not fit; the error says what",
     404: "Unknown model, version or path",
@@ -76,8 +119,10 @@ def describe(method: str, path: str, info: ModelInfo) -> dict[str, Any]:
             if f"{{{name}}}" in path
         ]
     }
-    content: Schema = {"application/json": {"schema": _OBJECT}}
-    if method == "POST":
+    content: Schema = {"application/json": {"schema": _ANSWERS.get(action, _OBJECT)}}
+    if method == "POST" and action in _OPTIONAL_BODIES:
+        extra["requestBody"] = {"content": {"application/json": {"schema": _OPTIONAL_BODIES[action]}}}
+    elif method == "POST":
         schema = _infer_request(info) if action == "infer" else _GENERATE_REQUEST
         extra["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
     if action == "infer":
@@ -87,7 +132,10 @@ def describe(method: str, path: str, info: ModelInfo) -> dict[str, Any]:
         }
     elif action == "generate_stream":
         content = {"text/event-stream": {"schema": {"type": "object", "properties": {"data": {"type": "string"}}}}}
-    responses[200] = {"description": "The answer", "content": content}
+    if action in ("load", "unload"):
+        responses[400]["description"] = "Always: models come and go with their Serve application"
+    else:
+        responses[200] = {"description": "The answer", "content": content}
     offered = info.infers if action == "infer" else info.generates if action.startswith("generate") else True
     # `response_model=None`: responses are made by hand, pydantic never sees a tensor
     return {"responses": responses, "openapi_extra": extra, "response_model": None, "include_in_schema": offered}
@@ -159,8 +207,8 @@ def _element(datatype: str) -> Schema:
         return {"type": "boolean"}
     if dtype.kind == "O":
         return {"type": "string"}
-    if dtype.kind == "f":
-        largest = float(np.finfo(dtype).max)
+    if dtype.kind in "fV":
+        largest = float(np.finfo(dtype).max) if dtype.kind == "f" else 3.3e38
         return {"type": "number", "minimum": -largest, "maximum": largest}
     limits = np.iinfo(dtype)
     return {"type": "integer", "minimum": int(limits.min), "maximum": int(limits.max)}

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from serve_app.gateway.tensors import DTYPES, Array, TensorSpec
+from serve_app.gateway.tensors import DTYPES, Array, TensorSpec, from_bf16, to_bf16
 
 
 class OutputError(TypeError):
@@ -96,6 +96,12 @@ def _cast(name: str, array: Array, spec: TensorSpec) -> Array:
         return array
     if array.dtype == wanted:
         return array
+    if spec.datatype == "BF16":
+        wide = _cast(name, array, TensorSpec(spec.name, "FP32", spec.shape))
+        narrow = to_bf16(wide)
+        if not (np.isfinite(from_bf16(narrow)) == np.isfinite(wide)).all():
+            raise OutputError(f"output {name!r}: declared is BF16, into which a value does not fit")
+        return narrow
     if kind not in "biuf":
         raise OutputError(f"output {name!r}: declared is {spec.datatype}, an array of {array.dtype} was returned")
     with np.errstate(all="ignore"):

@@ -5,12 +5,13 @@ Nothing here loops in Python over the elements of a numeric tensor. BYTES tensor
 
 from __future__ import annotations
 
+import json
 import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,9 @@ from numpy.typing import NDArray
 from serve_app.protocol_error import ProtocolError
 
 Array = NDArray[Any]
+
+_BF16 = np.dtype([("bf16", "<u2")])
+"""The upper half of a 32-bit float, which numpy has no type for: what a BF16 output is on the wire."""
 
 DTYPES: Mapping[str, np.dtype[Any]] = {
     "BOOL": np.dtype("?"),
@@ -30,6 +34,7 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
     "INT32": np.dtype("<i4"),
     "INT64": np.dtype("<i8"),
     "FP16": np.dtype("<f2"),
+    "BF16": _BF16,
     "FP32": np.dtype("<f4"),
     "FP64": np.dtype("<f8"),
     "BYTES": np.dtype(object),
@@ -42,6 +47,7 @@ _JSON_TYPES: Mapping[str, tuple[frozenset[type], str]] = {
     "u": (frozenset({int}), "whole numbers"),
     "i": (frozenset({int}), "whole numbers"),
     "f": (frozenset({int, float}), "numbers"),
+    "V": (frozenset({int, float}), "numbers"),
     "O": (frozenset({str}), "strings"),
 }
 
@@ -73,11 +79,43 @@ class TensorSpec:
         return {"name": self.name, "datatype": self.datatype, "shape": list(self.shape)}
 
 
-def datatype_of(array: Array) -> str:
+@dataclass(frozen=True, slots=True)
+class PackedBytes:
+    """A BYTES tensor as binary data: what travels between processes instead of a large array of objects."""
+
+    raw: bytes
+    """Each element as a 4-byte little-endian length and its bytes, in row-major order."""
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, array: Array) -> Array | Self:
+        """An array of objects packed; any other array as it is."""
+        return cls(to_bytes(array), array.shape) if array.dtype.kind == "O" else array
+
+    def unpack(self) -> Array:
+        """The array of `bytes`, its owner's own."""
+        return _unpack_bytes("", memoryview(self.raw), math.prod(self.shape)).reshape(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class RawJson:
+    """A JSON object that was checked already, as text: what travels between processes instead of many objects."""
+
+    text: bytes
+
+    def load(self) -> dict[str, Any]:
+        """The object."""
+        loaded: dict[str, Any] = json.loads(str(self.text, "utf-8-sig"))
+        return loaded
+
+
+def datatype_of(array: Array | PackedBytes) -> str:
     """The protocol's name of an array's type. Raises ProtocolError (500) for a type that the protocol lacks."""
+    if isinstance(array, PackedBytes):
+        return "BYTES"
     if array.dtype.kind in "OSU":
         return "BYTES"
-    name = _NAMES.get(array.dtype.newbyteorder("<"))
+    name = _NAMES.get(array.dtype if array.dtype == _BF16 else array.dtype.newbyteorder("<"))
     if name is None:
         raise ProtocolError(500, f"the model returned an array of {array.dtype}, which the protocol cannot carry")
     return name
@@ -159,6 +197,11 @@ def _typed(name: str, datatype: str, flat: list[Any]) -> Array:
         return _strings(name, flat)
     if dtype.kind == "b":
         return np.array(flat, dtype=dtype)
+    if dtype == _BF16:
+        rounded = to_bf16(_typed(name, "FP32", flat))
+        if not np.isfinite(from_bf16(rounded)).all():
+            raise ProtocolError(400, f"input {name!r}: a number does not fit into BF16")
+        return from_bf16(rounded)
     try:
         wide: Array = np.array(flat, dtype={"f": np.float64, "u": np.uint64, "i": np.int64}[dtype.kind])
         limits: Any = np.finfo(dtype) if dtype.kind == "f" else np.iinfo(dtype)
@@ -179,8 +222,12 @@ def _strings(name: str, flat: list[Any]) -> Array:
     return array
 
 
-def to_json(name: str, array: Array) -> list[Any]:
+def to_json(name: str, array: Array | PackedBytes) -> list[Any]:
     """Flat element list, row-major. Raises ProtocolError (500) for what JSON cannot carry."""
+    if isinstance(array, PackedBytes):
+        array = array.unpack()
+    if array.dtype == _BF16:
+        array = from_bf16(array)
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise ProtocolError(
             500, f"output {name!r} holds NaN or infinity, which JSON cannot carry; request it with binary_data"
@@ -215,7 +262,23 @@ def from_bytes(name: str, datatype: str, shape: tuple[int, ...], raw: memoryview
         flags = np.frombuffer(raw, dtype=np.uint8)
         if flags.size and flags.max() > 1:
             raise ProtocolError(400, f"input {name!r}: a BOOL byte must be 0 or 1")
-    return reshape(name, np.frombuffer(raw, dtype=dtype), shape)
+    array = np.frombuffer(raw, dtype=dtype)
+    return reshape(name, from_bf16(array) if dtype == _BF16 else array, shape)
+
+
+def to_bf16(array: Array) -> Array:
+    """32-bit floats as BF16, each rounded to the nearest (of two equally near to the even one); NaN stays NaN."""
+    bits = np.ascontiguousarray(array, "<f4").view("<u4")
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    halves = np.where(np.isnan(array), 0x7FC0, rounded).astype("<u2")
+    return halves.view(_BF16).reshape(array.shape)
+
+
+def from_bf16(array: Array) -> Array:
+    """BF16 as the 32-bit floats that they are the upper half of."""
+    halves = np.ascontiguousarray(array).view("<u2").reshape(array.shape)
+    floats: Array = (halves.astype("<u4") << 16).view("<f4")
+    return floats
 
 
 def _unpack_bytes(name: str, raw: memoryview, count: int) -> Array:
@@ -238,17 +301,26 @@ def _unpack_bytes(name: str, raw: memoryview, count: int) -> Array:
     return array
 
 
-def to_bytes(array: Array) -> bytes:
+def to_bytes(array: Array | PackedBytes) -> bytes:
     """Little-endian, row-major bytes; BYTES elements with a 4-byte length before each."""
+    if isinstance(array, PackedBytes):
+        return array.raw
     if array.dtype.kind in "OSU":
-        parts: list[bytes] = []
-        for item in array.ravel().tolist():
-            is_raw = isinstance(item, (bytes, bytearray, memoryview))
-            raw = bytes(item) if is_raw else str(item).encode(errors="replace")
-            parts.append(struct.pack("<I", len(raw)))
-            parts.append(raw)
+        items = [item if type(item) is bytes else _raw(item) for item in array.ravel().tolist()]
+        lengths = np.fromiter(map(len, items), "<u4", len(items)).tobytes()
+        parts: list[bytes] = [b""] * (2 * len(items))
+        parts[::2] = [lengths[at : at + 4] for at in range(0, len(lengths), 4)]
+        parts[1::2] = items
         return b"".join(parts)
+    if array.dtype == _BF16:
+        return array.tobytes()
     return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
+
+
+def _raw(item: Any) -> bytes:
+    if isinstance(item, (bytes, bytearray, memoryview)):
+        return bytes(item)
+    return str(item).encode(errors="replace")
 
 
 def reshape(name: str, array: Array, shape: tuple[int, ...]) -> Array:

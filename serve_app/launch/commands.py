@@ -21,6 +21,7 @@ from ray import serve as ray_serve
 from rich.console import Console
 from rich.table import Table
 
+from serve_app.grpc_proxy import grpc_options
 from serve_app.launch import own_installation
 from serve_app.launch.control_plane import (
     ControlPlane,
@@ -72,6 +73,9 @@ def serve(  # noqa: PLR0917 - options of a command are named by the user
     replicas: Annotated[int, typer.Option(min=1, max=1000, help="Replicas of the model.")] = 3,
     model: Annotated[str, typer.Option(help='"digits", or your own class as module:Class.')] = "digits",
     port: Annotated[int, typer.Option(min=1, max=65535, help="HTTP port on loopback.")] = 8000,
+    grpc_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="gRPC port, on all addresses of this machine; 0: no gRPC.")
+    ] = 0,
     page_port: PageOption = 8266,
     router: Annotated[str, typer.Option(help="predictive or default (Serve's own).")] = "predictive",
     dashboard: Annotated[bool, typer.Option(help="Start Ray's own dashboard, too.")] = False,
@@ -84,9 +88,8 @@ def serve(  # noqa: PLR0917 - options of a command are named by the user
     with own_installation.users_folder_first(folder):
         application = build(AppArgs.model_validate({"model": model, "replicas": replicas, "router": router}))
         name = ModelInfo.of(load_class(model)).name
-    _check_free(port)
-    if page_port:
-        _check_free(page_port)
+    for each in filter(None, (port, grpc_port, page_port)):
+        _check_free(each)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
@@ -109,13 +112,13 @@ def serve(  # noqa: PLR0917 - options of a command are named by the user
                 progress("Application: starting replicas")
                 sys.path.insert(0, folder)  # the application's job, unlike the control plane's, has this folder
                 cluster.connect()
-                url = _deploy(application, port)
+                url = _deploy(application, port, grpc_port)
                 _done("Application", f"{replicas} replicas of {model}", started_s)
                 nodes = workers + 1
                 heard = wait_until_forecasting(running_coordinator(), nodes, 90.0, lambda t: progress(f"Nodes: {t}"))
                 _done("Forecasters", "all nodes report" if heard else "not all nodes report yet", started_s)
                 status.stop()
-                _print_addresses(plane, f"{url}/v2/models/{name}/infer", cluster.address)
+                _print_addresses(plane, f"{url}/v2/models/{name}/infer", grpc_port, cluster.address)
                 while not stop.wait(0.5):
                     pass
                 console.print("Stopping ...")
@@ -135,9 +138,10 @@ def _check_free(port: int) -> None:
             ) from None
 
 
-def _deploy(application: Any, port: int) -> str:
+def _deploy(application: Any, port: int, grpc_port: int) -> str:
     """Serve an application on loopback, through one proxy: the nodes of a local cluster share the machine's ports."""
-    ray_serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+    http = {"host": "127.0.0.1", "port": port}
+    ray_serve.start(proxy_location="HeadOnly", http_options=http, grpc_options=grpc_options(grpc_port))
     ray_serve.run(application, name="default", route_prefix="/")
     return f"http://127.0.0.1:{port}"
 
@@ -146,9 +150,11 @@ def _done(what: str, detail: str, started_s: float) -> None:
     console.print(f"[green]ready[/]  {what:<14} {detail} [dim]({time.monotonic() - started_s:.0f} s)[/]")
 
 
-def _print_addresses(plane: ControlPlane, url: str, address: str) -> None:
+def _print_addresses(plane: ControlPlane, url: str, grpc_port: int, address: str) -> None:
     console.print()
     console.print(f"  Predictions   {url}", highlight=False)
+    if grpc_port:
+        console.print(f"  gRPC          127.0.0.1:{grpc_port}", highlight=False)
     if plane.page_url:
         console.print(f"  Live page     {plane.page_url}", highlight=False)
         console.print(f"  Page token    {plane.token}  (for drain and release)", highlight=False)

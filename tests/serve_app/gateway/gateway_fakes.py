@@ -5,15 +5,20 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import quote
 
+import grpc
 import httpx
+import tritonclient.grpc.aio as triton
 
+from serve_app.gateway.grpc_service import InferenceRpcs, InferenceService
 from serve_app.gateway.ingress import GatewaySettings, InferenceApi, make_app
 from serve_app.gateway.model_call import ModelCaller, retry_budget
 from serve_app.gateway.model_server import ModelInfo
 from serve_app.gateway.tensors import TensorSpec
+from serve_app.grpc_proxy import add_inference_service
 
 INFO = ModelInfo(
     name="digits",
@@ -138,3 +143,44 @@ async def call(
 def client(api: InferenceApi) -> httpx.AsyncClient:
     """An HTTP client whose requests go straight into the application; what it fails with is raised."""
     return httpx.AsyncClient(transport=httpx.ASGITransport(make_app(api)), base_url="http://gateway")
+
+
+@asynccontextmanager
+async def grpc_client(
+    handle: FakeHandle, info: ModelInfo = INFO, ready: Any = always_ready, **settings: Any
+) -> AsyncIterator[tuple[Any, InferenceApi]]:
+    """An unmodified client of the gRPC service on loopback, without Serve between them; and the HTTP API beside it."""
+    api = make_api(handle, info, ready, **settings)
+    rpcs = InferenceRpcs()
+    rpcs._service = InferenceService(
+        api._caller, info, GatewaySettings(**settings), ready, bodies=api.bodies, statistics=api.statistics
+    )
+    server = grpc.aio.server(options=[("grpc.max_receive_message_length", -1)])
+    add_inference_service(_AsBytes(rpcs), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with triton.InferenceServerClient(f"127.0.0.1:{port}") as found:
+            yield found, api
+    finally:
+        await server.stop(0)
+
+
+class _AsBytes:
+    """Serve serializes what the RPCs return."""
+
+    def __init__(self, rpcs: InferenceRpcs) -> None:
+        self._rpcs = rpcs
+
+    def __getattr__(self, name: str) -> Any:
+        rpc = getattr(self._rpcs, name)
+
+        async def unary(call: Any, context: Any) -> bytes:
+            answer = await rpc(call, context)
+            return bytes(answer.SerializeToString())
+
+        async def stream(calls: Any, context: Any) -> AsyncIterator[bytes]:
+            async for answer in rpc(calls, context):
+                yield answer.SerializeToString()
+
+        return stream if inspect.isasyncgenfunction(rpc) else unary

