@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import psutil
 import ray
 import typer
 from fastapi import FastAPI
@@ -44,6 +45,8 @@ from serve_app.router import PredictiveRouter
 
 ARMS = ("gateway", "fastapi", "fastapi_ours")
 CONNECTIONS = (1, 8)
+Turns = dict[tuple[str, int], list[tuple[float, float, float]]]
+"""By arm and connections, of each turn: requests per s, their median time in s, CPU s of the ingress for each."""
 _REPLICAS = 4
 _PORT = 8765
 _PIXELS = [float(value) for value in range(64)]
@@ -96,7 +99,8 @@ class Plain:
 
 
 def _deploy(arm: str, model: Any) -> None:
-    options = {"ray_actor_options": {"num_cpus": 0}, "max_ongoing_requests": 512}
+    quiet = {"enable_access_log": False}  # as `serve_app.app:build` has it; a log line takes the same in both
+    options = {"ray_actor_options": {"num_cpus": 0}, "max_ongoing_requests": 512, "logging_config": quiet}
     if arm == "gateway":
         info = ModelInfo.of(Digits)
         app = serve.deployment(Gateway).options(name=arm, **options).bind(model, info, GatewaySettings())
@@ -119,14 +123,17 @@ def main(
     console.print("  ".join(f"{key}: {value}" for key, value in machine().items()), style="dim")
     if quick:
         pairs, rounds = 2, 4
-    turns: list[dict[tuple[str, int], list[tuple[float, float]]]] = []
+    turns: list[Turns] = []
     with LocalCluster(workers=1) as cluster:
         cluster.connect()
         start_control_plane(page_port=0)
         serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": _PORT})
         router = RequestRouterConfig(request_router_class=f"{PredictiveRouter.__module__}:PredictiveRouter")
         server = serve.deployment(ModelServer).options(
-            num_replicas=_REPLICAS, ray_actor_options={"num_cpus": 0.1}, request_router_config=router
+            num_replicas=_REPLICAS,
+            ray_actor_options={"num_cpus": 0.1},
+            request_router_config=router,
+            logging_config={"enable_access_log": False},
         )
         model = serve.run(server.bind("digits", {}, 8, None), name="model", route_prefix=None)
         for pair in range(pairs):
@@ -147,30 +154,33 @@ def main(
         json_file.write_text(json.dumps([asdict(row) for row in rows], indent=0) + "\n", encoding="utf-8")
 
 
-async def _take_turns(rounds: int, seconds: float) -> dict[tuple[str, int], list[tuple[float, float]]]:
-    """(requests per s, median s) of each turn, by arm and connections."""
-    found: dict[tuple[str, int], list[tuple[float, float]]] = {}
+async def _take_turns(rounds: int, seconds: float) -> Turns:
+    found: Turns = {}
+    processes = {arm: _process(arm) for arm in ARMS}
     for arm in ARMS:
         await _drive(arm, 8, 2.0)
     for turn in range(rounds):
         for connections in CONNECTIONS:
             for at in range(len(ARMS)):
                 arm = ARMS[(at + turn) % len(ARMS)]
-                found.setdefault((arm, connections), []).append(await _drive(arm, connections, seconds))
+                before_s = sum(processes[arm].cpu_times()[:2])
+                rate, p50_s, count = await _drive(arm, connections, seconds)
+                cpu_s = sum(processes[arm].cpu_times()[:2]) - before_s
+                found.setdefault((arm, connections), []).append((rate, p50_s, cpu_s / count))
     return found
 
 
-def _compared(turns: list[dict[tuple[str, int], list[tuple[float, float]]]]) -> list[Row]:
+def _compared(turns: list[Turns]) -> list[Row]:
     """Medians over all turns, and the ratio to the plain ingress: of the medians of a pair, the interval over pairs."""
     rows = []
     for connections in CONNECTIONS:
         name = f"http_{connections}_connections"
         for arm in ARMS:
             every = [turn for pair in turns for turn in pair[arm, connections]]
-            rows.append(Row(name, arm, _REPLICAS, "median_per_s", statistics.median(rate for rate, _ in every)))
-            rows.append(Row(name, arm, _REPLICAS, "p50_ms", 1e3 * statistics.median(p50 for _, p50 in every)))
+            for at, (metric, scale) in enumerate((("median_per_s", 1.0), ("p50_ms", 1e3), ("ingress_cpu_ms", 1e3))):
+                rows.append(Row(name, arm, _REPLICAS, metric, scale * statistics.median(turn[at] for turn in every)))
         for arm in (arm for arm in ARMS if arm != "fastapi"):
-            for at, metric in enumerate(("rate", "p50")):
+            for at, metric in enumerate(("rate", "p50", "ingress_cpu")):
                 logs = [
                     statistics.median(
                         math.log(ours[at] / plain[at])
@@ -184,8 +194,21 @@ def _compared(turns: list[dict[tuple[str, int], list[tuple[float, float]]]]) -> 
     return rows
 
 
-async def _drive(arm: str, connections: int, seconds: float) -> tuple[float, float]:
-    """Requests per second of a closed loop, and the median time of one."""
+def _process(arm: str) -> psutil.Process:
+    """The process of an arm's ingress."""
+    (found,) = [each for each in psutil.process_iter() if f"ServeReplica:{arm}:" in " ".join(_command(each))]
+    return found
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+async def _drive(arm: str, connections: int, seconds: float) -> tuple[float, float, int]:
+    """Requests per second of a closed loop, the median time of one, and how many there were."""
     raw = _raw(f"/{arm}/v2/models/digits/infer", json.dumps(_REQUEST).encode())
     until_s = time.monotonic() + seconds
     times: list[float] = []
@@ -200,7 +223,7 @@ async def _drive(arm: str, connections: int, seconds: float) -> tuple[float, flo
 
     begun_s = time.monotonic()
     await asyncio.gather(*(connection() for _ in range(connections)))
-    return len(times) / (time.monotonic() - begun_s), statistics.median(times)
+    return len(times) / (time.monotonic() - begun_s), statistics.median(times), len(times)
 
 
 def _raw(path: str, body: bytes) -> bytes:

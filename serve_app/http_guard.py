@@ -180,21 +180,21 @@ class BodyReader:
 
     async def _receive(self, receive: Receive, held: _Held) -> bytes:
         parts: list[bytes] = []
-        more = True
         loop = asyncio.get_running_loop()
         end_s = loop.time() + self._timeout_s
         try:
-            async with asyncio.timeout(None) as scope:
-                while more:
-                    scope.reschedule(min(loop.time() + self._idle_s, end_s))
+            async with asyncio.timeout(min(self._idle_s, self._timeout_s)) as scope:
+                while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise ProtocolError(400, "the client left before the body was complete")
                     parts.append(message.get("body", b""))
-                    more = message.get("more_body", False)
                     held.take(len(parts[-1]))
                     if held.size > self.max_body_bytes:
                         raise self._too_large()
+                    if not message.get("more_body", False):
+                        break
+                    scope.reschedule(min(loop.time() + self._idle_s, end_s))
         except TimeoutError:
             raise ProtocolError(408, f"the body did not arrive in time: {held.size} bytes came") from None
         return parts[0] if len(parts) == 1 else b"".join(parts)

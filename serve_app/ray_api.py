@@ -192,6 +192,16 @@ async def wait_until_assigned(response: Any) -> None:
         await fetch()
 
 
+def route_in_this_loop(handle: Any) -> None:
+    """Lets a handle that nobody has used yet choose replicas in the running loop, not in a thread of its own.
+
+    Serve does so where it is set up for throughput: no request is handed from thread to thread and back. The handle
+    may then be called from this loop only. Where Serve would not have it, everything stays as it was.
+    """
+    with contextlib.suppress(Exception):
+        handle._init(_run_router_in_separate_loop=False)
+
+
 # ---------------------------------------------------------------- the cluster
 
 

@@ -91,6 +91,7 @@ _OPTIONAL_BODIES: dict[str, Schema] = {
 }
 _REASONS = {
     400: "The request does not fit; the error says what",
+    403: "Always: models come and go with their Serve application",
     404: "Unknown model, version or path",
     405: "Another method is needed",
     408: "The body came too slowly",
@@ -106,7 +107,8 @@ _REASONS = {
 def describe(method: str, path: str, info: ModelInfo) -> dict[str, Any]:
     """Keyword arguments of `FastAPI.add_api_route` for one route. Routes that the model lacks are not described."""
     action = path.rsplit("/", 1)[-1]
-    statuses = [400, 404, 405, 431, 503] if method == "GET" else list(_REASONS)
+    forbidden = action in ("load", "unload")
+    statuses = [400, 404, 405, 431, 503] if method == "GET" else [each for each in _REASONS if each != 403 or forbidden]
     responses: dict[int | str, Any] = {
         status: {"description": _REASONS[status], "content": {"application/json": {"schema": _ERROR}}}
         for status in statuses
@@ -132,9 +134,7 @@ def describe(method: str, path: str, info: ModelInfo) -> dict[str, Any]:
         }
     elif action == "generate_stream":
         content = {"text/event-stream": {"schema": {"type": "object", "properties": {"data": {"type": "string"}}}}}
-    if action in ("load", "unload"):
-        responses[400]["description"] = "Always: models come and go with their Serve application"
-    else:
+    if not forbidden:
         responses[200] = {"description": "The answer", "content": content}
     offered = info.infers if action == "infer" else info.generates if action.startswith("generate") else True
     # `response_model=None`: responses are made by hand, pydantic never sees a tensor

@@ -163,6 +163,8 @@ def from_json(name: str, datatype: str, shape: tuple[int, ...], data: Any) -> Ar
     dtype = DTYPES[datatype]
     allowed, wanted = _JSON_TYPES[dtype.kind]
     wrong = set(map(type, flat)) - allowed
+    if wrong == {float} and dtype.kind in "ui" and all(number.is_integer() for number in flat if type(number) is float):
+        flat, wrong = [int(number) for number in flat], set()  # JSON has one kind of number: 2.0 is 2
     if wrong:
         got = ", ".join(sorted(_json_name(kind) for kind in wrong))
         raise ProtocolError(400, f"input {name!r}: data holds {got}, but {datatype} takes {wanted}")

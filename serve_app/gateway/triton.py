@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -95,21 +94,24 @@ class Statistics:
 class Timed:
     """One request's times; a context manager that counts it at its end."""
 
-    __slots__ = ("_began_ns", "_now_ns", "_phases", "_statistics", "_succeeded")
+    __slots__ = ("_began_ns", "_now_ns", "_phase_began_ns", "_phases", "_statistics", "_succeeded")
 
     def __init__(self, statistics: Statistics, now_ns: Callable[[], int]) -> None:
         self._statistics = statistics
         self._now_ns = now_ns
-        self._began_ns = now_ns()
+        self._began_ns = self._phase_began_ns = now_ns()
         self._phases: list[tuple[str, int]] = []
         self._succeeded = False
 
-    @contextmanager
-    def phase(self, name: str) -> Any:
-        """Times one of the `compute_` phases, counted only if the request succeeds."""
-        began_ns = self._now_ns()
-        yield
-        self._phases.append((name, self._now_ns() - began_ns))
+    def ends(self, phase: str) -> None:
+        """A `compute_` phase ends here; it began where the one before ended. Counted only if the request succeeds."""
+        now_ns = self._now_ns()
+        self._phases.append((phase, now_ns - self._phase_began_ns))
+        self._phase_began_ns = now_ns
+
+    def begins(self) -> None:
+        """The first phase begins here."""
+        self._phase_began_ns = self._now_ns()
 
     def succeeded(self) -> None:
         """The answer is there."""
