@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -101,11 +101,11 @@ class ForecasterProcess:
 class PageProcess:
     """`serve_app.page.server.Page` on the starter's node."""
 
-    def __init__(self, host: str, port: int, token: str) -> None:
+    def __init__(self, host: str, port: int, token: str, names: Sequence[str] = ()) -> None:
         own_installation.put_first()
         from serve_app.page.server import Page  # noqa: PLC0415 - not before our installation is first
 
-        self._page = Page(host, port, token)
+        self._page = Page(host, port, token, names)
 
     async def start(self) -> str:
         """Listen, and return the address."""
@@ -114,6 +114,14 @@ class PageProcess:
     async def token(self) -> str:
         """What orders need."""
         return await self._page.token()
+
+    async def address(self) -> tuple[str, int, tuple[str, ...]]:
+        """Host, port and names that it was started with."""
+        return await self._page.address()
+
+    async def stop(self) -> None:
+        """Stop listening."""
+        await self._page.stop()
 
 
 def _deployed(deployment: str) -> tuple[bool, Any] | None:
