@@ -244,6 +244,8 @@ class Coordinator:
             due_s = now_s + TICK_S
             for deployment, known in list(self._deployments.items()):
                 if now_s >= known.next_tick_s:
+                    if known.next_tick_s:
+                        known.was_late(self._now_s() - known.next_tick_s)
                     try:
                         self.tick(deployment, now_s)
                     except Exception:

@@ -103,12 +103,13 @@ def make_app(
         return _json(watch.history())
 
     @app.get("/metrics")
-    async def metrics() -> Response:
+    async def metrics(request: Request) -> Response:
+        accept = request.headers.get("accept", "")
         try:
-            text = prometheus_text(await watch.latest())
+            text, content_type = prometheus_text(await watch.latest(), accept)
         except ControlPlaneAwayError:
-            text = prometheus_text(None)
-        return Response(text, media_type="text/plain; version=0.0.4", headers=_HEADERS)
+            text, content_type = prometheus_text(None, accept)
+        return Response(text, headers={**_HEADERS, "Content-Type": content_type})
 
     async def order(request: Request, drain: bool) -> Response:
         _authorise(request.headers.get("authorization", ""), token)
