@@ -164,7 +164,7 @@ def _nodes(nodes: list[Mapping[str, Any]]) -> Iterator[Metric]:
     yield _gauge(
         "node_predicted_fraction",
         "Forecast of the background load as a fraction of the node's limit, by horizon and quantile",
-        (*names, "resource", "horizon_s", "quantile"),
+        (*names, "resource", "horizon_s", "q"),  # the label "quantile" is for summaries
         (
             ((*key, resource, horizon.removesuffix(".0"), str(quantile)), value)
             for key, node in by_node.items()
@@ -280,7 +280,7 @@ def _histogram(
 ) -> HistogramMetricFamily:
     """Of each group, its deployments added up."""
     family = HistogramMetricFamily(f"shadecast_{name}", text, labels=("deployment",))
-    bounds = [*(f"{bound:g}" for bound in bounds_s), "+Inf"]
+    bounds = [*map(str, bounds_s), "+Inf"]
     for key, group in groups:
         known = [one for one in group if one and one.get("counts")]
         if known:

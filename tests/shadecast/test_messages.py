@@ -133,8 +133,21 @@ def test_what_cannot_be_read_is_refused_with_one_line_that_says_why(received, wo
 @given(
     st.dictionaries(
         st.sampled_from(
-            ["replicas", "outcomes", "unfinished", "pairs", "totals", "gone", "seq", "base", "waiting"]
-            + ["refused", "ejected", "durations", "first_items"]
+            [
+                "replicas",
+                "outcomes",
+                "unfinished",
+                "pairs",
+                "totals",
+                "gone",
+                "seq",
+                "base",
+                "waiting",
+                "refused",
+                "ejected",
+                "durations",
+                "first_items",
+            ]
         ),
         st.recursive(
             st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),

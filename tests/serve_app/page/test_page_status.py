@@ -99,7 +99,7 @@ def test_metrics_say_what_the_status_says(played: Any) -> None:
     middle = {
         (s.labels["node"], s.labels["resource"], s.labels["horizon_s"]): s.value
         for s in metrics["shadecast_node_predicted_fraction"]
-        if s.labels["quantile"] == "0.5"
+        if s.labels["q"] == "0.5"
     }
     assert middle[NODES[0], "cpu", "5"] == status["nodes"][0]["predicted"]["cpu"]["5.0"][1]
 
