@@ -39,6 +39,10 @@ ROWS = tuple(
 TABLE = RoutingTable("app/d", 7, 3, 2, ROWS, 4.0, 0.0, 0.25)
 
 
+REPORTED = ("replicas", "outcomes", "unfinished", "pairs", "totals", "gone", "seq", "base", "waiting", "refused")
+REPORTED += ("ejected", "durations", "first_items")
+
+
 def report(**more):
     columns = {"replica_id": ["a", "b"], "node_id": ["n", "m"], "in_flight": [1, 0], "started": [5, 3]}
     values = {"router_id": "r", "deployment": "app/d", "seq": 1, "base": 0, "interval_s": 1.0, "replicas": columns}
@@ -132,23 +136,7 @@ def test_what_cannot_be_read_is_refused_with_one_line_that_says_why(received, wo
 
 @given(
     st.dictionaries(
-        st.sampled_from(
-            [
-                "replicas",
-                "outcomes",
-                "unfinished",
-                "pairs",
-                "totals",
-                "gone",
-                "seq",
-                "base",
-                "waiting",
-                "refused",
-                "ejected",
-                "durations",
-                "first_items",
-            ]
-        ),
+        st.sampled_from(REPORTED),
         st.recursive(
             st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
             lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
