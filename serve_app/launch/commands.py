@@ -189,11 +189,13 @@ def up(  # noqa: PLR0917 - as above
     page_allow_host: PageNameOption = None,
     telemetry_log: Annotated[str, typer.Option(help="Folder or URI for telemetry; empty: none is kept.")] = "",
     registry: Annotated[str, typer.Option(help="Forecaster registry; empty: the shipped model.")] = "",
+    ray_metrics: Annotated[bool, typer.Option(help="Publish metrics through Ray's own export, too.")] = True,
 ) -> None:
     """Start the control plane on a cluster that runs already."""
     with _connected(address):
         settings = {"telemetry_log": telemetry_log, "registry": registry}
-        plane = start_control_plane(settings, page_host, page_port, page_allow_host or ())
+        names = page_allow_host or ()
+        plane = start_control_plane(settings, page_host, page_port, names, ray_metrics=ray_metrics)
         console.print("Control plane runs.")
         if plane.page_url:
             console.print(f"Live page {plane.page_url}, token {plane.token}", highlight=False)

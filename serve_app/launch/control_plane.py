@@ -51,11 +51,13 @@ def start_control_plane(
     page_host: str | None = None,
     page_port: int | None = None,
     page_names: Iterable[str] = (),
+    *,
+    ray_metrics: bool = True,
 ) -> ControlPlane:
     """Start what is not running yet on the connected cluster; blocks until the coordinator answers.
 
     `page_host`, `page_port` and `page_names` are as in `Address`; port 0 leaves the page out. A page that runs with
-    other ones than are given is started anew, with the same token.
+    other ones than are given is started anew, with the same token. `ray_metrics` is for a coordinator that is started.
 
     Raises ConfigError on a wrong forecaster setting, PageError on a wrong address, before anything is started.
     """
@@ -68,7 +70,7 @@ def start_control_plane(
     coordinator = (
         ray.remote(CoordinatorProcess)
         .options(name=COORDINATOR, max_restarts=-1, resources=_ON_THE_HEAD, **_DETACHED)
-        .remote(dict(settings or {}))
+        .remote(dict(settings or {}), ray_metrics=ray_metrics)
     )
     ray.get(coordinator.status.remote(), timeout=60)
     if page_port == 0:
