@@ -16,6 +16,7 @@ from shadecast.connection import Event
 from shadecast.errors import ConfigError, MessageError
 from shadecast.histogram import TICK_BOUNDS_S, Durations, Histogram
 from shadecast.inbox import Inbox
+from shadecast.ledger import REFUSALS
 from shadecast.tables import Publisher
 from shadecast.types import NodeReport, Observed, RouterReport, State
 
@@ -228,7 +229,7 @@ class Deployment:
             "tick_lateness": asdict(self._late_s.durations()),
             "observing": self.observing,
             **{name: self._counts[name] for name in ("finished", "failed", *_COUNTED)},
-            "refused": dict(self._refused),
+            "refused": {**dict.fromkeys(REFUSALS, 0), **self._refused},
             "unreadable_reports": self._unreadable,
             "events": {event.value: self._events[event.value] for event in Event},
             "observed": asdict(self._observed),

@@ -35,6 +35,8 @@ TOTALS = (
     "resumed",
 )
 """Counts of a router that are no replica's."""
+REFUSALS = ("cancelled",)
+"""Why a request got no replica: its caller gave up, or its deadline passed, while it waited."""
 
 
 @dataclass(frozen=True, slots=True)

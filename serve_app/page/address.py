@@ -58,7 +58,7 @@ class Address:
         try:
             family, *_, place = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
             both = self.host == "::" and socket.has_dualstack_ipv6()
-            return socket.create_server(place, family=family, dualstack_ipv6=both)  # type: ignore[arg-type]
+            return socket.create_server(place, family=family, dualstack_ipv6=both)
         except (OSError, UnicodeError) as error:
             match getattr(error, "errno", None):
                 case errno.EADDRINUSE:

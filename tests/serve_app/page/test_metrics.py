@@ -4,60 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import json
-import shutil
-import signal
-import socket
 import subprocess
-import time
-import urllib.parse
-import urllib.request
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as read_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as read_text
 
 from serve_app.page import metrics as m
 from serve_app.page.metrics import prometheus_text
-from serve_app.page.server import Page
-from serve_app.page.watch import to_json
 from shadecast.histogram import BOUNDS_S
-from tests.ports import free_port
-from tests.serve_app.page.page_scene import CHAT, DIGITS, make_scene
+from tests.serve_app.page.page_scene import CHAT, DIGITS
+from tests.serve_app.page.scraping import (
+    NO_PROMETHEUS,
+    NO_PROMTOOL,
+    PROMETHEUS,
+    PROMTOOL,
+    answered,
+    played_status,
+    samples,
+    scraped,
+)
 
 OPENMETRICS = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"
-PROMTOOL, PROMETHEUS = shutil.which("promtool"), shutil.which("prometheus")
 
 
 @pytest.fixture(scope="module")
 def status() -> dict[str, Any]:
-    """Of a real coordinator, after 165 s of the scene: a trial has passed and one has failed, a replica is ejected."""
-    scene = make_scene()
-
-    async def play() -> dict[str, Any]:
-        for _ in range(165):
-            await scene.play()
-        for known in scene.coordinator._deployments.values():
-            known.was_late(0.004)
-        found: dict[str, Any] = to_json(await scene.coordinator.status())
-        return found
-
-    return asyncio.run(play())
-
-
-def samples(status: dict[str, Any] | None) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
-    """{name of the sample: {labels: value}}."""
-    found: dict[str, dict[tuple[tuple[str, str], ...], float]] = {}
-    for family in read_text(prometheus_text(status)[0].decode()):
-        for sample in family.samples:
-            found.setdefault(sample.name, {})[tuple(sorted(sample.labels.items()))] = sample.value
-    return found
+    return played_status()
 
 
 def of(found: dict[tuple[tuple[str, str], ...], float], **labels: str) -> float:
@@ -68,7 +44,7 @@ def of(found: dict[tuple[tuple[str, str], ...], float], **labels: str) -> float:
 # ---------------------------------------------------------------- form
 
 
-@pytest.mark.skipif(PROMTOOL is None, reason="promtool is not installed (Debian: package prometheus)")
+@pytest.mark.skipif(PROMTOOL is None, reason=NO_PROMTOOL)
 @pytest.mark.parametrize("away", [False, True])
 def test_promtool_finds_nothing_to_complain_of(status: dict[str, Any], away: bool) -> None:
     text, _ = prometheus_text(None if away else status)
@@ -213,90 +189,19 @@ def test_who_has_series_keeps_them_when_others_come(status: dict[str, Any]) -> N
 # ---------------------------------------------------------------- a real Prometheus
 
 
-def own_address() -> str:
-    """An address of this machine that is not loopback, where it has one."""
-    for addresses in psutil.net_if_addrs().values():
-        for address in addresses:
-            if address.family is socket.AF_INET and not address.address.startswith(("127.", "169.254.")):
-                return str(address.address)
-    return "127.0.0.1"
-
-
-@pytest.fixture
-def prometheus(tmp_path: Path) -> Iterator[Any]:
-    """A function that starts one which scrapes a target, and returns its address."""
-    if PROMETHEUS is None:
-        pytest.skip("prometheus is not installed (Debian: package prometheus)")
-    started: list[subprocess.Popen[bytes]] = []
-
-    def start(target: str) -> str:
-        port = free_port()
-        config = {
-            "global": {"scrape_interval": "1s", "scrape_timeout": "1s"},
-            "scrape_configs": [{"job_name": "shadecast", "static_configs": [{"targets": [target]}]}],
-        }
-        (tmp_path / "prometheus.yml").write_text(json.dumps(config))  # JSON is YAML
-        started.append(
-            subprocess.Popen(
-                [
-                    str(PROMETHEUS),
-                    f"--config.file={tmp_path}/prometheus.yml",
-                    f"--storage.tsdb.path={tmp_path}/data",
-                    f"--web.listen-address=127.0.0.1:{port}",
-                ],
-                stdout=subprocess.DEVNULL,
-                stderr=(tmp_path / "log").open("wb"),
-            )
-        )
-        return f"http://127.0.0.1:{port}"
-
-    yield start
-    for process in started:
-        process.send_signal(signal.SIGTERM)
-        process.wait(20)
-
-
-def query(prometheus: str, expression: str) -> list[dict[str, Any]]:
-    """Its answer; empty while it starts."""
-    url = f"{prometheus}/api/v1/query?{urllib.parse.urlencode({'query': expression})}"
-    try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
-            found: list[dict[str, Any]] = json.load(answer)["data"]["result"]
-            return found
-    except OSError:
-        return []
-
-
-def wait_for(prometheus: str, expression: str, timeout_s: float = 60.0) -> list[dict[str, Any]]:
-    """The first answer that is not empty."""
-    deadline_s = time.monotonic() + timeout_s
-    while not (found := query(prometheus, expression)) and time.monotonic() < deadline_s:
-        time.sleep(0.2)
-    return found
-
-
+@pytest.mark.skipif(PROMETHEUS is None, reason=NO_PROMETHEUS)
 def test_a_real_prometheus_elsewhere_scrapes_all_metrics_and_computes_quantiles(
-    status: dict[str, Any], prometheus: Any
+    status: dict[str, Any], tmp_path: Path
 ) -> None:
-    async def answer() -> dict[str, Any]:
-        return status
-
     async def run() -> None:
-        coordinator = SimpleNamespace(status=SimpleNamespace(remote=answer))
-        page = Page("0.0.0.0", free_port(), "token", find=lambda: coordinator)
-        url = await page.start()
-        target = f"{own_address()}:{url.rpartition(':')[2]}"
-        try:
-            at = await asyncio.to_thread(prometheus, target)
-            assert await asyncio.to_thread(wait_for, at, 'up{job="shadecast"} == 1'), "it scrapes"
-            names = await asyncio.to_thread(query, at, 'count({job="shadecast", __name__=~"shadecast_.*"})')
-            assert int(names[0]["value"][1]) == sum(map(len, samples(status).values()))
+        async with scraped(status, tmp_path) as at:
+            assert await answered(at, 'up{job="shadecast"} == 1'), "it scrapes"
+            (names,) = await answered(at, 'count({job="shadecast", __name__=~"shadecast_.*"})')
+            assert int(names["value"][1]) == sum(map(len, samples(status).values()))
             p50 = f'histogram_quantile(0.5, shadecast_request_duration_seconds_bucket{{deployment="{DIGITS}"}})'
-            (middle,) = await asyncio.to_thread(query, at, p50)
+            (middle,) = await answered(at, p50)
             assert 0.05 < float(middle["value"][1]) < 0.1
-            (label,) = await asyncio.to_thread(query, at, 'shadecast_panic{deployment=~"chat/.*"}')
+            (label,) = await answered(at, 'shadecast_panic{deployment=~"chat/.*"}')
             assert label["metric"]["deployment"] == CHAT, "names that users chose arrive whole"
-        finally:
-            await page.stop()
 
     asyncio.run(run())
