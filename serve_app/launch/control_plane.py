@@ -91,15 +91,22 @@ class _RunningPage:
 
 
 def _running_page() -> _RunningPage | None:
-    """The page of this cluster, None if there is none; one of Shadecast 0.1 was started with nothing but a port."""
+    """The page of this cluster, None if there is none: one that does not answer, its node being gone, is ended.
+
+    One of Shadecast 0.1 was started with nothing but a port.
+    """
     try:
         actor = ray.get_actor(PAGE, NAMESPACE)
     except ValueError:
         return None
-    token = ray.get(actor.token.remote(), timeout=_PAGE_ANSWER_S)
-    if not hasattr(actor, "address"):
-        return _RunningPage(actor, Address(), token)
-    host, port, names = ray.get(actor.address.remote(), timeout=_PAGE_ANSWER_S)
+    try:
+        token = ray.get(actor.token.remote(), timeout=_PAGE_ANSWER_S)
+        if not hasattr(actor, "address"):
+            return _RunningPage(actor, Address(), token)
+        host, port, names = ray.get(actor.address.remote(), timeout=_PAGE_ANSWER_S)
+    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+        _end(actor)
+        return None
     return _RunningPage(actor, Address(host, port, tuple(names)), token)
 
 
@@ -124,6 +131,10 @@ def _stop_page(page: Any) -> None:
     """Stop the page, and wait until its name and its port are free."""
     if hasattr(page, "stop"):
         ray.get(page.stop.remote(), timeout=_PAGE_ANSWER_S)
+    _end(page)
+
+
+def _end(page: Any) -> None:
     ray.kill(page, no_restart=True)
     deadline_s = time.monotonic() + _PAGE_ANSWER_S
     with contextlib.suppress(ValueError):  # the name is free
