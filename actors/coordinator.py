@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 _SUPERVISE_S = 2.0
 _LOOK_AT_SETTINGS_S = 1.0
+_PUBLISH_S = 5.0
 _RESTART_S = 10.0
 """So long after a restart routers come back with the tables that they hold."""
 
@@ -60,16 +61,18 @@ class Coordinator:
         holds: Holds | None = None,
         draining: Callable[[], Iterable[str]] = tuple,
         restarted: bool = False,
+        publish: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         """`supervise` starts and stops node forecasters and returns the ids of the nodes that are alive (blocking).
 
         `deployed` tells what a deployment was last deployed with; without it the router that started last says so.
         `holds` keeps what operators keep out for the next life of the coordinator, `draining` are the nodes that Ray is
-        about to take away (both block). `restarted`: this is not the coordinator's first life.
+        about to take away (both block). `restarted`: this is not the coordinator's first life. `publish` is given the
+        `summary` every few seconds, in a thread.
         """
         self._now_s = now_s
         self._epoch = epoch if epoch is not None else time.time_ns()
-        self._supervise, self._deployed, self._draining = supervise, deployed, draining
+        self._supervise, self._deployed, self._draining, self._publish = supervise, deployed, draining, publish
         self._store, self._restarted = holds, restarted
         self._holds = set(holds.load()) if holds is not None else set[str]()
         self._leaving = frozenset[str]()
@@ -209,14 +212,21 @@ class Coordinator:
         self._wake()
         now_s = self._now_s()
         return {
+            **self._summary(now_s),
+            "deployments": [known.view(now_s) for known in self._deployments.values()],
+            "transitions": [{**asdict(t), "ago_s": now_s - at_s} for at_s, t in self._transitions],
+        }
+
+    def _summary(self, now_s: float) -> dict[str, Any]:
+        """The status without what there is one of for each replica or router, and without the changes of state."""
+        return {
             "schema": 1,
             "epoch": self._epoch,
             "holds": sorted(self._holds),
             "leaving": sorted(self._leaving),
             "uptime_s": now_s - self._started_s,
             "nodes": [_node_view(report, now_s - at_s) for at_s, report in self._nodes.values()],
-            "deployments": [known.view(now_s) for known in self._deployments.values()],
-            "transitions": [{**asdict(t), "ago_s": now_s - at_s} for at_s, t in self._transitions],
+            "deployments": [known.summary(now_s) for known in self._deployments.values()],
         }
 
     # ------------------------------------------------------------------ the loop
@@ -230,6 +240,8 @@ class Coordinator:
                 self._tasks.append(loop.create_task(self._supervise_forever(self._supervise)))
             if self._deployed is not None:
                 self._tasks.append(loop.create_task(self._look_at_settings(self._deployed)))
+            if self._publish is not None:
+                self._tasks.append(loop.create_task(self._publish_forever(self._publish)))
 
     async def close(self) -> None:
         """Stop the loops."""
@@ -244,6 +256,8 @@ class Coordinator:
             due_s = now_s + TICK_S
             for deployment, known in list(self._deployments.items()):
                 if now_s >= known.next_tick_s:
+                    if known.next_tick_s:
+                        known.was_late(self._now_s() - known.next_tick_s)
                     try:
                         self.tick(deployment, now_s)
                     except Exception:
@@ -284,6 +298,15 @@ class Coordinator:
             except Exception:
                 logger.exception("starting node forecasters failed; nodes are scored on live capacity meanwhile")
             await asyncio.sleep(_SUPERVISE_S)
+
+    async def _publish_forever(self, publish: Callable[[dict[str, Any]], None]) -> None:
+        while True:
+            try:
+                loop = asyncio.get_running_loop()
+                await loop.run_in_executor(None, publish, self._summary(self._now_s()))
+            except Exception as error:
+                self._warn(f"publishing metrics failed: {error!r}")
+            await asyncio.sleep(_PUBLISH_S)
 
     async def _look_at_settings(self, deployed: Deployed) -> None:
         """Serve keeps its router objects when a deployment's settings change: only it knows the newest."""

@@ -6,16 +6,19 @@ import asyncio
 import json
 import logging
 import time
-from collections import deque
-from dataclasses import asdict
+from collections import Counter, deque
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from shadecast.balancer import Balancer, TickInput, TickOutput
 from shadecast.config import TICK_S, Config
-from shadecast.errors import ConfigError
+from shadecast.connection import Event
+from shadecast.errors import ConfigError, MessageError
+from shadecast.histogram import TICK_BOUNDS_S, Durations, Histogram
 from shadecast.inbox import Inbox
+from shadecast.ledger import REFUSALS
 from shadecast.tables import Publisher
-from shadecast.types import NodeReport, Observed, RouterReport
+from shadecast.types import NodeReport, Observed, RouterReport, State
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +30,10 @@ _LONGEST_TICK_S = 2.0
 """A table must not get so old that routers stop going by it."""
 FORGET_S = 60.0
 """A deployment, or a router of one, that was not heard of for so long is forgotten."""
+
+
+_COUNTED = ("mirrored", "mirror_dropped", "uncopyable", "rescued", "retried", "moved", "resumed")
+"""Counts of a report that are added up."""
 
 
 class Deployment:
@@ -56,16 +63,26 @@ class Deployment:
         self._published = asyncio.Event()
         self.tick_s: deque[tuple[float, float]] = deque(maxlen=120)
         """Duration of each tick of the last minute, and the CPU time in it."""
-        self._routers: dict[str, tuple[float, str]] = {}
-        """When each was heard, and its level."""
-        self._finished = self._failed = self._mirrored = self._mirror_dropped = self._rescued = 0
+        self._tick_s, self._late_s = Histogram(TICK_BOUNDS_S), Histogram(TICK_BOUNDS_S)
+        self._routers: dict[str, _Router] = {}
+        self._counts: Counter[str] = Counter()
+        """Of all routers, since the coordinator started."""
+        self._refused: Counter[str] = Counter()
+        self._events: Counter[str] = Counter()
+        """Changes of connections' states, by event."""
+        self._unreadable = 0
         self._observed = Observed()
+        self._durations, self._first_items = Durations(), Durations()
 
     # ------------------------------------------------------------------ reports
 
     def receive(self, received: Any, now_s: float) -> tuple[RouterReport | None, int]:
         """A router's report as `Inbox.take` reads it, taken in. Raises MessageError."""
-        report, acknowledged = self._inbox.take(received, now_s)
+        try:
+            report, acknowledged = self._inbox.take(received, now_s)
+        except MessageError:
+            self._unreadable += 1
+            raise
         self.heard_s = now_s
         started = received.get("started_wall_s", 0.0)
         if isinstance(started, (int, float)) and started > self._settings_of:
@@ -77,16 +94,18 @@ class Deployment:
     def take(self, report: RouterReport, now_s: float) -> None:
         """A router's report, for the next tick."""
         self.heard_s = now_s
-        self._routers[report.router_id] = (now_s, report.level)
-        self._mirrored += report.mirrored
-        self._mirror_dropped += report.mirror_dropped
-        self._rescued += report.rescued
+        self._routers[report.router_id] = _Router(now_s, report.level, report.waiting, report.ejected)
+        for name in _COUNTED:
+            self._counts[name] += getattr(report, name)
+        self._counts["finished"] += sum(max(r.finished, 0) for r in report.replicas)
+        self._counts["failed"] += sum(max(r.failed, 0) for r in report.replicas)
+        self._refused.update(report.refused)
+        self._durations = self._durations.plus(report.durations)
+        self._first_items = self._first_items.plus(report.first_items)
         was, new = self._observed, report.observed
         self._observed = Observed(
             was.requests + new.requests, was.time_taken + new.time_taken, was.time_ours + new.time_ours
         )
-        self._finished += sum(max(r.finished, 0) for r in report.replicas)
-        self._failed += sum(max(r.failed, 0) for r in report.replicas)
         self.balancer.outrank(report.table_epoch)
         if report.held_table is not None and not self._restored:
             self.balancer.restore(report.held_table, now_s)
@@ -134,10 +153,12 @@ class Deployment:
         started_s, started_cpu_s = time.perf_counter(), time.thread_time()
         self.output = self.balancer.on_tick(taken)
         self.tick_s.append((time.perf_counter() - started_s, time.thread_time() - started_cpu_s))
+        self._tick_s.add(self.tick_s[-1][0])
+        self._events.update(transition.event for transition in self.output.transitions)
         self._made_s = now_s
         self._publisher.publish(self.output.table)
         self._packed = {}
-        self._routers = {name: heard for name, heard in self._routers.items() if now_s - heard[0] < FORGET_S}
+        self._routers = {name: heard for name, heard in self._routers.items() if now_s - heard.at_s < FORGET_S}
         self._published.set()
         self._published = asyncio.Event()
         return self.output
@@ -170,9 +191,28 @@ class Deployment:
         """The usual time; longer where so many routers take each table that this would be most of what is done."""
         return min(max(TICK_S, len(self._routers) / _TABLES_PER_S), _LONGEST_TICK_S)
 
+    def was_late(self, late_s: float) -> None:
+        """A tick begins so long after it was due."""
+        self._late_s.add(late_s)
+
     def view(self, now_s: float) -> dict[str, Any]:
         """What people see of it, as plain values."""
-        output = self.output
+        ejected = Counter(replica_id for router in self._routers.values() for replica_id in router.ejected)
+        views = self.balancer.views()
+        return {
+            **self.summary(now_s),
+            "routers": [
+                {"router_id": router_id, "level": router.level, "heard_s": now_s - router.at_s}
+                for router_id, router in self._routers.items()
+            ],
+            "replicas": [{**asdict(view), "ejected_by": ejected[view.replica_id]} for view in views],
+        }
+
+    def summary(self, now_s: float) -> dict[str, Any]:
+        """The view without what there is one of for each router or replica: counts of them in its place."""
+        output, routers = self.output, self._routers.values()
+        rows = output.table.rows if output is not None else ()
+        alive = {row.replica_id for row in rows}
         return {
             "deployment": self.name,
             "table_version": output.table.version if output is not None else 0,
@@ -185,18 +225,32 @@ class Deployment:
             "look_ahead_s": output.look_ahead_s if output is not None else None,
             "dropped_reports": output.dropped if output is not None else 0,
             "tick": _quantiles(self.tick_s),
-            "finished": self._finished,
-            "failed": self._failed,
-            "mirrored": self._mirrored,
-            "mirror_dropped": self._mirror_dropped,
-            "rescued": self._rescued,
+            "tick_durations": asdict(self._tick_s.durations()),
+            "tick_lateness": asdict(self._late_s.durations()),
+            "observing": self.observing,
+            **{name: self._counts[name] for name in ("finished", "failed", *_COUNTED)},
+            "refused": {**dict.fromkeys(REFUSALS, 0), **self._refused},
+            "unreadable_reports": self._unreadable,
+            "events": {event.value: self._events[event.value] for event in Event},
             "observed": asdict(self._observed),
-            "routers": [
-                {"router_id": router_id, "level": level, "heard_s": now_s - at_s}
-                for router_id, (at_s, level) in self._routers.items()
-            ],
-            "replicas": [asdict(view) for view in self.balancer.views()],
+            "durations": asdict(self._durations),
+            "first_items": asdict(self._first_items),
+            "levels": dict(Counter(router.level for router in routers)),
+            "waiting": sum(router.waiting for router in routers),
+            "states": {state.value: sum(row.state is state for row in rows) for state in State},
+            "ejected": len({replica_id for router in routers for replica_id in router.ejected} & alive),
+            "held": self.balancer.held(),
         }
+
+
+@dataclass(frozen=True, slots=True)
+class _Router:
+    """A router's last report, as far as people see it."""
+
+    at_s: float
+    level: str
+    waiting: int
+    ejected: tuple[str, ...]
 
 
 def _quantiles(ticks: deque[tuple[float, float]]) -> dict[str, float]:

@@ -257,6 +257,10 @@ class Balancer:
         everybody = panic and not c.rejections and not self._fleet.is_held(known)
         return 1.0 if everybody else c.share(self.config.trial.ramp)
 
+    def held(self) -> int:
+        """How many replicas an operator, or Ray, keeps out."""
+        return sum(self._fleet.is_held(known) for known in self._fleet.replicas.values()) if self._fleet.holds else 0
+
     def views(self) -> tuple[ReplicaView, ...]:
         """What people see of each replica, as of the last tick."""
         panic = self._fleet.panic()

@@ -13,6 +13,7 @@ from typing import Any
 
 from shadecast.config import LOST_AFTER_S
 from shadecast.errors import MessageError
+from shadecast.histogram import Durations, from_message
 from shadecast.ledger import TOTALS, ReplicaTotals
 from shadecast.messages import as_list, check, from_columns, from_mapping, message, numbers, rows_of, to_mapping
 from shadecast.tables import read_table
@@ -33,6 +34,7 @@ _Counted = tuple[int, int, int, int, float]
 _NOTHING: _Counted = (0, 0, 0, 0, 0.0)
 _FORGET_S = 60.0
 """What was counted of a router is remembered longer than the router counts, so that its evidence is not taken twice."""
+_MOST_REASONS, _LONGEST_REASON = 12, 40
 
 
 @dataclass(slots=True)
@@ -43,6 +45,8 @@ class _Router:
     heard_s: float
     replicas: dict[str, _Counted] = field(default_factory=dict)
     totals: list[Any] = field(default_factory=list)
+    refused: dict[str, int] = field(default_factory=dict)
+    durations: tuple[Durations, Durations] = (Durations(), Durations())
 
 
 class Inbox:
@@ -73,6 +77,7 @@ class Inbox:
         if known is None:
             known = self._routers[read.report.router_id] = _Router(seq, now_s)
         known.seq, known.heard_s, known.totals = seq, now_s, read.totals
+        known.refused, known.durations = read.refused, read.durations
         for replica_id in read.began - read.counted.keys():
             known.replicas.pop(replica_id, None)
         known.replicas.update(read.counted)
@@ -117,7 +122,13 @@ class Inbox:
             )
         totals = numbers(message.get("totals", {}), TOTALS)
         was = known.totals if known is not None and known.totals else ([0.0] * len(TOTALS) if seq == 1 else totals)
-        mirrored, dropped, uncopyable, rescued, *observed = (max(b - a, 0.0) for a, b in zip(was, totals, strict=True))
+        new = dict(zip(TOTALS, (max(b - a, 0.0) for a, b in zip(was, totals, strict=True)), strict=True))
+        counts_at_all = known is not None or seq == 1
+        refused = _refused(message.get("refused", {}))
+        refused_before = known.refused if known is not None else ({} if counts_at_all else refused)
+        durations = tuple(from_message(message.get(name, {}), name) for name in ("durations", "first_items"))
+        durations_before = known.durations if known is not None else (Durations(), Durations())
+        took = [b.since(a) if counts_at_all else Durations() for a, b in zip(durations_before, durations, strict=True)]
         interval_s, waiting, epoch = numbers(message, ("interval_s", "waiting", "table_epoch"))
         held = message.get("held_table")
         report = RouterReport(
@@ -127,19 +138,25 @@ class Inbox:
             float(interval_s),
             tuple(views),
             tuple(_new(PairedSample, message.get("pairs", {}), since)),
-            int(mirrored),
-            int(dropped),
-            int(uncopyable),
-            int(rescued),
+            int(new["mirrored"]),
+            int(new["mirror_dropped"]),
+            int(new["uncopyable"]),
+            int(new["rescued"]),
             int(epoch),
             str(message.get("level", "")),
-            Observed(int(observed[0]), observed[1], observed[2]),
+            Observed(int(new["observed"]), new["observed_time_taken"], new["observed_time_ours"]),
             read_table(held, None) if held is not None else None,
             bool(base),
             tuple(str(replica_id) for replica_id in as_list(message.get("gone", ()), "gone")),
             int(waiting),
+            int(new["retried"]),
+            int(new["moved"]),
+            int(new["resumed"]),
+            {reason: max(count - refused_before.get(reason, 0), 0) for reason, count in refused.items()},
+            tuple(str(replica_id) for replica_id in as_list(message.get("ejected", ()), "ejected")),
+            *took,
         )
-        return _Read(report, totals, counted, began)
+        return _Read(report, totals, counted, began, refused, (durations[0], durations[1]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +165,20 @@ class _Read:
     totals: list[Any]
     counted: dict[str, _Counted]
     began: set[str]
+    refused: dict[str, int]
+    durations: tuple[Durations, Durations]
+
+
+def _refused(received: Any) -> dict[str, int]:
+    """Totals by reason; raises MessageError. Reasons that this version does not know are taken as they come, if few."""
+    if not isinstance(received, Mapping):
+        raise MessageError(f"refused: a mapping is expected, not {type(received).__name__}")
+    counts = dict(zip(received, numbers(received, tuple(received)), strict=True))
+    found: dict[str, int] = defaultdict(int)
+    for reason, count in counts.items():
+        plain = isinstance(reason, str) and reason.isidentifier() and len(reason) <= _LONGEST_REASON
+        found[reason if plain and (reason in found or len(found) < _MOST_REASONS) else "other"] += int(count)
+    return dict(found)
 
 
 def _text(message: Mapping[str, Any], name: str) -> str:

@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shadecast.calls import Call, Calls
+from shadecast.histogram import Histogram, to_message
 from shadecast.messages import message, to_columns
 from shadecast.types import Outcome, PairedSample, Unfinished
 
 _MAX_OUTCOMES = 64
 _MAX_UNFINISHED = 16
 _MAX_PAIRS = 256
+_MOST_NEW = 1000
 
 TOTALS = (
     "mirrored",
@@ -28,8 +30,13 @@ TOTALS = (
     "observed",
     "observed_time_taken",
     "observed_time_ours",
+    "retried",
+    "moved",
+    "resumed",
 )
 """Counts of a router that are no replica's."""
+REFUSALS = ("cancelled",)
+"""Why a request got no replica: its caller gave up, or its deadline passed, while it waited."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +92,10 @@ class Ledger:
         self._acknowledged = 0
         self._reported_s: float | None = None
         self.totals = dict.fromkeys(TOTALS, 0.0)
+        self._refused: dict[str, int] = {}
+        self._new: list[float] = []
+        """Durations of calls that went well, which are not counted yet: that is not in a request's way."""
+        self._durations, self._first_items = Histogram(), Histogram()
 
     # ------------------------------------------------------------------ evidence
 
@@ -92,6 +103,12 @@ class Ledger:
         """A call has ended: its outcome."""
         origin = "" if call.ok else call.origin
         outcome = Outcome(call.duration_s, call.others, call.ok, call.cost, call.first_item_s, call.items, origin)
+        if call.ok:
+            self._new.append(call.duration_s)
+            if call.items:
+                self._first_items.add(call.first_item_s)
+            if len(self._new) == _MOST_NEW:
+                self._count_new()
         self._keep(call.replica_id, outcome)
 
     def evidence(self, call: Call) -> None:
@@ -117,6 +134,20 @@ class Ledger:
         """Add to one of TOTALS."""
         self.totals[name] += by
 
+    def _count_new(self) -> None:
+        for duration_s in self._new:
+            self._durations.add(duration_s)
+        self._new.clear()
+
+    def rescue(self, how: str) -> None:
+        """A call goes on elsewhere: it was "retried", "moved" or "resumed"."""
+        self.count("rescued")
+        self.count(how)
+
+    def refuse(self, reason: str) -> None:
+        """A request got no replica. Reasons are few, in the form of names."""
+        self._refused[reason] = self._refused.get(reason, 0) + 1
+
     def _of(self, replica_id: str) -> _Told:
         told = self._replicas.get(replica_id)
         if told is None:
@@ -136,6 +167,7 @@ class Ledger:
         self._seq += 1
         base = self._acknowledged
         self._take_changes(alive)
+        self._count_new()
         rows: list[ReplicaTotals] = []
         outcomes: list[tuple[int, int, Outcome]] = []
         unfinished: list[tuple[int, Unfinished]] = []
@@ -171,6 +203,9 @@ class Ledger:
             pairs={"seq": [seq for seq, _ in self._pairs], **to_columns([pair for _, pair in self._pairs])},
             waiting=self._calls.waiting,
             totals=dict(self.totals),
+            refused=dict(self._refused),
+            durations=to_message(self._durations.durations()),
+            first_items=to_message(self._first_items.durations()),
             **more,
         )
 

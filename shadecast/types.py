@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from shadecast.histogram import Durations
+
 RESOURCES: tuple[str, ...] = ("cpu", "memory", "network")
 HORIZONS_S: tuple[float, ...] = (1.0, 2.0, 3.0, 5.0, 8.0, 10.0)
 QUANTILES: tuple[float, ...] = (0.1, 0.5, 0.9)
@@ -197,6 +199,20 @@ class RouterReport:
     """Of a partial report: replicas that the router lists no more."""
     waiting: int = 0
     """Requests without a replica."""
+    retried: int = 0
+    """Of `rescued`: cancelled before a replica had accepted them, and sent anew."""
+    moved: int = 0
+    """Of `rescued`: sent again beside the accepted attempt."""
+    resumed: int = 0
+    """Of `rescued`: streams that went on from another replica."""
+    refused: Mapping[str, int] = field(default_factory=dict)
+    """By reason: requests that got no replica since the last report."""
+    ejected: tuple[str, ...] = ()
+    """Replicas that the router leaves out for a moment because they do not answer."""
+    durations: Durations = field(default_factory=Durations)
+    """Of live requests that went well, from acceptance to the end, since the last report."""
+    first_items: Durations = field(default_factory=Durations)
+    """Time to the first item of streams that went well."""
 
 
 # ---------------------------------------------------------------- coordinator -> router

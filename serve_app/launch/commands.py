@@ -33,6 +33,7 @@ from serve_app.launch.control_plane import (
     wait_until_forecasting,
 )
 from serve_app.launch.local import LocalCluster, find_address
+from serve_app.page.address import Address
 from shadecast.errors import ShadecastError
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, help="Predictive load balancing for Ray Serve.")
@@ -40,7 +41,19 @@ console = Console()
 problems = Console(stderr=True)
 
 AddressOption = Annotated[str, typer.Option(help="Ray cluster; default: RAY_ADDRESS, the local cluster, or auto.")]
-PageOption = Annotated[int, typer.Option(min=0, max=65535, help="Port of the live page; 0 turns it off.")]
+PageOption = Annotated[
+    int | None, typer.Option(min=0, max=65535, help="Port of the live page; 0 turns it off. [default: 8266]")
+]
+PageHostOption = Annotated[
+    str | None,
+    typer.Option(help="Address that the live page and /metrics listen at; 0.0.0.0 or :: for all. [default: 127.0.0.1]"),
+]
+PageNameOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--page-allow-host", metavar="NAME", help="A further name that the page may be asked by; may be given often."
+    ),
+]
 
 
 def run() -> None:
@@ -76,7 +89,9 @@ def serve(  # noqa: PLR0917 - options of a command are named by the user
     grpc_port: Annotated[
         int, typer.Option(min=0, max=65535, help="gRPC port, on all addresses of this machine; 0: no gRPC.")
     ] = 0,
-    page_port: PageOption = 8266,
+    page_port: PageOption = None,
+    page_host: PageHostOption = None,
+    page_allow_host: PageNameOption = None,
     router: Annotated[str, typer.Option(help="predictive or default (Serve's own).")] = "predictive",
     dashboard: Annotated[bool, typer.Option(help="Start Ray's own dashboard, too.")] = False,
 ) -> None:
@@ -88,8 +103,10 @@ def serve(  # noqa: PLR0917 - options of a command are named by the user
     with own_installation.users_folder_first(folder):
         application = build(AppArgs.model_validate({"model": model, "replicas": replicas, "router": router}))
         name = ModelInfo.of(load_class(model)).name
-    for each in filter(None, (port, grpc_port, page_port)):
+    for each in filter(None, (port, grpc_port)):
         _check_free(each)
+    if page_port != 0:
+        Address().changed(page_host, page_port, page_allow_host or ()).check(None)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
@@ -107,7 +124,7 @@ def serve(  # noqa: PLR0917 - options of a command are named by the user
                 _done("Ray cluster", f"{workers + 1} nodes at {cluster.address}", started_s)
                 progress("Control plane")
                 cluster.connect()
-                plane = start_control_plane(page_port=page_port)
+                plane = start_control_plane(None, page_host, page_port, page_allow_host or ())
                 _done("Control plane", "coordinator runs", started_s)
                 progress("Application: starting replicas")
                 sys.path.insert(0, folder)  # the application's job, unlike the control plane's, has this folder
@@ -158,28 +175,42 @@ def _print_addresses(plane: ControlPlane, url: str, grpc_port: int, address: str
     if plane.page_url:
         console.print(f"  Live page     {plane.page_url}", highlight=False)
         console.print(f"  Page token    {plane.token}  (for drain and release)", highlight=False)
+        _say_who_reaches(plane.page_address)
     console.print("  Status        .venv/bin/shadecast status", highlight=False)
     console.print(f"  Ray cluster   RAY_ADDRESS={address}", highlight=False)
     console.print("\nCtrl-C stops everything.", highlight=False)
 
 
+def _say_who_reaches(page: Address) -> None:
+    """Reading is open to whoever reaches the port: said where that is more than this machine."""
+    if not page.is_local:
+        names = ", ".join(page.names) or "none (--page-allow-host NAME)"
+        text = f"  Whoever reaches {page.host} may read the page and /metrics: by its address, by name: {names}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 @cli.command()
-def up(
+def up(  # noqa: PLR0917 - as above
     address: AddressOption = "",
-    page_port: PageOption = 8266,
+    page_port: PageOption = None,
+    page_host: PageHostOption = None,
+    page_allow_host: PageNameOption = None,
     telemetry_log: Annotated[str, typer.Option(help="Folder or URI for telemetry; empty: none is kept.")] = "",
     registry: Annotated[str, typer.Option(help="Forecaster registry; empty: the shipped model.")] = "",
     link_bytes_per_s: Annotated[
         float, typer.Option(help="Speed of nodes' links that do not tell it (VMs, pods).")
     ] = 0.0,
+    ray_metrics: Annotated[bool, typer.Option(help="Publish metrics through Ray's own export, too.")] = True,
 ) -> None:
     """Start the control plane on a cluster that runs already."""
     settings = {"telemetry_log": telemetry_log, "registry": registry, "link_bytes_per_s": link_bytes_per_s}
     with _connected(address):
-        plane = start_control_plane(settings, page_port=page_port)
+        names = page_allow_host or ()
+        plane = start_control_plane(settings, page_host, page_port, names, ray_metrics=ray_metrics)
         console.print("Control plane runs.")
         if plane.page_url:
             console.print(f"Live page {plane.page_url}, token {plane.token}", highlight=False)
+            _say_who_reaches(plane.page_address)
 
 
 @cli.command()

@@ -5,10 +5,11 @@ It runs as a job of its own, with this project's packages, apart from the applic
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from serve_app.coordinator import COORDINATOR, NAMESPACE, find_coordinator
 from serve_app.launch.processes import CoordinatorProcess, PageProcess, forecaster_name
+from serve_app.page.address import Address
 from serve_app.ray_api import HEAD_NODE_RESOURCE
 from shadecast.errors import ShadecastError
 
@@ -24,6 +26,10 @@ PAGE = "shadecast-page"
 _ON_THE_HEAD = {HEAD_NODE_RESOURCE: 0.001}
 """Where Serve's controller is, too. Ray puts an actor that asks for nothing anywhere, whatever its soft affinity: on a
 node that is starved, the coordinator could not tell routers to leave it."""
+
+
+_DETACHED = {"namespace": NAMESPACE, "lifetime": "detached", "num_cpus": 0, "get_if_exists": True}
+_PAGE_ANSWER_S = 20.0
 
 
 class ControlPlaneError(ShadecastError):
@@ -37,35 +43,103 @@ class ControlPlane:
     coordinator: Any
     page_url: str
     token: str
+    page_address: Address
 
 
 def start_control_plane(
-    settings: Mapping[str, Any] | None = None, page_host: str = "127.0.0.1", page_port: int = 8266
+    settings: Mapping[str, Any] | None = None,
+    page_host: str | None = None,
+    page_port: int | None = None,
+    page_names: Iterable[str] = (),
+    *,
+    ray_metrics: bool = True,
 ) -> ControlPlane:
     """Start what is not running yet on the connected cluster; blocks until the coordinator answers.
 
-    Raises ConfigError on a wrong forecaster setting, before anything is started.
+    `page_host`, `page_port` and `page_names` are as in `Address`; port 0 leaves the page out. A page that runs with
+    other ones than are given is started anew, with the same token. `ray_metrics` is for a coordinator that is started.
+
+    Raises ConfigError on a wrong forecaster setting, PageError on a wrong address, before anything is started.
     """
     _check(settings or {})
-    here = ray.get_runtime_context().get_node_id()
-    only_here = NodeAffinitySchedulingStrategy(here, soft=False)  # the page's address is this node's loopback
-    common = {"namespace": NAMESPACE, "lifetime": "detached", "num_cpus": 0, "get_if_exists": True}
+    running = _running_page() if page_port != 0 else None
+    before = running.address if running is not None else None
+    wanted = (before or Address()).changed(page_host, page_port, page_names)
+    if page_port != 0 and wanted != before:
+        wanted.check(before)
     coordinator = (
         ray.remote(CoordinatorProcess)
-        .options(name=COORDINATOR, max_restarts=-1, resources=_ON_THE_HEAD, **common)
-        .remote(dict(settings or {}))
+        .options(name=COORDINATOR, max_restarts=-1, resources=_ON_THE_HEAD, **_DETACHED)
+        .remote(dict(settings or {}), ray_metrics=ray_metrics)
     )
     ray.get(coordinator.status.remote(), timeout=60)
+    if page_port == 0:
+        return ControlPlane(coordinator, "", "", wanted)
     token = os.environ.get("SHADECAST_TOKEN") or secrets.token_urlsafe(16)
-    url = ""
-    if page_port:
-        page = (
-            ray.remote(PageProcess)
-            .options(name=PAGE, max_restarts=3, scheduling_strategy=only_here, **common)
-            .remote(page_host, page_port, token)
-        )
+    if running is not None and wanted != before:
+        token = os.environ.get("SHADECAST_TOKEN") or running.token
+        _stop_page(running.actor)
+    url, token = _start_page(wanted, token)
+    return ControlPlane(coordinator, url, token, wanted)
+
+
+@dataclass(frozen=True, slots=True)
+class _RunningPage:
+    actor: Any
+    address: Address
+    token: str
+
+
+def _running_page() -> _RunningPage | None:
+    """The page of this cluster, None if there is none: one that does not answer, its node being gone, is ended.
+
+    One of Shadecast 0.1 was started with nothing but a port.
+    """
+    try:
+        actor = ray.get_actor(PAGE, NAMESPACE)
+    except ValueError:
+        return None
+    try:
+        token = ray.get(actor.token.remote(), timeout=_PAGE_ANSWER_S)
+        if not hasattr(actor, "address"):
+            return _RunningPage(actor, Address(), token)
+        host, port, names = ray.get(actor.address.remote(), timeout=_PAGE_ANSWER_S)
+    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+        _end(actor)
+        return None
+    return _RunningPage(actor, Address(host, port, tuple(names)), token)
+
+
+def _start_page(address: Address, token: str) -> tuple[str, str]:
+    """URL and token of the page; raises PageError, and leaves none behind, where it cannot listen."""
+    here = ray.get_runtime_context().get_node_id()
+    only_here = NodeAffinitySchedulingStrategy(here, soft=False)  # the page's address is one of this node's
+    page = (
+        ray.remote(PageProcess)
+        .options(name=PAGE, max_restarts=3, scheduling_strategy=only_here, **_DETACHED)
+        .remote(address.host, address.port, token, address.names)
+    )
+    try:
         url, token = ray.get([page.start.remote(), page.token.remote()], timeout=60)
-    return ControlPlane(coordinator, url, token)
+    except ray.exceptions.RayTaskError as error:
+        ray.kill(page, no_restart=True)
+        raise error.cause from None
+    return url, token
+
+
+def _stop_page(page: Any) -> None:
+    """Stop the page, and wait until its name and its port are free."""
+    if hasattr(page, "stop"):
+        ray.get(page.stop.remote(), timeout=_PAGE_ANSWER_S)
+    _end(page)
+
+
+def _end(page: Any) -> None:
+    ray.kill(page, no_restart=True)
+    deadline_s = time.monotonic() + _PAGE_ANSWER_S
+    with contextlib.suppress(ValueError):  # the name is free
+        while ray.get_actor(PAGE, NAMESPACE) and time.monotonic() < deadline_s:
+            time.sleep(0.05)
 
 
 def _check(settings: Mapping[str, Any]) -> None:

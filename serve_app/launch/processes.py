@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -29,13 +29,14 @@ _COLLECT_EVERY = 200_000
 class CoordinatorProcess:
     """`actors.coordinator.Coordinator` with a supervisor that keeps a forecaster on every node."""
 
-    def __init__(self, settings: Mapping[str, Any]) -> None:
+    def __init__(self, settings: Mapping[str, Any], *, ray_metrics: bool = True) -> None:
         own_installation.put_first()
         from actors.coordinator import Coordinator  # noqa: PLC0415 - not before our installation is first
         from actors.forecaster_actor import ForecasterFleet  # noqa: PLC0415
 
         fleet = ForecasterFleet(functools.partial(start_forecaster, settings))
         from serve_app import ray_api  # noqa: PLC0415 - as above
+        from serve_app.launch.ray_metrics import RayMetrics  # noqa: PLC0415 - as above
 
         self._coordinator = Coordinator(
             supervise=fleet,
@@ -43,6 +44,7 @@ class CoordinatorProcess:
             holds=ray_api.Holds(NAMESPACE),
             draining=ray_api.draining_nodes,
             restarted=ray.get_runtime_context().was_current_actor_reconstructed,
+            publish=RayMetrics().publish if ray_metrics else None,
         )
         gc.freeze()  # what Ray has loaded lives as long as the process: a collection that looks through it is a pause
         gc.set_threshold(_COLLECT_EVERY, 20, 20)
@@ -101,11 +103,11 @@ class ForecasterProcess:
 class PageProcess:
     """`serve_app.page.server.Page` on the starter's node."""
 
-    def __init__(self, host: str, port: int, token: str) -> None:
+    def __init__(self, host: str, port: int, token: str, names: Sequence[str] = ()) -> None:
         own_installation.put_first()
         from serve_app.page.server import Page  # noqa: PLC0415 - not before our installation is first
 
-        self._page = Page(host, port, token)
+        self._page = Page(host, port, token, names)
 
     async def start(self) -> str:
         """Listen, and return the address."""
@@ -114,6 +116,14 @@ class PageProcess:
     async def token(self) -> str:
         """What orders need."""
         return await self._page.token()
+
+    async def address(self) -> tuple[str, int, tuple[str, ...]]:
+        """Host, port and names that it was started with."""
+        return await self._page.address()
+
+    async def stop(self) -> None:
+        """Stop listening."""
+        await self._page.stop()
 
 
 def _deployed(deployment: str) -> tuple[bool, Any] | None:

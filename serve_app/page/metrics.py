@@ -1,19 +1,27 @@
-"""The coordinator's status as Prometheus text (exposition format 0.0.4).
+"""The coordinator's status as metrics: Prometheus text (0.0.4), OpenMetrics, or families for another exporter.
 
-What is not known (null in the status) has no sample: absent means unknown, zero means zero.
+What is not known (null in the status) has no sample: absent means unknown, zero means zero. The number of series is
+bounded: beyond so many deployments, replicas and nodes, counts are added up under the label value "other", the rest is
+left out. Which have their own does not change while they live: a count that moved would look like a restart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate, islice
 from typing import Any
 
-from prometheus_client import generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from shadecast.histogram import BOUNDS_S, TICK_BOUNDS_S
 from shadecast.types import QUANTILES, State
+
+MOST_DEPLOYMENTS, MOST_REPLICAS, MOST_NODES = 100, 500, 100
+"""That have series of their own; replicas over all deployments."""
+OTHER = "other"
 
 _CURRENT = {
     "cpu": "cpu_fraction",
@@ -39,28 +47,66 @@ _REPLICA = (
     ("mirror_fraction", "mirror_fraction", "Fraction of new requests that is copied to the replica"),
     ("retry_in_seconds", "retry_in_s", "Back-off left until the next trial may begin"),
     ("vetoed", "vetoed", "1 where the forecast forbids all but a trickle"),
+    ("held", "held", "1 where an operator, or Ray, keeps it out of traffic"),
+    ("ejecting_routers", "ejected_by", "Routers that leave it out for a moment because it does not answer"),
 )
-_DEPLOYMENT = (
-    ("table_age_seconds", "table_age_s", "Age of the routing table in force"),
-    ("table_version", "table_version", "Version of the routing table within this life of the coordinator"),
-    ("panic", "panic", "1 while load is spread over all replicas that live"),
-    ("predicted_load", "load", "Offered work over predicted capacity of the active set"),
-    ("slots", "slots", "c, parallel slots of a replica"),
-    ("batch_half", "batch_half", "b0, batch at which a replica's speed halves; 0 means slots"),
-    ("look_ahead_seconds", "look_ahead_s", "H, how far ahead the forecast is read"),
+_SUMMED = frozenset({"queue", "requests_per_second"})
+"""Of replicas without series of their own."""
+_Merge = Callable[[Sequence[float]], float]
+# name, key in the status, of several deployments together (None: nothing can be said), text
+_DEPLOYMENT: tuple[tuple[str, str, _Merge | None, str], ...] = (
+    ("table_age_seconds", "table_age_s", max, "Age of the routing table in force"),
+    ("table_version", "table_version", None, "Version of the routing table within this life of the coordinator"),
+    ("panic", "panic", max, "1 while load is spread over all replicas that live"),
+    ("observing", "observing", sum, "1 where routers only observe: requests go as Serve sends them"),
+    ("predicted_load", "load", max, "Offered work over predicted capacity of the active set"),
+    ("slots", "slots", None, "c, parallel slots of a replica"),
+    ("batch_half", "batch_half", None, "b0, batch at which a replica's speed halves; 0 means slots"),
+    ("look_ahead_seconds", "look_ahead_s", None, "H, how far ahead the forecast is read"),
+    ("waiting_requests", "waiting", sum, "Requests that wait in routers for a replica"),
+    ("ejected_replicas", "ejected", sum, "Replicas that some router leaves out because they do not answer"),
+    ("held_replicas", "held", sum, "Replicas that an operator, or Ray, keeps out of traffic"),
 )
+# name, key in the status, text
 _DEPLOYMENT_COUNTS = (
     ("requests", "finished", "Live requests finished since the coordinator started"),
     ("request_failures", "failed", "Live requests failed since the coordinator started"),
     ("mirrored_requests", "mirrored", "Requests copied to replicas on trial"),
     ("mirror_drops", "mirror_dropped", "Copies that were due and not sent, because a cap was reached"),
+    ("uncopyable_requests", "uncopyable", "Requests that were due to be copied, and may not be called twice"),
+    ("rescued_requests", "rescued", "Second attempts in all: retried, moved or resumed"),
+    ("retried_requests", "retried", "Requests sent anew because a replica had not accepted them"),
+    ("moved_requests", "moved", "Accepted requests sent again from a slow replica to another one"),
+    ("resumed_streams", "resumed", "Streams that went on from another replica"),
     ("refused_reports", "dropped_reports", "Reports and samples refused because they cannot be true"),
+    ("unreadable_reports", "unreadable_reports", "Reports refused because they cannot be read"),
+    ("observed_requests", "observed.requests", "Requests that Serve routed while Shadecast only observed"),
+)
+# name, key in the status, label, text: the values in the status are mappings
+_LABELLED_COUNTS = (
+    ("refused_requests", "refused", "reason", "Requests that got no replica, by reason"),
+    ("transitions", "events", "event", "Changes of connections' states, by event: trials passed and failed, ..."),
+)
+_LABELLED_GAUGES = (
+    ("connections", "states", "state", "Connections to replicas by state"),
+    ("routers", "levels", "level", "Routers by the rung of the fail-open ladder that they stand on"),
+)
+# name, key in the status, bounds, text
+_HISTOGRAMS = (
+    ("request_duration_seconds", "durations", BOUNDS_S, "Live requests that went well, from acceptance to the end"),
+    ("first_item_seconds", "first_items", BOUNDS_S, "Streams that went well: from acceptance to the first item"),
+    ("tick_duration_seconds", "tick_durations", TICK_BOUNDS_S, "Time that the coordinator takes to make a table"),
+    ("tick_lateness_seconds", "tick_lateness", TICK_BOUNDS_S, "How long after it was due a table is begun"),
 )
 
 
-def prometheus_text(status: Mapping[str, Any] | None) -> bytes:
-    """The metrics of a status of JSON values; None, where the coordinator is away, gives `shadecast_up 0` alone."""
-    return generate_latest(_Status(status))
+def prometheus_text(status: Mapping[str, Any] | None, accept: str = "") -> tuple[bytes, str]:
+    """The metrics of a status of JSON values, and their content type by what a scraper accepts.
+
+    None, where the coordinator is away, gives `shadecast_up 0` alone.
+    """
+    encode, content_type = choose_encoder(accept)
+    return encode(_Status(status)), content_type
 
 
 class _Status(Collector):
@@ -68,19 +114,42 @@ class _Status(Collector):
         self._status = status
 
     def collect(self) -> Iterator[Metric]:
-        up = "1 while the coordinator answers"
-        yield GaugeMetricFamily("shadecast_up", up, value=0.0 if self._status is None else 1.0)
-        if self._status is None:
-            return
-        uptime_s = self._status.get("uptime_s")
-        if _known(uptime_s):
-            yield GaugeMetricFamily("shadecast_coordinator_uptime_seconds", "Since the coordinator started", uptime_s)
-        yield from _nodes(self._status.get("nodes") or [])
-        yield from _deployments(self._status.get("deployments") or [])
+        yield from summary_families(self._status)
+        if self._status is not None:
+            yield from _nodes(self._status.get("nodes") or [])
+            yield from _replicas(self._status.get("deployments") or [])
+
+
+def summary_families(status: Mapping[str, Any] | None) -> Iterator[Metric]:
+    """What there is one of for the cluster, and one for each deployment."""
+    up = "1 while the coordinator answers"
+    yield GaugeMetricFamily("shadecast_up", up, value=0.0 if status is None else 1.0)
+    if status is None:
+        return
+    deployments = status.get("deployments") or []
+    for name, value, text in (
+        ("coordinator_uptime_seconds", status.get("uptime_s"), "Since the coordinator started"),
+        ("deployments", len(deployments), "Deployments that report"),
+        ("nodes", len(status.get("nodes") or []), "Nodes that report"),
+        ("held_targets", len(status.get("holds") or []), "Replicas and nodes that operators keep out of traffic"),
+        ("leaving_nodes", len(status.get("leaving") or []), "Nodes that Ray is about to take away"),
+    ):
+        yield _gauge(name, text, (), (((), value),))
+    yield from _forecasts(status.get("nodes") or [])
+    yield from _deployments(deployments)
+
+
+def _forecasts(nodes: list[Mapping[str, Any]]) -> Iterator[Metric]:
+    """Over all nodes: whether forecasts count."""
+    gates = [[gate for gate in (n.get("gate") or {}).values() if _known(gate)] for n in nodes]
+    trusted = sum(any(gate > 0.0 for gate in of_node) for of_node in gates)
+    forecasting = sum(bool(n.get("predicted")) for n in nodes)
+    yield _gauge("forecasting_nodes", "Nodes that have a forecast", (), (((), forecasting),))
+    yield _gauge("trusted_forecasts", "Nodes whose forecast counts, for some resource", (), (((), trusted),))
 
 
 def _nodes(nodes: list[Mapping[str, Any]]) -> Iterator[Metric]:
-    by_node = {(str(n.get("node_id")), str(n.get("hostname"))): n for n in nodes}
+    by_node = {(str(n.get("node_id")), str(n.get("hostname"))): n for n in nodes[:MOST_NODES]}
     names = ("node", "hostname")
     yield _gauge(
         "node_fraction",
@@ -95,7 +164,7 @@ def _nodes(nodes: list[Mapping[str, Any]]) -> Iterator[Metric]:
     yield _gauge(
         "node_predicted_fraction",
         "Forecast of the background load as a fraction of the node's limit, by horizon and quantile",
-        (*names, "resource", "horizon_s", "quantile"),
+        (*names, "resource", "horizon_s", "q"),  # the label "quantile" is for summaries
         (
             ((*key, resource, horizon.removesuffix(".0"), str(quantile)), value)
             for key, node in by_node.items()
@@ -128,31 +197,53 @@ def _nodes(nodes: list[Mapping[str, Any]]) -> Iterator[Metric]:
 
 
 def _deployments(deployments: list[Mapping[str, Any]]) -> Iterator[Metric]:
-    by_name = {str(d.get("deployment")): d for d in deployments}
-    for name, field, text in _DEPLOYMENT:
-        yield _gauge(name, text, ("deployment",), (((key,), d.get(field)) for key, d in by_name.items()))
+    """Each with its own series, or all that are too many under `OTHER`."""
+    own = {str(d.get("deployment")): [d] for d in deployments[:MOST_DEPLOYMENTS]}
+    groups = own | ({OTHER: deployments[MOST_DEPLOYMENTS:]} if len(deployments) > MOST_DEPLOYMENTS else {})
+    label = ("deployment",)
+    for name, field, merge, text in _DEPLOYMENT:
+        values = ((key, _values(group, field)) for key, group in groups.items() if merge or len(group) == 1)
+        yield _gauge(name, text, label, (((key,), (merge or max)(found)) for key, found in values if found))
     for name, field, text in _DEPLOYMENT_COUNTS:
-        counter = CounterMetricFamily(f"shadecast_{name}", text, labels=("deployment",))
-        for key, d in by_name.items():
-            if _known(d.get(field)):
-                counter.add_metric((key,), float(d[field]))
-        yield counter
-    routers = [(key, r) for key, d in by_name.items() for r in d.get("routers") or []]
-    levels = {(key, str(r.get("level"))) for key, r in routers}
-    yield _gauge(
-        "routers",
-        "Routers by the rung of the fail-open ladder that they stand on",
-        ("deployment", "level"),
-        ((level, sum((k, str(r.get("level"))) == level for k, r in routers)) for level in sorted(levels)),
-    )
-    replicas = {
-        (key, str(r.get("replica_id")), str(r.get("node_id"))): r
-        for key, d in by_name.items()
+        counts = ((key, _values(group, field)) for key, group in groups.items())
+        yield _counter(name, text, label, (((key,), sum(found)) for key, found in counts if found))
+    for name, field, more, text in _LABELLED_COUNTS:
+        yield _counter(name, text, (*label, more), _by_label(groups, field))
+    for name, field, more, text in _LABELLED_GAUGES:
+        yield _gauge(name, text, (*label, more), _by_label(groups, field))
+    for name, field, bounds_s, text in _HISTOGRAMS:
+        yield _histogram(name, text, bounds_s, ((key, [d.get(field) for d in group]) for key, group in groups.items()))
+
+
+def _values(deployments: Iterable[Mapping[str, Any]], field: str) -> list[float]:
+    """The known ones; "a.b" is the field b of the field a."""
+    found: list[Any] = list(deployments)
+    for name in field.split("."):
+        found = [(entry or {}).get(name) for entry in found]
+    return [float(value) for value in found if _known(value)]
+
+
+def _by_label(groups: Mapping[str, Sequence[Mapping[str, Any]]], field: str) -> Iterator[tuple[tuple[str, ...], float]]:
+    for key, group in groups.items():
+        for value in sorted({v for d in group for v in d.get(field) or {}}):
+            yield (key, value), sum((d.get(field) or {}).get(value, 0) for d in group)
+
+
+def _replicas(deployments: list[Mapping[str, Any]]) -> Iterator[Metric]:
+    listed = (
+        ((str(d.get("deployment")), str(r.get("replica_id")), str(r.get("node_id"))), r)
+        for d in deployments
         for r in d.get("replicas") or []
-    }
+    )
+    replicas = dict(islice(listed, MOST_REPLICAS))
+    rest = list(listed)
     names = ("deployment", "replica", "node")
     for name, field, text in _REPLICA:
-        yield _gauge(f"replica_{name}", text, names, ((key, r.get(field)) for key, r in replicas.items()))
+        gauge = _gauge(f"replica_{name}", text, names, ((key, r.get(field)) for key, r in replicas.items()))
+        others = _values((r for _, r in rest), field) if name in _SUMMED else []
+        if others:
+            gauge.add_metric((OTHER, OTHER, OTHER), sum(others))
+        yield gauge
     yield _gauge(
         "replica_state",
         "1 for the state that the connection is in, 0 for the others",
@@ -165,14 +256,38 @@ def _deployments(deployments: list[Mapping[str, Any]]) -> Iterator[Metric]:
     )
 
 
-def _gauge(
-    name: str, text: str, labels: tuple[str, ...], samples: Iterable[tuple[tuple[str, ...], Any]]
-) -> GaugeMetricFamily:
+_Samples = Iterable[tuple[tuple[str, ...], Any]]
+
+
+def _gauge(name: str, text: str, labels: tuple[str, ...], samples: _Samples) -> GaugeMetricFamily:
     gauge = GaugeMetricFamily(f"shadecast_{name}", text, labels=labels)
     for values, value in samples:
         if _known(value):
             gauge.add_metric(values, float(value))
     return gauge
+
+
+def _counter(name: str, text: str, labels: tuple[str, ...], samples: _Samples) -> CounterMetricFamily:
+    counter = CounterMetricFamily(f"shadecast_{name}", text, labels=labels)
+    for values, value in samples:
+        if _known(value):
+            counter.add_metric(values, float(value))
+    return counter
+
+
+def _histogram(
+    name: str, text: str, bounds_s: Sequence[float], groups: Iterable[tuple[str, list[Mapping[str, Any] | None]]]
+) -> HistogramMetricFamily:
+    """Of each group, its deployments added up."""
+    family = HistogramMetricFamily(f"shadecast_{name}", text, labels=("deployment",))
+    bounds = [*map(str, bounds_s), "+Inf"]
+    for key, group in groups:
+        known = [one for one in group if one and one.get("counts")]
+        if known:
+            counts = accumulate(sum(column) for column in zip(*(one["counts"] for one in known), strict=True))
+            total_s = sum(one["sum_s"] for one in known)
+            family.add_metric((key,), list(zip(bounds, map(float, counts), strict=True)), total_s)
+    return family
 
 
 def _known(value: Any) -> bool:

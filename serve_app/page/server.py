@@ -1,7 +1,8 @@
 """The live page of the control plane: HTML, JSON and Prometheus metrics; orders to drain and release with a token.
 
 Reading is open, so the page binds to loopback unless told otherwise, and answers only to host names of its own: a web
-page elsewhere whose name is made to resolve to this address (DNS rebinding) gets nothing.
+page elsewhere whose name is made to resolve to this address (DNS rebinding) gets nothing. `/metrics` may be asked by
+any IP address, as Prometheus does with pods: what is made to resolve is always a name.
 """
 
 from __future__ import annotations
@@ -9,20 +10,17 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import errno
 import hashlib
 import hmac
-import ipaddress
 import json
 import logging
 import re
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
-from urllib.parse import urlsplit
 
 import ray
 import uvicorn
@@ -33,20 +31,16 @@ from starlette.exceptions import HTTPException
 
 from serve_app.coordinator import COORDINATOR, find_coordinator
 from serve_app.http_guard import App, Receive, Scope, Send, send_error
+from serve_app.page.address import Address, PageError, host_name, is_ip_address, is_name
 from serve_app.page.metrics import prometheus_text
 from serve_app.page.watch import ControlPlaneAwayError, Watch, one_line
 from serve_app.protocol_error import ProtocolError
-from shadecast.errors import ShadecastError
 
 logger = logging.getLogger(__name__)
 
 _MAX_BODY_BYTES = 4096
 _COORDINATOR_ANSWER_S = 3.0
 _HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
-
-
-class PageError(ShadecastError):
-    """The page cannot listen at the address given."""
 
 
 class Target(BaseModel):
@@ -62,14 +56,14 @@ def make_app(
     command: Callable[[str, bool], Awaitable[int]],
     token: str,
     *,
-    hosts: Iterable[str] = (),
+    address: Address | None = None,
     now_s: Callable[[], float] = time.monotonic,
 ) -> FastAPI:
     """The page's application.
 
     `status()` is the coordinator's status; it may raise anything while that is away. `command(target, drain)`
-    returns the number of connections concerned. Without a `token` no order is taken. `hosts` are names, beside
-    loopback and the address that the request arrived at, that clients may call the page by.
+    returns the number of connections concerned. Without a `token` no order is taken. `address` says by which names
+    clients may ask.
     """
     watch = Watch(status, now_s)
     html = resources.files("serve_app.page").joinpath("page.html").read_text(encoding="utf-8")
@@ -86,7 +80,7 @@ def make_app(
 
     app = FastAPI(title="Shadecast", lifespan=watching, openapi_url=None, docs_url=None, redoc_url=None)
     app.state.watch = watch
-    app.add_middleware(_HostGuard, hosts=frozenset(name.lower() for name in hosts))
+    app.add_middleware(_HostGuard, address=address or Address())
 
     @app.exception_handler(ControlPlaneAwayError)
     async def away(_: Request, error: Exception) -> Response:
@@ -109,12 +103,13 @@ def make_app(
         return _json(watch.history())
 
     @app.get("/metrics")
-    async def metrics() -> Response:
+    async def metrics(request: Request) -> Response:
+        accept = request.headers.get("accept", "")
         try:
-            text = prometheus_text(await watch.latest())
+            text, content_type = prometheus_text(await watch.latest(), accept)
         except ControlPlaneAwayError:
-            text = prometheus_text(None)
-        return Response(text, media_type="text/plain; version=0.0.4", headers=_HEADERS)
+            text, content_type = prometheus_text(None, accept)
+        return Response(text, headers={**_HEADERS, "Content-Type": content_type})
 
     async def order(request: Request, drain: bool) -> Response:
         _authorise(request.headers.get("authorization", ""), token)
@@ -182,11 +177,11 @@ async def _read_target(request: Request) -> str:
 
 
 class _HostGuard:
-    """Refuses requests (421) whose Host is neither loopback, nor the address they arrived at, nor in `hosts`."""
+    """Refuses requests (421) whose Host is no name of the page; to read metrics, any IP address will do."""
 
-    def __init__(self, app: App, hosts: frozenset[str]) -> None:
+    def __init__(self, app: App, address: Address) -> None:
         self._app = app
-        self._hosts = hosts
+        self._address = address
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry."""
@@ -194,27 +189,14 @@ class _HostGuard:
             await self._app(scope, receive, send)
             return
         given = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"host"), "")
-        if self._allowed(_host_name(given), scope.get("server")):
+        name, arrived_at = host_name(given), (scope.get("server") or ("",))[0]
+        scraped = scope["path"] == "/metrics" and scope["method"] == "GET" and is_ip_address(name)
+        if scraped or self._address.is_own(name, arrived_at):
             await self._app(scope, receive, send)
         else:
-            reason = f"Host {given[:100]!r} is not a name of this page; use its address, or start it with that host"
-            await send_error(ProtocolError(421, reason), send)
-
-    def _allowed(self, name: str, server: Any) -> bool:
-        if name == "localhost" or name in self._hosts or (server and name == server[0]):
-            return True
-        try:
-            return ipaddress.ip_address(name).is_loopback
-        except ValueError:
-            return False
-
-
-def _host_name(header: str) -> str:
-    """The name in a Host header, without port and brackets; empty if there is none."""
-    try:
-        return urlsplit(f"//{header}").hostname or ""
-    except ValueError:
-        return ""
+            shown = name if is_name(name) else "NAME"
+            reason = f"Host {given[:100]!r} is no name of this page: ask by its address. If the name is yours, allow it"
+            await send_error(ProtocolError(421, f"{reason}: shadecast up --page-allow-host {shown}"), send)
 
 
 # ---------------------------------------------------------------- the actor
@@ -228,11 +210,11 @@ class Page:
         host: str = "127.0.0.1",
         port: int = 8266,
         token: str = "",
+        names: Sequence[str] = (),
         find: Callable[[], Any | None] = find_coordinator,
     ) -> None:
-        """Port 0 takes any free one. `find` looks the coordinator up; it may block, and returns None for none."""
-        self._host = host
-        self._port = port
+        """As `Address`. `find` looks the coordinator up; it may block, and returns None for none."""
+        self._address = Address(host, port, tuple(names))
         self._token = token
         self._find = find
         self._coordinator: Any = None
@@ -249,6 +231,10 @@ class Page:
             self._running = None
             raise PageError(f"page at {running.address}: the server stopped; its log says why")
         return running.address
+
+    async def address(self) -> tuple[str, int, tuple[str, ...]]:
+        """What `Address` it was started with, for a starter that found this page running."""
+        return self._address.host, self._address.port, self._address.names
 
     async def serve_forever(self) -> None:
         """Start, and return only when the server has ended."""
@@ -268,9 +254,8 @@ class Page:
             await running.serving
 
     def _listen(self) -> _Running:
-        listener = _listen(self._host, self._port)
-        shown = f"[{self._host}]" if ":" in self._host else self._host
-        app = make_app(self._status, self._command, self._token, hosts=(self._host, socket.gethostname()))
+        listener = self._address.listen()
+        app = make_app(self._status, self._command, self._token, address=self._address)
         config = uvicorn.Config(
             app,
             log_level="warning",
@@ -281,7 +266,7 @@ class Page:
         )
         server = _Server(config)
         serving = asyncio.get_running_loop().create_task(server.serve(sockets=[listener]))
-        return _Running(server, serving, f"http://{shown}:{listener.getsockname()[1]}")
+        return _Running(server, serving, self._address.url(listener.getsockname()[1]))
 
     async def _status(self) -> dict[str, Any]:
         status: dict[str, Any] = await self._call("status")
@@ -340,22 +325,3 @@ class _Server(uvicorn.Server):
         """Listen, then say so."""
         await super().startup(sockets)
         self.ready.set()
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises PageError, one line that names host, port and what to do."""
-    where = f"page at {host}:{port}"
-    if not 0 <= port <= 65535:
-        raise PageError(f"{where}: the port must be from 0 (any free one) to 65535")
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family)
-    except OSError as error:
-        match error.errno:
-            case errno.EADDRINUSE:
-                advice = "the port is taken: stop the program that listens there, or choose another port for the page"
-            case errno.EACCES:
-                advice = "this user may not listen there: choose a port from 1024 on"
-            case _:
-                advice = f"{error.strerror or error}: choose an address of this machine, such as 127.0.0.1"
-        raise PageError(f"{where}: {advice}") from error

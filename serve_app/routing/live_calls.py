@@ -120,7 +120,7 @@ class LiveCalls:
             elif do is _CLOSE:
                 self._close(call)
             else:
-                self.ledger.count("rescued")
+                self.ledger.rescue("retried" if event is Event.RETRY else "moved" if call.had is None else "resumed")
                 if call.reading is None:  # streams tell by their pace
                     self.ledger.evidence(call)
 

@@ -252,6 +252,7 @@ class Router(ServeRouter):
         """A request is cancelled while it waits."""
         call = self.calls.find(pending_request.metadata)
         if call is not None:
+            self.calls.ledger.refuse("cancelled")
             self.calls.drop(call)
 
     def pending_of(self, metadata: object) -> PendingRequest | None:
@@ -323,6 +324,7 @@ class Router(ServeRouter):
             settings=self.settings,
             observes=self.observes,
             started_wall_s=self.started_wall_s,
+            ejected=sorted(self._routes.ejections.at(time.monotonic())),
         )
 
     def reported(self, acknowledged: int, *, table_wanted: bool) -> None:

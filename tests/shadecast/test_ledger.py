@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 from collections import Counter
 
 import pytest
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 
 from shadecast.calls import Call, Calls, Do, Event, Phase
 from shadecast.errors import TransitionError
+from shadecast.histogram import BOUNDS_S, Durations, Histogram
 from shadecast.inbox import Inbox
 from shadecast.ledger import Ledger
 from shadecast.types import PairedSample
@@ -81,6 +83,106 @@ def counts(read, replica_id="r0"):
 
 def durations(read, replica_id="r0"):
     return [outcome.duration_s for view in read.replicas if view.replica_id == replica_id for outcome in view.outcomes]
+
+
+# ------------------------------------------------------------------ durations
+
+
+def per_bucket(times):
+    """{upper bound: how many} of those that have any."""
+    bounds = [*BOUNDS_S, math.inf]
+    return {bounds[i]: count for i, count in enumerate(times.counts) if count}
+
+
+def test_durations_are_counted_by_buckets_whose_bounds_belong_to_them():
+    histogram = Histogram()
+    for duration_s in (0.0, 0.001, 0.0011, 0.1, 0.100001, 200.0, 200.1, 1e9, math.inf):
+        histogram.add(duration_s)
+    assert per_bucket(histogram.durations()) == {0.001: 2, 0.002: 1, 0.1: 1, 0.2: 1, 200.0: 1, math.inf: 3}
+    counted = histogram.durations()
+    histogram.add(math.nan)
+    histogram.add(-0.1)
+    assert histogram.durations() == counted
+    assert sorted(set(BOUNDS_S)) == list(BOUNDS_S)
+    for bound in (0.05, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0):
+        assert bound in BOUNDS_S, "objectives lie on bounds"
+
+
+@pytest.mark.parametrize("heard", [True, False])
+def test_each_request_that_went_well_is_in_one_bucket_once_whatever_gets_lost(heard):
+    router, inbox = Router(), Inbox()
+    ended = [0.0004, 0.03, 0.03, 0.7]
+    router.exchange(inbox)
+    seen = Durations()
+    for duration_s in ended:
+        call = router.start()
+        router.end(call, router.now_s + duration_s)
+        failed = router.start()
+        router.end(failed, router.now_s + 0.3, ok=False)
+        router.report()  # lost
+        seen = seen.plus(router.exchange(inbox, heard=heard).durations)
+    assert per_bucket(seen) == {0.001: 1, 0.05: 2, 1.0: 1}
+    assert seen.sum_s == pytest.approx(sum(ended))
+    router.exchange(inbox)
+    read = router.exchange(inbox)
+    assert sum(read.durations.counts) == 0, "nothing new"
+
+
+def test_a_coordinator_that_has_restarted_counts_durations_from_then_on():
+    router = Router()
+    router.exchange(Inbox())
+    router.end(router.start(), 0.1)
+    inbox = Inbox()
+    assert router.exchange(inbox) is None, "it asks for everything"
+    assert sum(router.exchange(inbox).durations.counts) == 0
+    router.end(router.start(), 0.5)
+    assert per_bucket(router.exchange(inbox).durations) == {0.5: 1}
+
+
+def test_however_many_requests_end_without_a_report_nothing_piles_up_and_none_is_lost():
+    """Without a control plane there are no reports."""
+    router = Router()
+    router.report()
+    for _ in range(5_000):
+        router.end(router.start(), router.now_s + 0.002)
+    assert len(pickle.dumps(router.ledger)) < 20_000
+    assert sum(router.report()["durations"]["counts"]) == 5_000
+
+
+def test_a_report_tells_time_to_the_first_item_of_streams_alone():
+    router, inbox = Router(), Inbox()
+    for items, first_item_s in ((0, math.nan), (1, math.nan), (40, 0.3)):
+        call = router.start()
+        call.items, call.first_item_s = items, first_item_s
+        router.end(call, router.now_s + 2.0)
+    read = router.exchange(inbox)
+    assert per_bucket(read.first_items) == {0.5: 1}
+    assert per_bucket(read.durations) == {2.0: 3}
+
+
+def test_a_report_has_no_durations_where_none_were_and_is_short_where_there_were_many():
+    router = Router()
+    assert router.report()["durations"] == {}
+    for _ in range(100):
+        router.end(router.start(), router.now_s + 0.1)
+    assert len(json.dumps(router.report()["durations"])) < 160
+
+
+def test_refusals_and_second_attempts_are_told_apart_and_counted_once():
+    router, inbox = Router(), Inbox()
+    router.exchange(inbox)
+    router.ledger.refuse("cancelled")
+    router.ledger.refuse("late")
+    router.ledger.refuse("late")
+    for how in ("retried", "moved", "moved", "resumed"):
+        router.ledger.rescue(how)
+    router.report()  # lost
+    read = router.exchange(inbox)
+    assert read.refused == {"cancelled": 1, "late": 2}
+    assert (read.rescued, read.retried, read.moved, read.resumed) == (4, 1, 2, 1)
+    read = router.exchange(inbox)
+    assert read.refused == {"cancelled": 0, "late": 0}
+    assert (read.rescued, read.retried, read.moved, read.resumed) == (0, 0, 0, 0)
 
 
 # ------------------------------------------------------------------ one report

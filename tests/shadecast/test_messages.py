@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from shadecast import former
 from shadecast.errors import MessageError
+from shadecast.histogram import Durations
 from shadecast.inbox import Inbox, node_message, read_node
 from shadecast.messages import SCHEMA, check, from_columns, message, to_columns
 from shadecast.tables import Publisher, read_table, table_message
@@ -36,6 +37,10 @@ ROWS = tuple(
     for i in range(10)
 )
 TABLE = RoutingTable("app/d", 7, 3, 2, ROWS, 4.0, 0.0, 0.25)
+
+
+REPORTED = ("replicas", "outcomes", "unfinished", "pairs", "totals", "gone", "seq", "base", "waiting", "refused")
+REPORTED += ("ejected", "durations", "first_items")
 
 
 def report(**more):
@@ -68,6 +73,21 @@ def test_what_is_missing_has_its_default():
     assert math.isnan(node.snapshot.memory_fraction), "unknown, not guessed"
 
 
+def test_durations_by_bounds_that_we_do_not_know_are_not_counted():
+    odd = {"scheme": 2, "limits": [1.0], "counts": [5, 5], "sum_s": 3.0}
+    read, _ = Inbox().take(report(durations=odd, first_items={}), 0.0)
+    assert (read.durations, read.first_items) == (Durations(), Durations())
+
+
+def test_reasons_of_refusals_that_we_do_not_know_are_taken_as_they_come_and_stay_few():
+    many = {f"reason_{i}": 1 for i in range(50)}
+    read, _ = Inbox().take(report(refused={"late": 2, 'x"} 1\n': 3, **many}), 0.0)
+    assert read.refused["late"] == 2
+    assert len(read.refused) <= 13
+    assert all(reason.isidentifier() for reason in read.refused)
+    assert sum(read.refused.values()) == 55
+
+
 def test_a_state_that_we_do_not_know_takes_traffic_by_its_share():
     odd = table_message(TABLE, ROWS)
     odd["rows"]["state"][0] = "resting"
@@ -94,6 +114,13 @@ def test_a_state_that_we_do_not_know_takes_traffic_by_its_share():
         (report(totals={"mirrored": "many"}), ["mirrored", "number"]),
         (report(gone=5), ["gone", "list"]),
         (report(totals=None), ["mirrored", "mapping"]),
+        (report(refused=5), ["refused", "mapping"]),
+        (report(refused={"late": "x"}), ["late", "number"]),
+        (report(ejected="all"), ["ejected", "list"]),
+        (report(durations=[1]), ["durations", "mapping"]),
+        (report(durations={"scheme": 1, "counts": [1], "sum_s": 0.1}), ["durations", "counts", "18"]),
+        (report(durations={"scheme": 1, "counts": [0] * 17 + [-1], "sum_s": 0.1}), ["durations", "counts"]),
+        (report(first_items={"scheme": 1, "counts": [0] * 18, "sum_s": math.nan}), ["first_items", "sum_s"]),
     ],
 )
 def test_what_cannot_be_read_is_refused_with_one_line_that_says_why(received, words):
@@ -109,7 +136,7 @@ def test_what_cannot_be_read_is_refused_with_one_line_that_says_why(received, wo
 
 @given(
     st.dictionaries(
-        st.sampled_from(["replicas", "outcomes", "unfinished", "pairs", "totals", "gone", "seq", "base", "waiting"]),
+        st.sampled_from(REPORTED),
         st.recursive(
             st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
             lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),

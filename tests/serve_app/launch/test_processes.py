@@ -30,7 +30,7 @@ def parameters(method):
     [
         (CoordinatorProcess, Coordinator, {"close", "tick"}),
         (ForecasterProcess, ForecasterActor, set()),
-        (PageProcess, Page, {"stop", "serve_forever"}),
+        (PageProcess, Page, {"serve_forever"}),
     ],
 )
 def test_an_actor_takes_the_calls_of_the_object_that_does_the_work(process, works, for_use_without_ray):

@@ -7,6 +7,7 @@ import random
 from dataclasses import dataclass, field
 
 from actors.coordinator import Coordinator
+from shadecast.histogram import Histogram
 from shadecast.types import (
     HORIZONS_S,
     Forecast,
@@ -77,7 +78,7 @@ class Scene:
         known = self.coordinator._deployments.get(deployment)
         if known is not None and known.output is not None:
             rows = {row.replica_id: row for row in known.output.table.rows}
-        reports, pairs = [], []
+        reports, pairs, times = [], [], Histogram()
         weights = {r: rows[r].share * rows[r].capacity if r in rows else 1.0 for r in replicas}
         for replica_id, (node, usual_s, failing) in replicas.items():
             count = round(per_s * weights[replica_id] / max(sum(weights.values()), 1e-9) + self.rng.random() - 0.5)
@@ -87,6 +88,8 @@ class Scene:
                 for _ in range(max(count, 0))
             )
             failed = sum(not o.ok for o in outcomes)
+            for outcome in outcomes:
+                times.add(outcome.duration_s if outcome.ok else math.nan)
             reports.append(
                 ReplicaReport(replica_id, NODES[node], 8, count // 3, len(outcomes), len(outcomes), failed, outcomes)
             )
@@ -98,7 +101,9 @@ class Scene:
                     pairs.append(PairedSample(replica_id, primary, took_s, took_s, 1.0, 1.0, True, not fails))
         return RouterReport(
             f"router{router}" + "0" * 24, deployment, self.second, 1.0, tuple(reports), tuple(pairs), len(pairs), 0,
-            table_epoch=self.coordinator._epoch, level="table",
+            table_epoch=self.coordinator._epoch, level="table", waiting=router, durations=times.durations(),
+            rescued=1, retried=1, refused={"cancelled": router},
+            ejected=("w0d8c5ty",) if 160 <= self.second < 170 and deployment == DIGITS else (),
         )  # fmt: skip
 
     async def play(self) -> None:

@@ -18,12 +18,15 @@ from typing import Any
 
 import httpx
 import pytest
+import typer
 from fastapi import FastAPI
 from ray.exceptions import RayActorError
 
+from serve_app.launch import commands
 from serve_app.page import server as page
 from serve_app.page import watch as page_watch
-from serve_app.page.server import Page, PageError, make_app
+from serve_app.page.address import Address, PageError
+from serve_app.page.server import Page, make_app
 from serve_app.page.watch import ControlPlaneAwayError, Watch
 
 HTML = resources.files("serve_app.page").joinpath("page.html").read_text(encoding="utf-8")
@@ -205,38 +208,134 @@ def test_an_unknown_path_or_method_is_refused_as_json() -> None:
     assert ask(app, "GET", "/docs").status_code == 404  # FastAPI's own comes from a CDN
 
 
-@pytest.mark.parametrize(
-    ("host", "status"),
-    [
-        ("127.0.0.1:8266", 200),
-        ("localhost", 200),
-        ("LOCALHOST:9", 200),
-        ("[::1]:8266", 200),
-        ("127.8.8.8", 200),
-        ("gpu-box", 200),
-        ("10.0.0.5:8266", 200),
-        ("evil.example", 421),
-        ("evil.example:8266", 421),
-        ("127.0.0.1.evil.example", 421),
-        ("localhost.evil.example", 421),
-        ("10.0.0.6", 421),
-        ("", 421),
-        ("[::1", 421),
-    ],
-)
-def test_only_names_of_the_page_itself_are_answered(host: str, status: int) -> None:
-    app = app_of(Plane(), hosts=["GPU-box", "10.0.0.5"])
-    assert ask(app, "GET", "/metrics", headers={"Host": host}).status_code == status
+HOSTS = [
+    ("127.0.0.1:8266", 200),
+    ("localhost", 200),
+    ("LOCALHOST:9", 200),
+    ("[::1]:8266", 200),
+    ("127.8.8.8", 200),
+    ("gpu-box", 200),
+    ("GPU-box.:8266", 200),
+    ("10.0.0.5:8266", 200),
+    ("evil.example", 421),
+    ("evil.example:8266", 421),
+    ("127.0.0.1.evil.example", 421),
+    ("localhost.evil.example", 421),
+    ("", 421),
+    ("[::1", 421),
+]
+
+
+@pytest.mark.parametrize("path", ["/", "/api/status", "/api/history", "/metrics"])
+@pytest.mark.parametrize(("host", "status"), HOSTS)
+def test_only_names_of_the_page_itself_are_answered(host: str, status: int, path: str) -> None:
+    app = app_of(Plane(), address=Address().changed("10.0.0.5", None, ["GPU-box"]))
+    assert ask(app, "GET", path, headers={"Host": host}).status_code == status
+
+
+@pytest.mark.parametrize("host", ["10.42.0.17:8266", "10.42.0.17", "[fd00::17]:8266"])
+def test_metrics_and_nothing_else_may_be_asked_by_any_ip_address(host: str) -> None:
+    """Prometheus asks pods by their addresses. A page elsewhere needs a name that it can make mean this machine."""
+    plane = Plane()
+    app = app_of(plane, address=Address("0.0.0.0"))
+    assert ask(app, "GET", "/metrics", headers={"Host": host}).status_code == 200
+    for path in ("/", "/api/status", "/api/history", "/metrics/", "/metrics/..", "//metrics"):
+        assert ask(app, "GET", path, headers={"Host": host}).status_code == 421
+    order = ask(app, "POST", "/api/drain", json={"target": "r1"}, headers={"Host": host, **BEARER})
+    assert order.status_code == 421
+    assert plane.orders == []
 
 
 def test_the_address_that_a_request_arrived_at_is_a_name_of_the_page() -> None:
-    async def go(host: str) -> int:
-        transport = httpx.ASGITransport(app_of(Plane()))
-        async with httpx.AsyncClient(transport=transport, base_url="http://192.0.2.7:80") as client:
+    async def go(arrived_at: str, host: str) -> int:
+        transport = httpx.ASGITransport(app_of(Plane(), address=Address("0.0.0.0")))
+        async with httpx.AsyncClient(transport=transport, base_url=f"http://{arrived_at}:80") as client:
             return (await client.get("/api/status", headers={"Host": host})).status_code
 
-    assert asyncio.run(go("192.0.2.7")) == 200
-    assert asyncio.run(go("192.0.2.8")) == 421
+    assert asyncio.run(go("192.0.2.7", "192.0.2.7")) == 200
+    assert asyncio.run(go("192.0.2.7", "192.0.2.8")) == 421
+    assert Address("::").is_own("192.0.2.7", "::ffff:192.0.2.7")
+    assert Address("::").is_own("fe80::1", "fe80::1%eth0")
+    assert not Address("::").is_own("", "")
+
+
+@pytest.mark.parametrize("host", ["ray-head.team.svc.cluster.local", "ray-head.team.svc.cluster.local:8266", "Head_1"])
+def test_the_option_that_a_refusal_names_exists_and_makes_the_page_answer(host: str) -> None:
+    plane = Plane()
+    refused = ask(app_of(plane), "GET", "/", headers={"Host": host})
+    assert refused.status_code == 421
+    named = re.search(r"shadecast (up) (--page-allow-host) (\S+)$", refused.json()["error"])
+    assert named is not None
+    command, option, name = named.groups()
+    (taken,) = [c for c in commands.cli.registered_commands if c.callback and c.callback.__name__ == command]
+    context = typer.main.get_command_from_info(taken, pretty_exceptions_short=True, rich_markup_mode=None).make_context(
+        command, [option, name]
+    )
+    address = Address().changed(None, None, context.params["page_allow_host"])
+    assert ask(app_of(plane, address=address), "GET", "/", headers={"Host": host}).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["$(reboot)", "a b", "evil.example;id", "x" * 300, "-rf", "*"])
+def test_a_refusal_repeats_no_name_in_its_command_that_is_none(host: str) -> None:
+    error = ask(app_of(Plane()), "GET", "/", headers={"Host": host}).json()["error"]
+    assert error.endswith("shadecast up --page-allow-host NAME")
+    assert "\n" not in error
+    assert len(error) < 400
+
+
+@pytest.mark.parametrize("name", ["", " ", "http://head", "head:8266", "*", "*.svc", "a..b", "-x", "a/b", "a b", "é"])
+def test_a_name_that_is_none_is_refused_at_the_start(name: str) -> None:
+    with pytest.raises(PageError, match="--page-allow-host") as caught:
+        Address().changed(None, None, [name])
+    assert repr(name) in str(caught.value)
+
+
+def test_what_is_given_changes_an_address_and_names_add_up() -> None:
+    first = Address().changed("0.0.0.0", None, ["Head.example.", "[fd00::1]"])
+    assert first == Address("0.0.0.0", 8266, ("head.example", "fd00::1"))
+    assert first.changed(None, 9000, ["b", "head.example"]) == Address(
+        "0.0.0.0", 9000, ("head.example", "fd00::1", "b")
+    )
+    assert first.changed("[::1]", None, ()).host == "::1"
+
+
+# ---------------------------------------------------------------- listening
+
+
+def test_the_page_is_for_this_machine_alone_unless_told_otherwise() -> None:
+    for given in ((), ("127.0.0.1",), ("localhost",), ("::1",)):
+        assert Address(*given).is_local
+    for host in ("0.0.0.0", "::", "10.0.0.5", "gpu-box"):
+        assert not Address(host).is_local
+
+
+IPV6 = pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+
+
+@pytest.mark.parametrize(
+    ("host", "shown", "reached"),
+    [
+        ("127.0.0.1", "http://127.0.0.1", ["127.0.0.1"]),
+        ("0.0.0.0", "http://127.0.0.1", ["127.0.0.1"]),
+        pytest.param("::1", "http://[::1]", ["[::1]"], marks=IPV6),
+        pytest.param("::", "http://[::1]", ["[::1]", "127.0.0.1"], marks=IPV6),
+    ],
+)
+def test_the_page_answers_at_every_address_that_its_host_stands_for(host: str, shown: str, reached: list[str]) -> None:
+    async def run() -> None:
+        served = Page(host, 0, TOKEN, find=lambda: handle_of(Plane()))
+        address = await served.start()
+        try:
+            assert address.rpartition(":")[0] == shown
+            for one in reached:
+                at = f"http://{one}:{address.rpartition(':')[2]}"
+                assert (await get(at, "/api/status")).status_code == 200
+                assert (await get(at, "/metrics", headers={"Host": "10.1.2.3"})).status_code == 200
+                assert (await get(at, "/", headers={"Host": "10.1.2.3"})).status_code == 421
+        finally:
+            await served.stop()
+
+    asyncio.run(run())
 
 
 # ---------------------------------------------------------------- orders
@@ -417,22 +516,47 @@ def test_a_taken_port_is_one_error_that_names_it_and_says_what_to_do() -> None:
             asyncio.run(Page("127.0.0.1", port, TOKEN, find=lambda: None).start())
     message = str(caught.value)
     assert f"127.0.0.1:{port}" in message
-    assert "choose another port" in message
+    assert "another --page-port" in message
     assert "\n" not in message
 
 
 @pytest.mark.parametrize(
     ("host", "port", "reason"),
-    [("127.0.0.1", 70000, "from 0"), ("127.0.0.1", -1, "from 0"), ("192.0.2.1", 0, "address")],
+    [
+        ("127.0.0.1", 70000, "from 0"),
+        ("127.0.0.1", -1, "from 0"),
+        ("192.0.2.1", 0, "--page-host"),
+        ("999.1.1.1", 0, "--page-host"),
+        ("http://10.0.0.1", 0, "--page-host"),
+        ("10.0.0.1:8266", 0, "--page-host"),
+        ("a" * 70, 0, "--page-host"),
+    ],
 )
 def test_an_address_that_cannot_be_is_refused_by_name(host: str, port: int, reason: str) -> None:
-    with pytest.raises(PageError, match=reason) as caught:
-        asyncio.run(Page(host, port, TOKEN, find=lambda: None).start())
-    assert f"{host}:{port}" in str(caught.value)
+    for listen in (Address(host, port).check, lambda _: asyncio.run(Page(host, port, TOKEN).start())):
+        with pytest.raises(PageError, match=reason) as caught:
+            listen(None)
+        assert f"{host}:{port}" in str(caught.value)
+        assert "\n" not in str(caught.value)
 
 
-def test_a_starter_that_finds_the_page_running_learns_its_token() -> None:
-    assert asyncio.run(Page("127.0.0.1", 0, TOKEN, find=lambda: None).token()) == TOKEN
+def test_an_empty_host_is_not_taken_for_all_addresses() -> None:
+    with pytest.raises(PageError, match="--page-host is empty"):
+        Address().changed(" ", None, ())
+
+
+def test_the_port_of_the_page_that_will_be_replaced_counts_as_free() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as own:
+        address = Address("127.0.0.1", own.getsockname()[1])
+        address.changed(None, None, ["head"]).check(address)
+        with pytest.raises(PageError, match="taken"):
+            address.check(None)
+
+
+def test_a_starter_that_finds_the_page_running_learns_its_token_and_where_it_listens() -> None:
+    served = Page("0.0.0.0", 0, TOKEN, ["head"], find=lambda: None)
+    assert asyncio.run(served.token()) == TOKEN
+    assert asyncio.run(served.address()) == ("0.0.0.0", 0, ("head",))
 
 
 def test_a_failed_start_may_be_tried_again() -> None:

@@ -88,7 +88,7 @@ def test_history_has_one_value_per_time_and_none_where_a_replica_was_not_there(p
 
 def test_metrics_say_what_the_status_says(played: Any) -> None:
     status = played[2]
-    metrics = samples_of(prometheus_text(status))
+    metrics = samples_of(prometheus_text(status)[0])
     assert [s.value for s in metrics["shadecast_up"]] == [1.0]
     replicas = {r["replica_id"]: r for d in status["deployments"] for r in d["replicas"]}
     for name, field in (("share", "share"), ("capacity", "capacity"), ("queue", "queue")):
@@ -99,13 +99,13 @@ def test_metrics_say_what_the_status_says(played: Any) -> None:
     middle = {
         (s.labels["node"], s.labels["resource"], s.labels["horizon_s"]): s.value
         for s in metrics["shadecast_node_predicted_fraction"]
-        if s.labels["quantile"] == "0.5"
+        if s.labels["q"] == "0.5"
     }
     assert middle[NODES[0], "cpu", "5"] == status["nodes"][0]["predicted"]["cpu"]["5.0"][1]
 
 
 def test_each_replica_is_in_exactly_one_state(played: Any) -> None:
-    metrics = samples_of(prometheus_text(played[2]))
+    metrics = samples_of(prometheus_text(played[2])[0])
     states = metrics["shadecast_replica_state"]
     assert {s.labels["state"] for s in states} == {state.value for state in State}
     per_replica: Counter[str] = Counter()
@@ -115,21 +115,21 @@ def test_each_replica_is_in_exactly_one_state(played: Any) -> None:
 
 
 def test_what_is_unknown_has_no_sample_instead_of_a_made_up_zero(played: Any) -> None:
-    metrics = samples_of(prometheus_text(played[2]))
+    metrics = samples_of(prometheus_text(played[2])[0])
     assert {s.labels["node"] for s in metrics["shadecast_node_predicted_fraction"]} == set(NODES[:3])
     assert {s.labels["resource"] for s in metrics["shadecast_forecast_skill"]} == {"cpu", "memory"}
     assert not any(math.isnan(s.value) for samples in metrics.values() for s in samples)
 
 
 def test_names_that_users_chose_arrive_whole_in_metric_labels(played: Any) -> None:
-    metrics = samples_of(prometheus_text(played[2]))
+    metrics = samples_of(prometheus_text(played[2])[0])
     assert CHAT in {s.labels["deployment"] for s in metrics["shadecast_table_version"]}
 
 
 def test_a_status_with_nothing_in_it_gives_valid_metrics() -> None:
     empty = {"schema": 1, "epoch": 1, "uptime_s": None, "nodes": [], "deployments": [], "transitions": []}
-    assert samples_of(prometheus_text(empty))["shadecast_up"][0].value == 1.0
-    assert [s.value for s in samples_of(prometheus_text(None))["shadecast_up"]] == [0.0]
+    assert samples_of(prometheus_text(empty)[0])["shadecast_up"][0].value == 1.0
+    assert [s.value for s in samples_of(prometheus_text(None)[0])["shadecast_up"]] == [0.0]
 
 
 def test_everything_python_and_numpy_put_in_a_status_becomes_json() -> None:

@@ -140,6 +140,7 @@ def test_a_stalled_stream_goes_on_elsewhere_after_what_its_reader_has_had():
             assert await stream.reader == [0, 1, 2, 3, 4]
             report = serve.report()
             assert report.rescued == 1
+            assert (report.retried, report.moved, report.resumed) == (0, 0, 1)
             assert sum(view.failed for view in report.replicas) == 0
             finished = {view.replica_id: view.finished for view in report.replicas}
             assert finished.pop("a") == 0, "its attempt has not ended, it was left"

@@ -436,7 +436,9 @@ async def test_a_call_that_is_given_up_while_it_waits_leaves_nothing():
         waiting.cancel()
         await settle()
         assert serve.router.calls.book.open_calls == 0
-        assert serve.report().waiting == 0
+        report = serve.report()
+        assert report.waiting == 0
+        assert report.refused == {"cancelled": 1}
 
 
 @in_virtual_time

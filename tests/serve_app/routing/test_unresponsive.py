@@ -105,6 +105,7 @@ async def test_a_request_that_a_slow_replica_has_not_accepted_goes_elsewhere():
         await settle()
         report = serve.report()
         assert report.rescued == 1
+        assert (report.retried, report.moved, report.resumed) == (1, 0, 0)
         assert {view.replica_id: (view.started, view.finished, view.in_flight) for view in report.replicas} == {
             "a": (0, 0, 0),
             "b": (1, 1, 0),
@@ -220,6 +221,7 @@ async def test_a_replica_that_stays_unresponsive_is_left_out_for_longer_each_tim
             while takes(serve, "a"):  # noqa: ASYNC110 - no event says so
                 await asyncio.sleep(0.01)
             started_s = time.monotonic()
+            assert serve.report().ejected == ("a",)
             for call in calls:
                 (await call).end()
             while not takes(serve, "a"):
@@ -235,6 +237,7 @@ async def test_a_replica_that_stays_unresponsive_is_left_out_for_longer_each_tim
         new_table()
         result = await serve.send(1)
         assert result.replica is a
+        assert serve.report().ejected == ()
         result.end()
         a.says = "nothing"
         assert await ejected_for() == pytest.approx(1.5, abs=0.05)
@@ -519,6 +522,7 @@ async def test_a_request_stuck_on_a_slow_replica_is_answered_by_another_one():
         await settle()
         report = serve.report()
         assert report.rescued == 1
+        assert (report.retried, report.moved, report.resumed) == (0, 1, 0)
         assert sum(view.finished for view in report.replicas) == 1
         (evidence,) = next(view.outcomes for view in report.replicas if view.replica_id == "a")
         assert evidence.duration_s == pytest.approx(5.0), "what it has taken there at least"
