@@ -25,6 +25,7 @@ from serve_app.routing.routes import Routes
 from serve_app.routing.second_attempts import SecondAttempts
 from serve_app.routing.waiting import Waiting
 from serve_app.routing.watched_result import WatchedReplica, WatchedResult
+from serve_app.user_functions import UserFunction
 from shadecast.calls import TRANSITIONS, Call, Calls, Do, Event, Phase
 from shadecast.config import Config
 from shadecast.ledger import Ledger
@@ -96,7 +97,7 @@ class LiveCalls:
         """Calls that no replica has accepted, by the identity of their metadata: Serve's ids are shared by calls."""
         self._reserved: dict[str, LiveCall] = {}
         """Calls whose place is reserved, by its token."""
-        self.cost_of: Callable[[list[Any], dict[Any, Any]], float] | None = None
+        self.cost_of: UserFunction | None = None
 
     def configure(self, config: Config) -> None:
         """Go by other settings from now on; calls under way go on as they began."""
@@ -380,12 +381,8 @@ class LiveCalls:
 
     def _cost(self, pending: PendingRequest) -> float:
         """Units of work of a request, by the user's function."""
-        try:
-            cost = float(self.cost_of(pending.args, pending.kwargs)) if self.cost_of is not None else 1.0
-        except Exception as error:
-            logger.debug(f"shadecast: balance.cost failed: {error!r}")
-            return 1.0
-        return cost if 0.0 < cost < math.inf else 1.0
+        cost = self.cost_of(pending.args, pending.kwargs, read=float) if self.cost_of is not None else None
+        return cost if cost is not None and 0.0 < cost < math.inf else 1.0
 
 
 def unwatched(replica: RunningReplica) -> RunningReplica:

@@ -20,7 +20,7 @@ from serve_app.ray_api import ServeRouter
 from serve_app.routing.link import keep_in_touch
 from serve_app.routing.live_calls import LiveCall, LiveCalls
 from serve_app.routing.watched_result import WatchedReplica
-from serve_app.user_functions import load_function
+from serve_app.user_functions import UserFunction
 from shadecast.config import CHOICES, Config, retired_settings, sections
 from shadecast.errors import ConfigError
 from shadecast.tables import table_message
@@ -83,7 +83,7 @@ class Router(ServeRouter):
             logger.warning(f"shadecast: {self.deployment}: no settings any more, left out: {', '.join(gone)}")
         self.calls.configure(config)
         cost = config.balance.cost
-        self.calls.cost_of = load_function("balance.cost", cost) if cost else None
+        self.calls.cost_of = UserFunction("balance.cost", cost, "each request counts as 1") if cost else None
 
     # ------------------------------------------------------------------ choosing
 
