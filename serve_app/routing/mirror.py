@@ -18,8 +18,9 @@ from typing import Any
 from ray.serve.request_router import PendingRequest, ReplicaResult, RunningReplica
 
 from serve_app.copying import METADATA_KEY
-from serve_app.ray_api import current_request_id, is_by_reference, serialise_lazily, when_completed
+from serve_app.ray_api import is_by_reference, serialise_lazily, when_completed
 from serve_app.routing.ends import tell, watch_end
+from serve_app.shadow import SHADOW_SUFFIX
 from serve_app.user_functions import UserFunction, comparison
 from shadecast.config import TrialConfig
 from shadecast.pairs import MISSING, Pair
@@ -28,16 +29,10 @@ from shadecast.types import PairedSample
 
 logger = logging.getLogger("ray.serve")
 
-SHADOW_SUFFIX = "-shadow"
 _MOST_COMPARED = 4
 """At the same time: a function that hangs must not take all threads of the router's loop."""
 _LARGE_BYTES = 1_000_000
 """Larger arguments are serialised in a thread: the router's loop has other requests to send meanwhile."""
-
-
-def is_shadow() -> bool:
-    """Whether the request that is being handled is a copy, whose answer is thrown away. For use in user code."""
-    return current_request_id().endswith(SHADOW_SUFFIX)
 
 
 class Mirror:
