@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
 from ray import serve
 
+from serve_app.app import AppArgs, build
 from serve_app.launch.control_plane import start_control_plane
 from serve_app.launch.local import LocalCluster
 from tests.cluster import composition_app
-from tests.cluster.conftest import deployment_status, wait_for
+from tests.cluster.conftest import deployment_status, status, wait_for
+from tests.cluster.slow_start import START_S
 from tests.cluster.test_request_path import replicas_of, table
 from tests.ports import free_port
 from tests.ray_start import started
@@ -106,3 +110,61 @@ def test_a_batch_is_for_nobody_only_where_each_of_its_requests_is_a_copy(copying
 
 
 # ------------------------------------------------------------------ replicas that come from none
+
+
+TO_ZERO = {
+    "min_replicas": 0,
+    "initial_replicas": 0,
+    "max_replicas": 1,
+    "upscale_delay_s": 0.0,
+    "downscale_delay_s": 2.0,
+    "look_back_period_s": 1.0,
+    "metrics_interval_s": 0.2,
+    "target_ongoing_requests": 4,
+}
+INFER = {"inputs": [{"name": "x", "datatype": "INT64", "shape": [1], "data": [7]}]}
+
+
+def model_replicas():
+    return serve.status().applications["zero"].deployments["slow"].replica_states
+
+
+@pytest.fixture(scope="module")
+def to_zero(address):
+    """A gateway before a model without a replica, which takes longer to start than a request waits for a place."""
+    args = {"model": "tests.cluster.slow_start:SlowStart", "num_cpus": 0, "autoscaling": TO_ZERO, "queue_timeout_s": 1.0}
+    serve.run(build(AppArgs.model_validate(args)), name="zero", route_prefix="/zero")
+    return f"{address}/zero/v2"
+
+
+def infer(url, **headers):
+    return httpx.post(f"{url}/models/slow/infer", json=INFER, headers=headers, timeout=60.0)
+
+
+def test_a_model_without_a_replica_is_ready_and_its_first_request_is_answered_once_one_has_started(to_zero):
+    for _ in range(2):
+        wait_for(lambda: not model_replicas(), 60, "there is no replica")
+        assert httpx.get(f"{to_zero}/health/ready").status_code == 200, "else no balancer would send anything"
+        assert httpx.get(f"{to_zero}/models/slow/ready").status_code == 200
+        began_s = time.monotonic()
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda _: infer(to_zero), range(4)))
+        assert [answer.status_code for answer in answers] == [200] * 4, [answer.text for answer in answers]
+        assert answers[0].json()["outputs"][0]["data"] == [7]
+        assert START_S < time.monotonic() - began_s < 45.0
+        assert httpx.get(f"{to_zero}/health/ready").status_code == 200
+        assert infer(to_zero).status_code == 200, "at once"
+    wait_for(lambda: [to for _, to in changes()].count("active") == 2, 10, "each replica has its share")
+    assert {to for _, to in changes()} <= {"active", "inactive"}, f"no trial where there is nothing to protect: {changes()}"
+
+
+def changes():
+    return [(c["before"], c["after"]) for c in status()["transitions"] if c["deployment"] == "zero/slow"]
+
+
+def test_a_request_that_has_no_time_to_wait_for_a_start_is_told_so_in_time(to_zero):
+    wait_for(lambda: not model_replicas(), 60, "there is no replica")
+    began_s = time.monotonic()
+    answer = infer(to_zero, **{"x-request-timeout-seconds": "2"})
+    assert answer.status_code in (408, 504), answer.text
+    assert time.monotonic() - began_s < 5.0
