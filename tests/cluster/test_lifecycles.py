@@ -132,7 +132,12 @@ def model_replicas():
 @pytest.fixture(scope="module")
 def to_zero(address):
     """A gateway before a model without a replica, which takes longer to start than a request waits for a place."""
-    args = {"model": "tests.cluster.slow_start:SlowStart", "num_cpus": 0, "autoscaling": TO_ZERO, "queue_timeout_s": 1.0}
+    args = {
+        "model": "tests.cluster.slow_start:SlowStart",
+        "num_cpus": 0,
+        "autoscaling": TO_ZERO,
+        "queue_timeout_s": 1.0,
+    }
     serve.run(build(AppArgs.model_validate(args)), name="zero", route_prefix="/zero")
     return f"{address}/zero/v2"
 
@@ -155,7 +160,9 @@ def test_a_model_without_a_replica_is_ready_and_its_first_request_is_answered_on
         assert httpx.get(f"{to_zero}/health/ready").status_code == 200
         assert infer(to_zero).status_code == 200, "at once"
     wait_for(lambda: [to for _, to in changes()].count("active") == 2, 10, "each replica has its share")
-    assert {to for _, to in changes()} <= {"active", "inactive"}, f"no trial where there is nothing to protect: {changes()}"
+    assert {to for _, to in changes()} <= {"active", "inactive"}, (
+        f"no trial where there is nothing to protect: {changes()}"
+    )
 
 
 def changes():
