@@ -44,7 +44,11 @@ class Everything:
     """A model with tensors of several kinds, that gives back what it gets; and generates."""
 
     name = "everything"
-    inputs = (TensorSpec("words", "BYTES", (-1,)), TensorSpec("scores", "FP32", (-1, 3)), TensorSpec("n", "INT8", (-1,)))
+    inputs = (
+        TensorSpec("words", "BYTES", (-1,)),
+        TensorSpec("scores", "FP32", (-1, 3)),
+        TensorSpec("n", "INT8", (-1,)),
+    )
     outputs = inputs
 
     def infer(self, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from ray._common.constants import HEAD_NODE_RESOURCE_NAME as HEAD_NODE_RESOURCE
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put, internal_kv_get_gcs_client
 from ray.serve._private.common import ReplicaQueueLengthInfo as QueueInfo
 from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
-from ray.serve.context import _get_serve_request_context
+from ray.serve.context import _get_serve_batch_request_context, _get_serve_request_context
 from ray.serve.request_router import (
     LocalityMixin,
     MultiplexMixin,
@@ -140,9 +140,10 @@ def serialise_lazily(replica: RunningReplica, request: PendingRequest) -> None:
     replica._get_replica_wrapper(request)
 
 
-def current_request_id() -> str:
-    """Serve's internal id of the request that this process is just handling; "" outside of one."""
-    return str(_get_serve_request_context()._internal_request_id)
+def current_request_ids() -> list[str]:
+    """Serve's internal id of the request that is just being handled, or those of a batch; [""] outside of one."""
+    contexts = _get_serve_batch_request_context() or [_get_serve_request_context()]
+    return [str(context._internal_request_id) for context in contexts]
 
 
 def when_ready(ref: Any, call: Callable[[], None], settle: Callable[[Any], None]) -> None:

@@ -10,7 +10,7 @@ Nothing expires by time: a book that forgets a live call is wrong for ever after
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
 from itertools import chain, islice
 from typing import Generic, TypeVar
@@ -116,6 +116,8 @@ class Call:
     items = 0
     """Of a stream that has ended; 0 of a single answer."""
     first_item_s = math.nan
+    counts = True
+    """Whether it is somebody's request. One that a copy has caused takes its place, and nothing is learned from it."""
 
     @property
     def origin(self) -> str:
@@ -194,15 +196,15 @@ class Calls(Generic[C]):
         if after is _ACCEPTED:
             del replica.on_the_way[call]
             replica.running[call] = None
-            replica.started += 1
+            replica.started += call.counts
             call.since_s, call.others = now_s, others
             return follows
         if before is not _PRODUCED:
             call.duration_s = now_s - call.since_s
         if after is _ENDED:
             call.ok = ok
-            replica.finished += 1
-            replica.failed += not ok
+            replica.finished += call.counts
+            replica.failed += call.counts and not ok
         left, entered = self._kept_in(before, replica), self._kept_in(after, replica)
         if left is not entered:
             if left is not None:
@@ -259,8 +261,8 @@ class Calls(Generic[C]):
 
     @property
     def waiting(self) -> int:
-        """Calls without a replica."""
-        return len(self._waiting)
+        """Calls without a replica, those that count."""
+        return sum(call.counts for call in self._waiting)
 
     @property
     def open_calls(self) -> int:
@@ -281,14 +283,18 @@ class Calls(Generic[C]):
         return chain.from_iterable(list(kept.running) for kept in self._replicas.values())
 
     def oldest_s(self, now_s: float) -> float:
-        """Age of the oldest call that a replica works on; 0 without any."""
-        oldest = (next(iter(kept.running)) for kept in self._replicas.values() if kept.running)
-        return max((call.age_s(now_s) for call in oldest), default=0.0)
+        """Age of the oldest call that counts, of those that replicas work on; 0 without any."""
+        oldest = (next(_counting(kept.running), None) for kept in self._replicas.values())
+        return max((call.age_s(now_s) for call in oldest if call is not None), default=0.0)
 
     def unfinished(self, replica_id: str, most: int) -> list[C]:
-        """The oldest calls that take a place on a replica, the oldest first."""
+        """The oldest calls that count and take a place on a replica, the oldest first."""
         kept = self._replicas.get(replica_id)
         if kept is None:
             return []
-        first = chain(islice(kept.running, most), islice(kept.on_the_way, most))
+        first = chain(islice(_counting(kept.running), most), islice(_counting(kept.on_the_way), most))
         return sorted(first, key=lambda call: call.since_s)[:most]
+
+
+def _counting(calls: Iterable[C]) -> Iterator[C]:
+    return (call for call in calls if call.counts)

@@ -182,6 +182,13 @@ class SessionMap:
         self._sessions[key] = (replica_id, now_s)
         return replica_id if replica_id not in away else self._around(away).place(key)
 
+    def peek(self, session_id: str | bytes, _now_s: float, away: Collection[str] = ()) -> str | None:
+        """Where a session lives, or would, for a request that must leave no trace: `lookup` that changes nothing."""
+        key = session_key(session_id, self._secret)
+        held = self._sessions.get(key)
+        replica_id = held[0] if held is not None and held[0] in self._takes else self._ring.place(key)
+        return replica_id if replica_id not in away else self._around(away).place(key)
+
     def _around(self, away: Collection[str]) -> Rendezvous:
         """Fallbacks: all but `away`, hot or not, so that they change no more often than `away` does."""
         avoided, before, ring = self._fallback

@@ -8,7 +8,6 @@ import json
 import logging
 import math
 import os
-import random
 import time
 import weakref
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import RayActorError
 
+from serve_app.absence import Absence
 from serve_app.coordinator import NAMESPACE, find_coordinator
 from serve_app.ray_api import shared_secret
 from shadecast.config import REPORT_S, TICK_S
@@ -56,7 +56,9 @@ async def keep_in_touch(router: weakref.ref[Router]) -> None:
                     this.use_secret(await loop.run_in_executor(None, _cluster_secret))
                     known_secret = True
             del this
-            await asyncio.sleep(await link.exchange() * random.uniform(0.95, 1.05))
+            due_s = await link.exchange() + time.monotonic()
+            while (left_s := due_s - time.monotonic()) > 0.0 and ray.is_initialized() and router():  # noqa: ASYNC110
+                await asyncio.sleep(min(left_s, REPORT_S))
         if link.holds_something and not ray.is_initialized():
             await asyncio.sleep(_SHUTDOWN_S)
     finally:
@@ -69,6 +71,7 @@ class Link:
 
     def __init__(self, router: weakref.ref[Router]) -> None:
         self._router = router
+        self._absence = Absence(this.deployment if (this := router()) is not None else "")
         self._coordinator: Any = None
         self._found: Any = None
         """The last handle, of any version, and the last call's object: see `keep_in_touch`."""
@@ -76,7 +79,6 @@ class Link:
         self._reported_s = -math.inf
         self._builds_on_ours = True
         self._quiet = False
-        self._warned = ""
 
     @property
     def holds_something(self) -> bool:
@@ -93,22 +95,21 @@ class Link:
             return REPORT_S
         try:
             if not await self._find() or not ray.is_initialized():
-                return REPORT_S
+                return self._absence.away("no control plane is found")
             self._taken = self._coordinator.exchange.remote(self._message(router))
             del router  # it may go while we wait
             async with asyncio.timeout(REPORT_S + _TIMEOUT_S):
                 answer = check(await self._taken, "answer")
             self._quiet = empty
             if (router := self._router()) is not None:
-                return self._take(router, answer)
-        except MessageError as error:
-            self._warn(str(error))
-        except (RayActorError, TimeoutError) as error:
+                wait_s = self._take(router, answer)
+                self._absence.over()
+                return wait_s
+        except Exception as error:  # whatever a coordinator does, routing goes on
             self._coordinator = None
-            logger.debug(f"shadecast: coordinator does not answer: {error}")
-        except Exception:
-            self._coordinator = None
-            logger.warning("shadecast: reporting failed; routing goes on without", exc_info=True)
+            if isinstance(error, (RayActorError, TimeoutError)):
+                return self._absence.away("the control plane does not answer")
+            return self._absence.broken(error)
         return REPORT_S
 
     async def _find(self) -> bool:
@@ -118,12 +119,10 @@ class Link:
             self._found = self._coordinator or self._found
         if self._coordinator is None or hasattr(self._coordinator, "exchange"):
             return self._coordinator is not None
-        self._warn(
+        raise MessageError(
             f"the control plane is of Shadecast 0.1 (schema 1), this router speaks schema {SCHEMA}: it routes by power "
             "of two choices until you run `shadecast down` and `shadecast up` with the newer version"
         )
-        self._coordinator = None
-        return False
 
     def _message(self, router: Router) -> dict[str, Any]:
         """What the coordinator is asked, with a report where the last one is nearly a second old."""
@@ -149,7 +148,7 @@ class Link:
             if wanted or not answer["acknowledged"]:
                 self._reported_s = -math.inf  # a new coordinator: it waits for our table, or for all of our counts
         elif "refused" in answer:
-            self._warn(str(answer["refused"]))
+            self._absence.warn("refused", str(answer["refused"]))
         if answer.get("table") is not None:
             router.use_settings(bool(answer.get("observing")), answer.get("settings"))
             table = self.read_table(answer["table"], router.table)
@@ -165,12 +164,6 @@ class Link:
         except (TypeError, ValueError) as error:
             raise MessageError(f"a table cannot be unpacked: {error!r}") from None
         return read_table(received, held)
-
-    def _warn(self, text: str) -> None:
-        """Once for each thing."""
-        if text != self._warned:
-            self._warned = text
-            logger.warning(f"shadecast: {text}")
 
 
 def _cluster_secret() -> bytes:

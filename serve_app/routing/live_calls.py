@@ -25,6 +25,8 @@ from serve_app.routing.routes import Routes
 from serve_app.routing.second_attempts import SecondAttempts
 from serve_app.routing.waiting import Waiting
 from serve_app.routing.watched_result import WatchedReplica, WatchedResult
+from serve_app.shadow import is_of_copy
+from serve_app.user_functions import UserFunction
 from shadecast.calls import TRANSITIONS, Call, Calls, Do, Event, Phase
 from shadecast.config import Config
 from shadecast.ledger import Ledger
@@ -62,6 +64,8 @@ class LiveCall(Call):
 
     def __init__(self, pending: PendingRequest | None, metadata: Any) -> None:
         self.pending, self.metadata = pending, metadata
+        if is_of_copy(metadata):
+            self.counts = False
 
     @property
     def origin(self) -> str:
@@ -96,7 +100,7 @@ class LiveCalls:
         """Calls that no replica has accepted, by the identity of their metadata: Serve's ids are shared by calls."""
         self._reserved: dict[str, LiveCall] = {}
         """Calls whose place is reserved, by its token."""
-        self.cost_of: Callable[[list[Any], dict[Any, Any]], float] | None = None
+        self.cost_of: UserFunction | None = None
 
     def configure(self, config: Config) -> None:
         """Go by other settings from now on; calls under way go on as they began."""
@@ -129,6 +133,8 @@ class LiveCalls:
         self.tell(call, Event.DROP)
 
     def _record(self, call: LiveCall) -> None:
+        if not call.counts:
+            return
         if call.reading is not None:
             self._count_items(call)
             if call.metadata.is_streaming:
@@ -220,7 +226,9 @@ class LiveCalls:
 
     def may_be_repeated(self, pending: PendingRequest, replica_id: str) -> bool:
         """Whether a request may be sent twice, by what its deployment says of the method."""
-        if self.observing or not (is_by_reference(pending) or pending.metadata.is_streaming):
+        if self.observing or is_of_copy(pending.metadata):
+            return False
+        if not (is_by_reference(pending) or pending.metadata.is_streaming):
             return False  # an answer by value is there when its acceptance is: that says nothing of the replica
         i = self.routes.picks.index.get(replica_id)
         return self.mirror.copyable(pending, self.routes.replicas[i] if i is not None else None)
@@ -253,7 +261,8 @@ class LiveCalls:
             return
         pending, replica_id = call.pending, call.replica_id
         if queue is not None:
-            self.second.patience.accepted(call.age_s(time.monotonic()))
+            if call.counts:
+                self.second.patience.accepted(call.age_s(time.monotonic()))
             others = max(queue - 1.0, 0.0)
         else:
             others = self.book.in_flight(replica_id) - 1.0
@@ -265,7 +274,7 @@ class LiveCalls:
         if pending is None:
             return  # reserved, and given up before it was dispatched
         self._watch(call, pending, result)
-        if not call.is_second:
+        if not call.is_second and call.counts:
             self.second.earn()
             if not self.observing and not call.pinned:
                 self._copy(call, pending, result)
@@ -279,7 +288,7 @@ class LiveCalls:
             watch_end(inner, self.soon.call, functools.partial(self._ended, call), lambda: call.answered)
             return
         call.reading = Reading(time.monotonic())
-        if not call.pinned and self.second.resumes(pending):
+        if call.counts and not call.pinned and self.second.resumes(pending):
             call.had = [] if call.had is None else call.had
             call.context = call.context or contextvars.copy_context()
         inner.add_done_callback(
@@ -332,7 +341,7 @@ class LiveCalls:
     def _count_items(self, call: LiveCall) -> None:
         """Tell the ledger how a stream has gone on since the last time: the pace of its replica."""
         reading = call.reading
-        if reading is not None and call.metadata.is_streaming:
+        if reading is not None and call.metadata.is_streaming and call.counts:
             self.ledger.pace(call.replica_id, *reading.pace(time.monotonic()))
 
     # ------------------------------------------------------------------ copies
@@ -380,12 +389,8 @@ class LiveCalls:
 
     def _cost(self, pending: PendingRequest) -> float:
         """Units of work of a request, by the user's function."""
-        try:
-            cost = float(self.cost_of(pending.args, pending.kwargs)) if self.cost_of is not None else 1.0
-        except Exception as error:
-            logger.debug(f"shadecast: balance.cost failed: {error!r}")
-            return 1.0
-        return cost if 0.0 < cost < math.inf else 1.0
+        cost = self.cost_of(pending.args, pending.kwargs, read=float) if self.cost_of is not None else None
+        return cost if cost is not None and 0.0 < cost < math.inf else 1.0
 
 
 def unwatched(replica: RunningReplica) -> RunningReplica:

@@ -18,9 +18,10 @@ from typing import Any
 from ray.serve.request_router import PendingRequest, ReplicaResult, RunningReplica
 
 from serve_app.copying import METADATA_KEY
-from serve_app.ray_api import current_request_id, is_by_reference, serialise_lazily, when_completed
+from serve_app.ray_api import is_by_reference, serialise_lazily, when_completed
 from serve_app.routing.ends import tell, watch_end
-from serve_app.user_functions import comparison
+from serve_app.shadow import SHADOW_SUFFIX
+from serve_app.user_functions import UserFunction, comparison
 from shadecast.config import TrialConfig
 from shadecast.pairs import MISSING, Pair
 from shadecast.reading import MARK, Reading
@@ -28,14 +29,10 @@ from shadecast.types import PairedSample
 
 logger = logging.getLogger("ray.serve")
 
-SHADOW_SUFFIX = "-shadow"
+_MOST_COMPARED = 4
+"""At the same time: a function that hangs must not take all threads of the router's loop."""
 _LARGE_BYTES = 1_000_000
 """Larger arguments are serialised in a thread: the router's loop has other requests to send meanwhile."""
-
-
-def is_shadow() -> bool:
-    """Whether the request that is being handled is a copy, whose answer is thrown away. For use in user code."""
-    return current_request_id().endswith(SHADOW_SUFFIX)
 
 
 class Mirror:
@@ -47,14 +44,16 @@ class Mirror:
         self._on_pair, self._on_drop = on_pair, on_drop
         self._under_way: dict[str, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._comparing = 0
         self._serial = itertools.count()
         """Calls that one request makes share Serve's id; their copies do not."""
         self.configure(config)
 
     def configure(self, config: TrialConfig) -> None:
         """Go by other settings from the next copy on."""
-        self._config = config
-        self._equal = comparison(config)
+        before, self._config = getattr(self, "_config", None), config
+        if before is None or (before.compare, before.compare_tolerance) != (config.compare, config.compare_tolerance):
+            self._compared = comparison(config)
 
     @property
     def under_way(self) -> int:
@@ -92,13 +91,14 @@ class Mirror:
         if self._under_way.get(candidate_id, 0) >= limit:
             self._on_drop()
             return None
-        pair = Pair(candidate_id, *primary, self._complete, reading)
+        equal = self._compared or None  # for both halves alike
+        pair = Pair(candidate_id, *primary, functools.partial(self._complete, equal), reading)
         model_id = request.metadata.multiplexed_model_id
         pair.cold = bool(model_id) and model_id not in candidate.multiplexed_model_ids
-        if self._equal is not None:
+        if equal is not None:
             self._keep_answer(pair, result)
         self._under_way[candidate_id] = self._under_way.get(candidate_id, 0) + 1
-        self._start(self._send(request, candidate, pair))
+        self._start(self._send(request, candidate, pair, equal is not None))
         return pair
 
     def _start(self, work: Any) -> None:
@@ -127,15 +127,16 @@ class Mirror:
         except (AssertionError, RuntimeError, AttributeError):  # sent by value: only its caller sees it
             logger.debug("shadecast: the answer of %s cannot be compared", pair.primary_id)
 
-    def _complete(self, pair: Pair) -> None:
-        if self._equal is None or not (pair.primary_ok and pair.shadow_ok):
+    def _complete(self, equal: UserFunction | None, pair: Pair) -> None:
+        if equal is None or not (pair.primary_ok and pair.shadow_ok) or self._comparing >= _MOST_COMPARED:
             self._emit(pair, None)
         else:
-            self._start(self._compare(pair, self._equal))
+            self._start(self._compare(pair, equal))
 
-    async def _compare(self, pair: Pair, equal: Callable[[Any, Any], Any]) -> None:
+    async def _compare(self, pair: Pair, equal: UserFunction) -> None:
         """In a thread, for answers may be large and the function is the user's."""
         verdict = None
+        self._comparing += 1
         try:
             for _ in range(50):  # the answer and its end arrive in any order
                 primary, shadow = pair.answers()
@@ -143,9 +144,10 @@ class Mirror:
                     break
                 await asyncio.sleep(0.02)
             if primary is not MISSING and shadow is not MISSING:
-                verdict = bool(await asyncio.get_running_loop().run_in_executor(None, equal, primary, shadow))
-        except Exception as error:  # the user's function, or answers that cannot be compared
-            logger.warning("shadecast: trial.compare = %r failed: %r", self._config.compare, error)
+                compare = functools.partial(equal, primary, shadow, read=bool)
+                verdict = await asyncio.get_running_loop().run_in_executor(None, compare)
+        finally:
+            self._comparing -= 1
         self._emit(pair, verdict)
 
     def _emit(self, pair: Pair, equal: bool | None) -> None:
@@ -154,7 +156,7 @@ class Mirror:
 
     # ------------------------------------------------------------------ copies
 
-    async def _send(self, request: PendingRequest, candidate: RunningReplica, pair: Pair) -> None:
+    async def _send(self, request: PendingRequest, candidate: RunningReplica, pair: Pair, keep: bool) -> None:
         started_s = time.monotonic()
         result = None
         judged = True
@@ -180,8 +182,8 @@ class Mirror:
                 started_s = time.monotonic()
                 pair.shadow_in_flight = max(answer.num_ongoing_requests - 1.0, 0.0)
                 if request.metadata.is_streaming:
-                    await self._drain(result, pair, started_s)
-                elif self._equal is not None or not is_by_reference(request):
+                    await self._drain(result, pair, started_s, keep)
+                elif keep or not is_by_reference(request):
                     pair.shadow_answer = await result.get_async()
                 else:
                     pair.shadow_ok = await _ended(result) is None
@@ -201,7 +203,7 @@ class Mirror:
                 result.cancel()
             pair.shadow_done(time.monotonic() - started_s if judged else None)
 
-    async def _drain(self, result: ReplicaResult, pair: Pair, started_s: float) -> None:
+    async def _drain(self, result: ReplicaResult, pair: Pair, started_s: float, keep: bool) -> None:
         """Read the first items of a copied stream and when they came."""
         items = []
         for _ in range(MARK):
@@ -210,7 +212,7 @@ class Mirror:
             except StopAsyncIteration:
                 break
             pair.times_s.append(time.monotonic() - started_s)
-            if self._equal is not None:
+            if keep:
                 items.append(item)
         pair.shadow_answer = items
 

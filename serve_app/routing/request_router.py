@@ -20,7 +20,7 @@ from serve_app.ray_api import ServeRouter
 from serve_app.routing.link import keep_in_touch
 from serve_app.routing.live_calls import LiveCall, LiveCalls
 from serve_app.routing.watched_result import WatchedReplica
-from serve_app.user_functions import load_function
+from serve_app.user_functions import UserFunction
 from shadecast.config import CHOICES, Config, retired_settings, sections
 from shadecast.errors import ConfigError
 from shadecast.tables import table_message
@@ -83,7 +83,7 @@ class Router(ServeRouter):
             logger.warning(f"shadecast: {self.deployment}: no settings any more, left out: {', '.join(gone)}")
         self.calls.configure(config)
         cost = config.balance.cost
-        self.calls.cost_of = load_function("balance.cost", cost) if cost else None
+        self.calls.cost_of = UserFunction("balance.cost", cost, "each request counts as 1") if cost else None
 
     # ------------------------------------------------------------------ choosing
 
@@ -105,7 +105,7 @@ class Router(ServeRouter):
             pool = routes.preferred(pending_request) if routes.has_near else None
             i = picks.pick(routes.random, CHOICES, -1, pool)
         elif routes.sessions.settled:
-            i = routes.affinity(metadata.session_id)
+            i = routes.affinity(metadata)
         else:
             return None
         if i < 0:
@@ -199,10 +199,10 @@ class Router(ServeRouter):
         Then its sessions go to their fallbacks for a while.
         """
         routes, context = self._routes, pending_request.routing_context  # Serve's marks: no mixin reads them here
-        own = routes.affinity(pending_request.metadata.session_id)
+        own = routes.affinity(pending_request.metadata)
         if own >= 0 and context.tried_same_az and self.queue_of(routes.replicas[own].replica_id) is None:
             self.calls.second.eject_silent(routes.picks.ids[own])
-            own = routes.affinity(pending_request.metadata.session_id)
+            own = routes.affinity(pending_request.metadata)
         if own < 0:
             return None
         replica = routes.replicas[own]
@@ -223,7 +223,7 @@ class Router(ServeRouter):
                 await asyncio.sleep(min(left_s, worth_s / 4.0))
             finally:
                 self._waiting_for_affinity -= 1
-            own = routes.affinity(pending_request.metadata.session_id)
+            own = routes.affinity(pending_request.metadata)
             if own < 0:
                 return None
             replica = routes.replicas[own]
@@ -243,10 +243,10 @@ class Router(ServeRouter):
 
     def chosen(self, pending_request: PendingRequest, replica: RunningReplica) -> None:
         """Serve has taken one of those that it was offered."""
-        replica_id = replica.replica_id.unique_id
-        if self.calls.observing:
+        replica_id, call = replica.replica_id.unique_id, self.calls.open(pending_request)
+        if self.calls.observing and call.counts:
             self._observe(replica_id)
-        self.calls.choose_by_id(self.calls.open(pending_request), replica_id)
+        self.calls.choose_by_id(call, replica_id)
 
     def given_up(self, pending_request: PendingRequest) -> None:
         """A request is cancelled while it waits."""

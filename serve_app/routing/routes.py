@@ -16,6 +16,7 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, RunningReplica
 
+from serve_app.shadow import is_of_copy
 from shadecast.calls import Calls
 from shadecast.config import CHOICES, LOCAL_ONLY_AGE_S, TABLE_TTL_S, Config
 from shadecast.locality import Locality
@@ -241,12 +242,12 @@ class Routes:
         forgotten = time.monotonic() - self._table_s > _FORGET_TABLE_S
         return range(len(self.picks.ids)) if forgotten else self.picks.pool
 
-    def affinity(self, session_id: str) -> int:
-        """Index of the replica that has a session, or of a fallback for it; -1 if none takes traffic."""
+    def affinity(self, metadata: Any) -> int:
+        """Index of the replica that has a request's session, or of a fallback; -1 if none takes traffic."""
         away = self._very_slow if self._laid_out_for == "table" else frozenset()
         if self.ejections:
             away = away | self.ejections.at(time.monotonic())
-        return self.sessions.find(session_id, away, self.picks, self.table)
+        return self.sessions.find(metadata, away, self.picks, self.table)
 
     @property
     def migration_s(self) -> float:
@@ -317,10 +318,11 @@ class Sessions:
         draining = [r for r in picks.ids if r in rows and rows[r].state is State.DRAINING]
         self._map.update(weights, scores, time.monotonic(), draining)
 
-    def find(self, session_id: str, away: Collection[str], picks: PickTable, table: RoutingTable | None) -> int:
+    def find(self, metadata: Any, away: Collection[str], picks: PickTable, table: RoutingTable | None) -> int:
         """Index of the replica that has the session, or stands in for one of `away`; -1 if none takes traffic."""
         if self._map is None:
             self._map = SessionMap(self._config.session, self._secret, self._config.trial.drain_s)
             self.update(picks, table)
-        replica_id = self._map.lookup(session_id, time.monotonic(), away)
+        find = self._map.peek if is_of_copy(metadata) else self._map.lookup
+        replica_id = find(metadata.session_id, time.monotonic(), away)
         return picks.index.get(replica_id, -1) if replica_id is not None else -1

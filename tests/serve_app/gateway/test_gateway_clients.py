@@ -174,7 +174,10 @@ def test_classes_are_the_highest_values_of_each_row(client: triton.InferenceServ
 @pytest.mark.parametrize(
     ("call", "reason"),
     [
-        (lambda c: c.get_system_shared_memory_status(), "shared memory is an extension that this server does not offer"),
+        (
+            lambda c: c.get_system_shared_memory_status(),
+            "shared memory is an extension that this server does not offer",
+        ),
         (lambda c: c.register_system_shared_memory("r", "/k", 8), "shared memory is an extension"),
         (lambda c: c.unregister_system_shared_memory(), "shared memory is an extension"),
         (lambda c: c.get_cuda_shared_memory_status(), "CUDA shared memory"),

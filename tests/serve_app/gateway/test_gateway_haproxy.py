@@ -1,11 +1,15 @@
-"""Serve's HAProxy mode, in which HTTP goes past Serve's Python proxy and past custom routers on the ingress hop.
+"""Serve's HAProxy mode, in which HTTP goes past Serve's Python proxy and past any router of the ingress deployment.
 
-The gateway stands behind HAProxy and keeps the router on the model hop.
+The gateway stands behind HAProxy and keeps the router on the model hop. A router on the ingress itself is refused.
 """
 
 from __future__ import annotations
 
+import importlib
+import os
 import queue
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +22,8 @@ import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton
 from ray import serve
 from ray.serve.config import RequestRouterConfig
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeDeploySchema
 from tritonclient.utils import InferenceServerException
 
 from serve_app import app
@@ -115,3 +121,78 @@ def test_grpc_comes_through_here_too(behind_haproxy: Addresses) -> None:
     assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
     for answer in answers:
         assert float((answer.as_numpy("digit") == labels).mean()) >= digits.MIN_ACCURACY
+
+
+ON_THE_INGRESS = """
+from ray import serve
+from ray.serve.config import RequestRouterConfig
+
+@serve.deployment(ray_actor_options={"num_cpus": 0}, request_router_config=RequestRouterConfig(
+    request_router_class="tests.serve_app.routing.marking_router:MarkingRouter", request_router_kwargs={"mark": MARK}))
+class Model:
+    def __call__(self, request):
+        return "answer"
+
+app = Model.bind()
+"""
+REFUSAL = "`request_router_config.request_router_class` is not supported on the ingress deployment"
+
+
+@pytest.fixture(scope="module")
+def on_the_ingress(behind_haproxy: Addresses, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Path]:
+    """The proxy's address, a folder with an application whose ingress has a custom router, and that router's mark."""
+    folder = tmp_path_factory.mktemp("ingress")
+    (folder / "on_the_ingress.py").write_text(ON_THE_INGRESS.replace("MARK", repr(str(folder / "chose"))))
+    return behind_haproxy.http, folder, folder / "chose"
+
+
+@pytest.mark.parametrize("given_by", ["the deployment's code", "the configuration"])
+def test_ray_refuses_a_router_on_the_ingress_of_an_application_that_is_deployed_from_a_file(
+    on_the_ingress: tuple[str, Path, Path], given_by: str
+) -> None:
+    _, folder, _ = on_the_ingress
+    application: dict[str, object] = {
+        "name": "direct",
+        "route_prefix": "/direct",
+        "import_path": "on_the_ingress:app",
+        "runtime_env": {"env_vars": {"PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}"}},
+    }
+    if given_by == "the configuration":
+        router = {"request_router_class": app.ROUTER_CLASS}
+        application["deployments"] = [{"name": "Model", "request_router_config": router}]
+    _get_global_client().deploy_apps(ServeDeploySchema.model_validate({"applications": [application]}))
+    deadline_s = time.monotonic() + 60.0
+    while (state := serve.status().applications.get("direct")) is None or state.status != "DEPLOY_FAILED":
+        assert time.monotonic() < deadline_s, f"not refused within 60 s: {state}"
+        time.sleep(0.2)
+    assert REFUSAL in state.message
+    serve.delete("direct")
+
+
+def test_ray_refuses_it_in_serve_run_where_that_has_the_variable(on_the_ingress: tuple[str, Path, Path]) -> None:
+    _, folder, _ = on_the_ingress
+    code = "from ray import serve, init; import on_the_ingress as user, sys; init(sys.argv[1]); serve.run(user.app)"
+    path = os.pathsep.join([str(folder), *sys.path])
+    address = ray.get_runtime_context().gcs_address
+    done = subprocess.run(
+        [sys.executable, "-c", code, address],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert REFUSAL in done.stderr
+
+
+def test_serve_run_without_the_variable_deploys_it_and_the_router_is_never_asked(
+    on_the_ingress: tuple[str, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, folder, mark = on_the_ingress
+    monkeypatch.syspath_prepend(str(folder))
+    serve.run(importlib.import_module("on_the_ingress").app, name="direct", route_prefix="/direct")
+    wait_until_ready(f"http://{address}/direct")
+    assert httpx.get(f"http://{address}/direct").text == "answer"
+    assert not mark.exists()
+    serve.delete("direct")

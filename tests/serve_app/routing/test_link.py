@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import logging
 import time
 import weakref
 from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 
 from actors.coordinator import Coordinator as RealCoordinator
 from serve_app.routing import link as module
@@ -108,12 +109,13 @@ def at_once(_executor, function, *arguments):
     return done
 
 
-def run(scenario):
-    async def whole():
-        asyncio.get_running_loop().run_in_executor = at_once
-        await scenario()
+async def on_its_loop(scenario):
+    asyncio.get_running_loop().run_in_executor = at_once
+    await scenario()
 
-    VirtualTime().run(whole())
+
+def run(scenario):
+    VirtualTime().run(on_its_loop(scenario))
 
 
 def linked(monkeypatch, found, **config):
@@ -122,6 +124,10 @@ def linked(monkeypatch, found, **config):
     serve = Serve(Replica("a"), **config)
     (link,) = (task for task in asyncio.all_tasks() if task.get_coro().__name__ == "keep_in_touch")
     return serve, link
+
+
+def ours(log):
+    return [line for line in log.lines(logging.INFO) if line.startswith("shadecast")]
 
 
 async def call_of(serve):
@@ -543,6 +549,147 @@ def test_while_there_is_no_coordinator_it_is_looked_for_each_second(monkeypatch,
         link.cancel()
 
     run(scenario)
+
+
+@pytest.mark.parametrize("comes_after_s", [0.5, 15.0, 60.0, 600.0, 7200.0])
+def test_a_control_plane_that_comes_late_is_found_within_a_twentieth_of_the_time_it_was_missed(
+    monkeypatch, ray_up, comes_after_s
+):
+    """The usual order is `serve run`, then `shadecast up`."""
+
+    async def scenario():
+        found, coordinator = [None], Coordinator(table(a=1.0))
+        serve, link = linked(monkeypatch, found)
+        await asyncio.sleep(comes_after_s)
+        assert serve.router.level == "power_of_two"
+        found.append(coordinator)
+        await asyncio.wait_for(coordinator.told.wait(), min(max(1.1, 0.051 * comes_after_s), 31.0))
+        await asyncio.sleep(0.1)
+        assert serve.router.level == "table"
+        link.cancel()
+
+    with Log() as log:
+        VirtualTime().run(on_its_loop(scenario), 10_000.0)
+    said = ours(log)
+    assert len(said) == (2 if comes_after_s > 5.0 else 0), "that it is away, once that counts, and that it is there"
+    assert all("app/model" in line for line in said)
+    assert not said or "`shadecast up`" in said[0]
+
+
+def test_an_application_without_a_control_plane_is_quiet(monkeypatch, ray_up):
+    async def scenario():
+        looked = []
+        serve, link = linked(monkeypatch, [None])
+        monkeypatch.setattr(module, "find_coordinator", lambda: looked.append(time.monotonic()))
+        await asyncio.sleep(60.0)
+        assert len(looked) <= 50
+        await asyncio.sleep(3540.0)
+        assert len(looked) <= 250, "a twentieth of what it was"
+        assert max(b - a for a, b in pairwise(looked)) <= 31.0
+        await call_of(serve)
+        link.cancel()
+
+    with Log() as log:
+        VirtualTime().run(on_its_loop(scenario), 10_000.0)
+    (line,) = ours(log)
+    assert "no control plane" in line
+
+
+def test_routers_that_have_lost_the_control_plane_together_do_not_look_for_it_together(monkeypatch, ray_up):
+    async def scenario():
+        looked = []
+        monkeypatch.setattr(module, "find_coordinator", lambda: looked.append(time.monotonic()))
+        routers = [Serve(Replica("a")) for _ in range(100)]
+        await asyncio.sleep(1200.0)
+        late = [at_s for at_s in looked if at_s > looked[0] + 1100.0]
+        per_s = [sum(1 for at_s in late if int(at_s) == second) for second in {int(at_s) for at_s in late}]
+        assert max(per_s) <= 20, "of a hundred, in one second of thirty"
+        for serve in routers:
+            serve.close()
+
+    VirtualTime().run(on_its_loop(scenario), 10_000.0)
+
+
+async def _raises(_received):
+    raise RuntimeError("its disk is full\nand more lines")
+
+
+async def _hangs(_received):
+    await asyncio.Event().wait()
+
+
+async def _is_dead(_received):
+    raise RayActorError
+
+
+async def _answers_oddly(_received):
+    return {"kind": "answer", "schema": 9, "needs": 9, "version": "3.1"}
+
+
+async def _answers_nonsense(_received):
+    return message("answer", acknowledged="many")
+
+
+async def _fails_remotely(_received):
+    raise RayTaskError("exchange", "Traceback\n" * 30, ValueError("no such thing")).as_instanceof_cause()
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [
+        (_raises, "RuntimeError: its disk is full)"),
+        (_hangs, "does not answer"),
+        (_is_dead, "does not answer"),
+        (_answers_oddly, "Shadecast 3.1 (schema 9)"),
+        (_answers_nonsense, "broken (ValueError"),
+        (_fails_remotely, "broken (ValueError: no such thing)"),
+    ],
+)
+def test_a_broken_coordinator_is_told_of_in_one_line_asked_less_and_less_and_used_once_it_is_well(
+    monkeypatch, ray_up, broken, words
+):
+    async def scenario():
+        coordinator, well = Coordinator(), Coordinator(table(a=1.0))
+        coordinator.exchange.answer = broken
+        found = [coordinator]
+        serve, link = linked(monkeypatch, found)
+        await asyncio.sleep(3600.0)
+        assert len(coordinator.received) <= 250
+        await call_of(serve)
+        found.append(well)
+        await asyncio.wait_for(well.told.wait(), 35.0)
+        await asyncio.sleep(0.1)
+        assert serve.router.level == "table"
+        link.cancel()
+
+    with Log() as log:
+        VirtualTime().run(on_its_loop(scenario), 10_000.0)
+    wrong, well = [record for record in log.records if record.getMessage().startswith("shadecast")]
+    assert words in wrong.getMessage()
+    assert "\n" not in wrong.getMessage()
+    assert wrong.exc_info is None
+    assert "answers" in well.getMessage()
+
+
+def test_a_coordinator_that_fails_every_other_call_floods_no_log(monkeypatch, ray_up):
+    async def scenario():
+        coordinator, calls = Coordinator(*(table(version=version, a=1.0) for version in range(1, 2000))), []
+        inner = coordinator.exchange.answer
+
+        async def every_other(received):
+            calls.append(1)
+            if len(calls) % 2:
+                raise RuntimeError("sometimes")
+            return await inner(received)
+
+        coordinator.exchange.answer = every_other
+        _, link = linked(monkeypatch, [coordinator])
+        await asyncio.sleep(600.0)
+        link.cancel()
+
+    with Log() as log:
+        VirtualTime().run(on_its_loop(scenario), 10_000.0)
+    assert len(ours(log)) <= 2
 
 
 @pytest.mark.parametrize("how", ["no secret", "no handle"])
