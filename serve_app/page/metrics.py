@@ -120,8 +120,8 @@ class _Status(Collector):
             yield from _replicas(self._status.get("deployments") or [])
 
 
-def summary_families(status: Mapping[str, Any] | None) -> Iterator[Metric]:
-    """What there is one of for the cluster, and one for each deployment."""
+def summary_families(status: Mapping[str, Any] | None, most: int = MOST_DEPLOYMENTS) -> Iterator[Metric]:
+    """What there is one of for the cluster, and one for each of the first `most` deployments."""
     up = "1 while the coordinator answers"
     yield GaugeMetricFamily("shadecast_up", up, value=0.0 if status is None else 1.0)
     if status is None:
@@ -136,7 +136,7 @@ def summary_families(status: Mapping[str, Any] | None) -> Iterator[Metric]:
     ):
         yield _gauge(name, text, (), (((), value),))
     yield from _forecasts(status.get("nodes") or [])
-    yield from _deployments(deployments)
+    yield from _deployments(deployments, most)
 
 
 def _forecasts(nodes: list[Mapping[str, Any]]) -> Iterator[Metric]:
@@ -196,10 +196,10 @@ def _nodes(nodes: list[Mapping[str, Any]]) -> Iterator[Metric]:
     )
 
 
-def _deployments(deployments: list[Mapping[str, Any]]) -> Iterator[Metric]:
+def _deployments(deployments: list[Mapping[str, Any]], most: int) -> Iterator[Metric]:
     """Each with its own series, or all that are too many under `OTHER`."""
-    own = {str(d.get("deployment")): [d] for d in deployments[:MOST_DEPLOYMENTS]}
-    groups = own | ({OTHER: deployments[MOST_DEPLOYMENTS:]} if len(deployments) > MOST_DEPLOYMENTS else {})
+    own = {str(d.get("deployment")): [d] for d in deployments[:most]}
+    groups = own | ({OTHER: deployments[most:]} if len(deployments) > most else {})
     label = ("deployment",)
     for name, field, merge, text in _DEPLOYMENT:
         values = ((key, _values(group, field)) for key, group in groups.items() if merge or len(group) == 1)

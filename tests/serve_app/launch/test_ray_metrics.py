@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from serve_app.launch import ray_metrics
-from serve_app.launch.ray_metrics import MOST_OBSERVATIONS, RayMetrics
+from serve_app.launch.ray_metrics import MOST_DEPLOYMENTS, MOST_OBSERVATIONS, RayMetrics
 from shadecast.histogram import BOUNDS_S
 from tests.serve_app.page.scraping import played_status
 
@@ -126,6 +126,16 @@ def test_there_is_no_series_of_a_replica_or_node(export: Export, status: dict[st
     tags = {tag for of in (*export.values.values(), *export.observed.values()) for key in of for tag, _ in key}
     assert tags == {"deployment", "state", "level", "event", "reason"}
     assert sum(map(len, export.values.values())) < 60 * len(status["deployments"])
+
+
+def test_however_many_deployments_there_are_few_have_series_of_their_own(
+    export: Export, status: dict[str, Any]
+) -> None:
+    one = status["deployments"][0]
+    many = {**status, "deployments": [{**one, "deployment": f"app{i}/d"} for i in range(300)]}
+    RayMetrics().publish(many)
+    assert len(export.values["shadecast_requests"]) == MOST_DEPLOYMENTS + 1
+    assert total(export.values["shadecast_requests"]) == 300 * one["finished"]
 
 
 def test_what_is_not_known_is_not_handed_over(export: Export, status: dict[str, Any]) -> None:
