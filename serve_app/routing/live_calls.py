@@ -64,8 +64,7 @@ class LiveCall(Call):
 
     def __init__(self, pending: PendingRequest | None, metadata: Any) -> None:
         self.pending, self.metadata = pending, metadata
-        if is_of_copy(metadata):
-            self.counts = False
+        self.counts = not is_of_copy(metadata)
 
     @property
     def origin(self) -> str:
