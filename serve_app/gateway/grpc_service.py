@@ -160,13 +160,13 @@ class InferenceService:
 
     async def _infer(self, request: Message, call: Call, metadata: Mapping[str, Any]) -> Message:
         with self._statistics.request() as timed:
-            with timed.phase("compute_input"):
-                asked = await _decoded(_packed, request, call, self._info.inputs, self._info.outputs)
+            asked = await _decoded(_packed, request, call, self._info.inputs, self._info.outputs)
             options = self._options(asked, call, metadata)
-            with timed.phase("compute_infer"):
-                outputs = await self._caller.infer(asked.inputs, dict(asked.parameters), options)
-            with timed.phase("compute_output"):
-                answer = encode_response(asked, outputs, self._info.name, self._info.version)
+            timed.ends("compute_input")
+            outputs = await self._caller.infer(asked.inputs, dict(asked.parameters), options)
+            timed.ends("compute_infer")
+            answer = encode_response(asked, outputs, self._info.name, self._info.version)
+            timed.ends("compute_output")
             timed.succeeded()
         return answer
 
