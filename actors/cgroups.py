@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Mapping
@@ -201,11 +202,11 @@ def memory_groups(found: Mapping[str, Hierarchy], host_bytes: float) -> tuple[Me
 
 def _quota(found: Mapping[str, Hierarchy]) -> tuple[float, CpuGroup] | None:
     """The tightest quota above a process, in CPUs, and its group."""
-    quotas: list[tuple[float, CpuGroup]] = []
+    limits: list[tuple[float, Path, Parts, str]] = []
     for folder, parts in found["cpu"].upward if "cpu" in found else ():
         quota, period = read_number(folder / "cpu.cfs_quota_us"), read_number(folder / "cpu.cfs_period_us")
         if quota > 0 and period > 0:
-            quotas.append((quota / period, CpuGroup(folder, _usage(found, parts), folder / "cpu.stat")))
+            limits.append((quota / period, folder, parts, "cpu.stat"))
     for folder, parts in found[""].upward if "" in found else ():
         words = (read_text(folder / "cpu.max") or "").split()
         try:
@@ -213,26 +214,26 @@ def _quota(found: Mapping[str, Hierarchy]) -> tuple[float, CpuGroup] | None:
         except (IndexError, ValueError, ZeroDivisionError):
             continue
         if limit > 0:
-            quotas.append((limit, CpuGroup(folder, _usage(found, parts), folder / "cpu.pressure")))
-    return min(quotas, key=lambda q: q[0], default=None)
+            limits.append((limit, folder, parts, "cpu.pressure"))
+    if not limits:
+        return None
+    limit, folder, parts, stalled = min(limits, key=lambda one: one[0])
+    return limit, CpuGroup(folder, _usage(found, parts), folder / stalled)
 
 
 def _cpuset(found: Mapping[str, Hierarchy]) -> tuple[frozenset[int], CpuGroup | None]:
     """A process's effective cpuset, and the highest group above it that has this very set; empty where none tells."""
+    names = ("cpuset.cpus.effective", "cpuset.effective_cpus", "cpuset.cpus")
     for controller in ("cpuset", ""):
-        cores: frozenset[int] = frozenset()
-        owner: CpuGroup | None = None
-        for folder, parts in found[controller].upward if controller in found else ():
-            names = ("cpuset.cpus.effective", "cpuset.effective_cpus", "cpuset.cpus")
-            here = next((c for name in names if (c := core_list(read_text(folder / name)))), frozenset[int]())
-            if cores and here and here != cores:
-                break
-            if here:
-                cores = here
-                stalled = folder / "cpu.pressure" if not controller else None
-                owner = CpuGroup(folder, _usage(found, parts), stalled)
-        if cores:
-            return cores, owner
+        sets = [
+            (cores, folder, parts)
+            for folder, parts in (found[controller].upward if controller in found else ())
+            if (cores := next((c for n in names if (c := core_list(read_text(folder / n)))), frozenset[int]()))
+        ]
+        if sets:
+            _, same = next(itertools.groupby(sets, key=lambda one: one[0]))
+            cores, folder, parts = list(same)[-1]
+            return cores, CpuGroup(folder, _usage(found, parts), None if controller else folder / "cpu.pressure")
     return frozenset(), None
 
 

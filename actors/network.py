@@ -87,8 +87,9 @@ def counted(roots: Roots, devices: Iterable[str], loopback: bool = False) -> fro
     if any(kinds[name] is Kind.REAL for name in chosen):
         links = (n for n, k in kinds.items() if k is Kind.LINK and _PODS_LINK.fullmatch(n))
         chosen += [n for n in links if _peer_elsewhere(roots.sys / "class/net" / n)]
-    chosen = [name for name in chosen if not _OTHERS_LINK.match(name)] or chosen
-    chosen = [n for n in chosen if not os.path.exists(roots.sys / "class/net" / n / "brport")] or chosen
+    else:  # links of containers inside this one join a bridge, or bear such names
+        chosen = [name for name in chosen if not _OTHERS_LINK.match(name)] or chosen
+        chosen = [n for n in chosen if not os.path.exists(roots.sys / "class/net" / n / "brport")] or chosen
     kept = [name for name in chosen if not _below(roots.sys, name, names) & set(chosen)]
     return frozenset([*(kept or chosen), *(["lo"] if loopback and "lo" in names else [])])
 
