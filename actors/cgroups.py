@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -184,7 +184,7 @@ def cpu_scope(
     return CpuScope(count if math.isfinite(count) else NAN, cores, group, whole_host=whole_host)
 
 
-def memory_groups(found: Mapping[str, Hierarchy], host_bytes: float) -> tuple[MemoryGroup, ...]:
+def memory_groups(found: Mapping[str, Hierarchy], host_bytes: float) -> Sequence[MemoryGroup]:
     """Every memory limit not above the host's memory, the tightest first: any of them can kill."""
     ceiling = min(host_bytes if host_bytes > 0 else math.inf, 2.0**60)
     files = (
@@ -197,7 +197,7 @@ def memory_groups(found: Mapping[str, Hierarchy], host_bytes: float) -> tuple[Me
         for folder, _ in found[controller].upward if controller in found else ():
             if 0 < (limit_bytes := read_number(folder / limit)) <= ceiling:
                 groups.append(MemoryGroup(folder, usage, limit_bytes))
-    return tuple(sorted(groups, key=lambda g: g.limit_bytes))
+    return sorted(groups, key=lambda g: g.limit_bytes)
 
 
 def _quota(found: Mapping[str, Hierarchy]) -> tuple[float, CpuGroup] | None:

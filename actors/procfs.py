@@ -98,13 +98,12 @@ def host_stat(proc: Path) -> HostStat:
     return HostStat(busy_s, switches, runnable, cores)
 
 
-def memory_fraction(proc: Path) -> float:
-    """Part of the host's memory that is not available; NaN where meminfo does not tell.
+def memory_fraction(info: Mapping[str, float]) -> float:
+    """Part of the host's memory that is not available, by the fields of /proc/meminfo; NaN where they do not tell.
 
     Without MemAvailable (before Linux 3.14, some sandboxes) it is what the kernel makes it of: free pages, file pages
     on the reclaim lists and reclaimable slab.
     """
-    info = read_fields(proc / "meminfo")
     total = info.get("MemTotal", NAN)
     if not total > 0:
         return NAN
