@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from actors.procfs import NAN, Roots, pressure_total_s, read_fields, read_number, read_text
+from actors.procfs import NAN, Roots, number, pressure_total_s, read_fields, read_number, read_text
 
 MOUNT = "/sys/fs/cgroup"
 MAX_CORE = 1 << 16
@@ -210,7 +210,7 @@ def _quota(found: Mapping[str, Hierarchy]) -> tuple[float, CpuGroup] | None:
     for folder, parts in found[""].upward if "" in found else ():
         words = (read_text(folder / "cpu.max") or "").split()
         try:
-            limit = float(words[0]) / float(words[1])
+            limit = number(words[0]) / number(words[1])
         except (IndexError, ValueError, ZeroDivisionError):
             continue
         if limit > 0:

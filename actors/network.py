@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
 
-from actors.procfs import NAN, Roots, read_number, read_text
+from actors.procfs import NAN, Roots, number, read_number, read_text
 
 
 class Kind(IntEnum):
@@ -69,7 +69,7 @@ def network_bytes(proc: Path) -> Mapping[str, tuple[float, float]]:
         if not colon or len(words) < 9:
             continue
         try:
-            out[name.strip()] = (float(words[0]), float(words[8]))
+            out[name.strip()] = (number(words[0]), number(words[8]))
         except ValueError:
             continue
     return out
