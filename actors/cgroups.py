@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from actors.procfs import NAN, Roots, pressure_total_s, read_fields, read_number, read_text
+from actors.procfs import NAN, Roots, number, pressure_total_s, read_fields, read_number, read_text
 
 MOUNT = "/sys/fs/cgroup"
 MAX_CORE = 1 << 16
@@ -183,7 +184,7 @@ def cpu_scope(
     return CpuScope(count if math.isfinite(count) else NAN, cores, group, whole_host=whole_host)
 
 
-def memory_groups(found: Mapping[str, Hierarchy], host_bytes: float) -> tuple[MemoryGroup, ...]:
+def memory_groups(found: Mapping[str, Hierarchy], host_bytes: float) -> Sequence[MemoryGroup]:
     """Every memory limit not above the host's memory, the tightest first: any of them can kill."""
     ceiling = min(host_bytes if host_bytes > 0 else math.inf, 2.0**60)
     files = (
@@ -196,43 +197,43 @@ def memory_groups(found: Mapping[str, Hierarchy], host_bytes: float) -> tuple[Me
         for folder, _ in found[controller].upward if controller in found else ():
             if 0 < (limit_bytes := read_number(folder / limit)) <= ceiling:
                 groups.append(MemoryGroup(folder, usage, limit_bytes))
-    return tuple(sorted(groups, key=lambda g: g.limit_bytes))
+    return sorted(groups, key=lambda g: g.limit_bytes)
 
 
 def _quota(found: Mapping[str, Hierarchy]) -> tuple[float, CpuGroup] | None:
     """The tightest quota above a process, in CPUs, and its group."""
-    quotas: list[tuple[float, CpuGroup]] = []
+    limits: list[tuple[float, Path, Parts, str]] = []
     for folder, parts in found["cpu"].upward if "cpu" in found else ():
         quota, period = read_number(folder / "cpu.cfs_quota_us"), read_number(folder / "cpu.cfs_period_us")
         if quota > 0 and period > 0:
-            quotas.append((quota / period, CpuGroup(folder, _usage(found, parts), folder / "cpu.stat")))
+            limits.append((quota / period, folder, parts, "cpu.stat"))
     for folder, parts in found[""].upward if "" in found else ():
         words = (read_text(folder / "cpu.max") or "").split()
         try:
-            limit = float(words[0]) / float(words[1])
+            limit = number(words[0]) / number(words[1])
         except (IndexError, ValueError, ZeroDivisionError):
             continue
         if limit > 0:
-            quotas.append((limit, CpuGroup(folder, _usage(found, parts), folder / "cpu.pressure")))
-    return min(quotas, key=lambda q: q[0], default=None)
+            limits.append((limit, folder, parts, "cpu.pressure"))
+    if not limits:
+        return None
+    limit, folder, parts, stalled = min(limits, key=lambda one: one[0])
+    return limit, CpuGroup(folder, _usage(found, parts), folder / stalled)
 
 
 def _cpuset(found: Mapping[str, Hierarchy]) -> tuple[frozenset[int], CpuGroup | None]:
     """A process's effective cpuset, and the highest group above it that has this very set; empty where none tells."""
+    names = ("cpuset.cpus.effective", "cpuset.effective_cpus", "cpuset.cpus")
     for controller in ("cpuset", ""):
-        cores: frozenset[int] = frozenset()
-        owner: CpuGroup | None = None
-        for folder, parts in found[controller].upward if controller in found else ():
-            names = ("cpuset.cpus.effective", "cpuset.effective_cpus", "cpuset.cpus")
-            here = next((c for name in names if (c := core_list(read_text(folder / name)))), frozenset[int]())
-            if cores and here and here != cores:
-                break
-            if here:
-                cores = here
-                stalled = folder / "cpu.pressure" if not controller else None
-                owner = CpuGroup(folder, _usage(found, parts), stalled)
-        if cores:
-            return cores, owner
+        sets = [
+            (cores, folder, parts)
+            for folder, parts in (found[controller].upward if controller in found else ())
+            if (cores := next((c for n in names if (c := core_list(read_text(folder / n)))), frozenset[int]()))
+        ]
+        if sets:
+            _, same = next(itertools.groupby(sets, key=lambda one: one[0]))
+            cores, folder, parts = list(same)[-1]
+            return cores, CpuGroup(folder, _usage(found, parts), None if controller else folder / "cpu.pressure")
     return frozenset(), None
 
 

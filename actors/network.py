@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
 
-from actors.procfs import NAN, Roots, read_number, read_text
+from actors.procfs import NAN, Roots, number, read_number, read_text
 
 
 class Kind(IntEnum):
@@ -69,7 +69,7 @@ def network_bytes(proc: Path) -> Mapping[str, tuple[float, float]]:
         if not colon or len(words) < 9:
             continue
         try:
-            out[name.strip()] = (float(words[0]), float(words[8]))
+            out[name.strip()] = (number(words[0]), number(words[8]))
         except ValueError:
             continue
     return out
@@ -87,8 +87,9 @@ def counted(roots: Roots, devices: Iterable[str], loopback: bool = False) -> fro
     if any(kinds[name] is Kind.REAL for name in chosen):
         links = (n for n, k in kinds.items() if k is Kind.LINK and _PODS_LINK.fullmatch(n))
         chosen += [n for n in links if _peer_elsewhere(roots.sys / "class/net" / n)]
-    chosen = [name for name in chosen if not _OTHERS_LINK.match(name)] or chosen
-    chosen = [n for n in chosen if not os.path.exists(roots.sys / "class/net" / n / "brport")] or chosen
+    else:  # links of containers inside this one join a bridge, or bear such names
+        chosen = [name for name in chosen if not _OTHERS_LINK.match(name)] or chosen
+        chosen = [n for n in chosen if not os.path.exists(roots.sys / "class/net" / n / "brport")] or chosen
     kept = [name for name in chosen if not _below(roots.sys, name, names) & set(chosen)]
     return frozenset([*(kept or chosen), *(["lo"] if loopback and "lo" in names else [])])
 

@@ -6,6 +6,7 @@ and a sampler that dies of a missing file is worse than one that reports what it
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -41,11 +42,19 @@ def read_text(path: Path | str) -> str | None:
         os.close(fd)
 
 
+def number(word: str) -> float:
+    """A number as the kernel writes it; raises ValueError on anything else, on "nan" and "inf" too."""
+    value = float(word)
+    if not math.isfinite(value):
+        raise ValueError(word)
+    return value
+
+
 def read_number(path: Path | str) -> float:
     """First word of a file as a number; NaN where missing, malformed or "max"."""
     text = read_text(path)
     try:
-        return float((text or "").split()[0])
+        return number((text or "").split()[0])
     except (IndexError, ValueError):
         return NAN
 
@@ -56,7 +65,7 @@ def read_fields(path: Path | str) -> Mapping[str, float]:
     for line in (read_text(path) or "").splitlines():
         words = line.split()
         try:
-            out[words[0].rstrip(":")] = float(words[1])
+            out[words[0].rstrip(":")] = number(words[1])
         except (IndexError, ValueError):
             continue
     return out
@@ -83,28 +92,27 @@ def host_stat(proc: Path) -> HostStat:
         words = line.split()
         try:
             if line.startswith("cpu"):
-                user, nice, system, _idle, _iowait, irq, softirq, steal = (float(w) for w in words[1:9])
+                user, nice, system, _idle, _iowait, irq, softirq, steal = (number(w) for w in words[1:9])
                 used_s = (user + nice + system + irq + softirq + steal) / TICKS_PER_S
                 if words[0] == "cpu":
                     busy_s = used_s
                 else:
                     cores[int(words[0][3:])] = used_s
             elif line.startswith("ctxt"):
-                switches = float(words[1])
+                switches = number(words[1])
             elif line.startswith("procs_running"):
-                runnable = float(words[1])
+                runnable = number(words[1])
         except (IndexError, ValueError):
             continue
     return HostStat(busy_s, switches, runnable, cores)
 
 
-def memory_fraction(proc: Path) -> float:
-    """Part of the host's memory that is not available; NaN where meminfo does not tell.
+def memory_fraction(info: Mapping[str, float]) -> float:
+    """Part of the host's memory that is not available, by the fields of /proc/meminfo; NaN where they do not tell.
 
     Without MemAvailable (before Linux 3.14, some sandboxes) it is what the kernel makes it of: free pages, file pages
     on the reclaim lists and reclaimable slab.
     """
-    info = read_fields(proc / "meminfo")
     total = info.get("MemTotal", NAN)
     if not total > 0:
         return NAN
@@ -123,7 +131,7 @@ def pressure_total_s(text: str | None, kind: str = "some") -> float:
             for word in line.split():
                 if word.startswith("total="):
                     try:
-                        return float(word[6:]) / 1e6
+                        return number(word[6:]) / 1e6
                     except ValueError:
                         return NAN
     return NAN
@@ -140,7 +148,7 @@ def disk_busy_s(proc: Path) -> Mapping[str, float]:
         if any(name != disk and name.startswith(disk) for disk in out):
             continue
         try:
-            out[name] = float(words[12]) / 1000.0
+            out[name] = number(words[12]) / 1000.0
         except ValueError:
             continue
     return out

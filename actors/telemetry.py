@@ -141,7 +141,11 @@ class Sampler:
             self._found = self._try("cgroups", lambda: cgroups.hierarchies(roots), {})
         found = self._found
         scope = self._try("CPU limits", lambda: self._own_scope(found, host), cgroups.CpuScope())
-        memory = self._try("memory limits", lambda: self._memory_limits(found), tuple[cgroups.MemoryGroup, ...]())
+        info: Mapping[str, float] = self._try("memory", lambda: read_fields(roots.proc / "meminfo"), {})
+        host_bytes = info.get("MemTotal", NAN) * 1024.0
+        memory: Sequence[cgroups.MemoryGroup] = self._try(
+            "memory limits", lambda: cgroups.memory_groups(found, host_bytes), ()
+        )
         if resolve:
             self._resolved_s = now_s
             self._try("processes", lambda: self._look_around(scope), None)
@@ -179,7 +183,7 @@ class Sampler:
         snapshot = NodeSnapshot(
             cpu_fraction=_fraction(cpus / limit),
             cpu_background_fraction=_fraction(background / limit),
-            memory_fraction=self._memory_fraction(memory),
+            memory_fraction=self._memory_fraction(info, memory),
             network_fraction=_fraction(carried),
             network_background_fraction=_fraction(carried * (1.0 - serving)),
             net_rx_bytes_per_s=rx,
@@ -237,7 +241,7 @@ class Sampler:
         self._sharing = (self._raylet, *others) if self._raylet else ()
 
     def _count(
-        self, now_s: float, host: HostStat, scope: cgroups.CpuScope, memory: tuple[cgroups.MemoryGroup, ...]
+        self, now_s: float, host: HostStat, scope: cgroups.CpuScope, memory: Sequence[cgroups.MemoryGroup]
     ) -> _Counters:
         proc = self.roots.proc
         group, limited = scope.group, memory[0] if memory else None
@@ -274,12 +278,8 @@ class Sampler:
         told = scope.whole_host or around or not math.isnan(new.group_s)
         return total if told or not use.processes else use.tree_s / dt_s
 
-    def _memory_limits(self, found: Mapping[str, cgroups.Hierarchy]) -> tuple[cgroups.MemoryGroup, ...]:
-        host_bytes = read_fields(self.roots.proc / "meminfo").get("MemTotal", NAN) * 1024.0
-        return cgroups.memory_groups(found, host_bytes)
-
-    def _memory_fraction(self, groups: tuple[cgroups.MemoryGroup, ...]) -> float:
-        host = self._try("memory", lambda: memory_fraction(self.roots.proc), NAN)
+    def _memory_fraction(self, info: Mapping[str, float], groups: Sequence[cgroups.MemoryGroup]) -> float:
+        host = self._try("memory", lambda: memory_fraction(info), NAN)
         used = [self._try("memory of groups", group.used_bytes, NAN) / group.limit_bytes for group in groups]
         return _fraction(_greatest([host, *used]))
 

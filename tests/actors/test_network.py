@@ -61,6 +61,16 @@ def test_a_bond_with_bridges_counts_each_byte_once_at_its_members(host: FakeHost
     assert sample.snapshot.network_fraction == pytest.approx(50 * MB / GBIT_BYTES)
 
 
+def test_a_device_in_a_bridge_counts_beside_one_that_is_in_none(host: FakeHost, clock: Clock) -> None:
+    host.device("eth0", real=True, speed=1000, **{"brport/mark": ""})
+    host.device("eth1", real=True, speed=1000)
+    host.device("br0", speed=1000, uevent="DEVTYPE=bridge", lowers=("eth0",))
+    s = sampler(host, clock)
+    host.carry(50 * MB, 0, "eth0", "br0")
+    host.carry(25 * MB, 0, "eth1")
+    assert bytes_of(reading(host, clock, s)) == (75 * MB, 0)
+
+
 def test_a_bond_counts_once_where_only_names_tell(host: FakeHost, clock: Clock) -> None:
     """sysfs is hidden, or another namespace's."""
     host.devices = dict.fromkeys(("eth0", "eth1", "bond0", "docker0", "veth12ab", "eth0.7", "tun0"), (0, 0))

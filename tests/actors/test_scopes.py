@@ -371,3 +371,15 @@ def test_a_group_without_memory_stat_is_unknown_and_the_host_counts(host: FakeHo
 def test_meminfo_without_memavailable(host: FakeHost, clock: Clock, text: str, fraction: float) -> None:
     host.put("proc/meminfo", text)
     assert sampler(host, clock).read().snapshot.memory_fraction == pytest.approx(fraction, nan_ok=True)
+
+
+@pytest.mark.parametrize("text", ["0 0", "1 1e309", "nan 100000", "inf 100000", "-5 100000", "max", "", "5", "\0"])
+def test_a_quota_that_is_none_limits_nothing(host: FakeHost, clock: Clock, text: str) -> None:
+    host.enter("0::/pod\n")
+    host.group("pod", cpu__max=text, cpu__stat="usage_usec 1", memory__max=text, memory__current=text)
+    s = sampler(host, clock)
+    s.read()
+    host.cores[3] += 80
+    sample = second_reading(host, clock, s)
+    assert (sample.scope, sample.cpu_limit) == ("host", 16.0)
+    assert sample.snapshot.cpu_fraction == pytest.approx(0.05)
