@@ -7,6 +7,7 @@ import numpy as np
 from serve_app.gateway.tensors import Array, PackedBytes
 from serve_app.protocol_error import ProtocolError
 
+MAX_CLASSES = 1_000_000
 _MAX_ELEMENTS = 1_000_000
 
 
@@ -19,7 +20,9 @@ def top_classes(name: str, array: Array | PackedBytes, count: int) -> Array:
     if isinstance(array, PackedBytes) or array.dtype.kind not in "iuf":
         raise ProtocolError(400, f"output {name!r} holds no numbers: no classes can be made of it")
     if array.size > _MAX_ELEMENTS:
-        raise ProtocolError(400, f"output {name!r} has {array.size} elements; classes are made of {_MAX_ELEMENTS} at most")
+        raise ProtocolError(
+            400, f"output {name!r} has {array.size} elements; classes are made of {_MAX_ELEMENTS} at most"
+        )
     rows = array.reshape(len(array), -1) if array.ndim > 1 and array.size else array.reshape(1, -1)
     ascending = np.argsort(rows[:, ::-1], axis=1, kind="stable")  # backwards: of equals the first is to be the highest
     order = (rows.shape[1] - 1 - ascending)[:, ::-1][:, :count]

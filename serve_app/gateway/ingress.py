@@ -34,6 +34,7 @@ from serve_app.gateway.codec import OFF_LOOP_BYTES, Codec
 from serve_app.gateway.model_call import CallOptions, ModelCaller, Stream, call_options, retry_budget
 from serve_app.gateway.model_server import ModelInfo
 from serve_app.gateway.oip import HEADER_LENGTH, parse_json_object
+from serve_app.gateway.tensors import whole_number
 from serve_app.gateway.triton import Statistics, index_entry, model_config
 from serve_app.http_guard import ID_HEADERS, MAX_ID_BYTES, BodyReader, HeaderGuard, RequestIds, compression_asked
 from serve_app.protocol_error import ProtocolError
@@ -340,7 +341,7 @@ async def _events(
     keepalive_s: float,
     succeeded: Callable[[], None],
 ) -> AsyncGenerator[str]:
-    """The events of a stream. With `keepalive_s` a comment comes at once, and whenever nothing else came for so long."""
+    """A stream's events. With `keepalive_s` a comment comes at once, and whenever nothing else came for so long."""
     items = _items(open_)
     pending: asyncio.Future[Any] | None = None
     try:
@@ -510,8 +511,9 @@ class Gateway:
 def _sequence(parameters: Mapping[str, Any]) -> str:
     """Triton's id of a sequence of requests, a number or a string; 0 and "" are none. Raises ProtocolError (400)."""
     given = parameters.get("sequence_id", "")
-    if not isinstance(given, (int, str)) or isinstance(given, bool):
-        raise ProtocolError(400, "parameter 'sequence_id' must be a whole number or a string")
+    given = given if isinstance(given, str) else whole_number(given)
+    if given is None or (isinstance(given, int) and not 0 <= given < 2**64):
+        raise ProtocolError(400, "parameter 'sequence_id' must be a whole number from 0 below 2^64, or a string")
     text = str(given) if given else ""
     if len(text) > MAX_ID_BYTES or not (text.isascii() and text.isprintable()):
         raise ProtocolError(400, f"parameter 'sequence_id' must be printable ASCII, at most {MAX_ID_BYTES} characters")
