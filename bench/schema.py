@@ -25,7 +25,7 @@ import psutil
 import requests
 import typer
 import uvicorn
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis.errors import Unsatisfiable
 from rich.console import Console
 from schemathesis import GenerationMode, openapi
@@ -144,6 +144,7 @@ def send(url: str, count: int, *, same: bool = True) -> _Statuses:
                     phases=[Phase.generate],
                     derandomize=same,
                     suppress_health_check=list(HealthCheck),
+                    verbosity=Verbosity.quiet,
                 )
                 strategy = operation.as_strategy(generation_mode=mode)
                 try:
