@@ -31,8 +31,8 @@ from serve_app.gateway.tensors import Array, PackedBytes, RawJson, TensorSpec
 from serve_app.protocol_error import ProtocolError
 
 OFF_LOOP_BYTES = 64 * 1024
-"""JSON from this size on is read by a process. 64 KiB keep the loop for 0.8 ms; the way to a process and back costs
-about as much (0.5 ms), so below it nobody would gain. `python -m bench.micro_gateway` shows what is left."""
+"""JSON from this size on is read by a process. 64 KiB keep the loop for 0.6 ms, which other requests do not notice; by
+way of a process they take 0.25 ms longer. `python -m bench.micro_gateway` shows what they notice at 12 MiB."""
 OFF_LOOP_ELEMENTS = 8 * 1024
 """Tensors that leave as JSON, from this many elements (about as many bytes of text as above) on."""
 _WORKERS = 2
