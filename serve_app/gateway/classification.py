@@ -7,6 +7,7 @@ import numpy as np
 from serve_app.gateway.tensors import Array, PackedBytes
 from serve_app.protocol_error import ProtocolError
 
+MAX_CLASSES = 1_000_000
 _MAX_ELEMENTS = 1_000_000
 
 

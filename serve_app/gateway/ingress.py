@@ -14,7 +14,7 @@ import math
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -340,7 +340,7 @@ async def _events(
     keepalive_s: float,
     succeeded: Callable[[], None],
 ) -> AsyncGenerator[str]:
-    """The events of a stream. With `keepalive_s` a comment comes at once, and whenever nothing else came for so long."""
+    """A stream's events. With `keepalive_s` a comment comes at once, and whenever nothing else came for so long."""
     items = _items(open_)
     pending: asyncio.Future[Any] | None = None
     try:
@@ -467,14 +467,24 @@ class Readiness:
         self._now_s = now_s
         self._asked_s = -math.inf
         self._running = False
+        self._asking: asyncio.Task[None] | None = None
 
     async def __call__(self) -> bool:
         """Whether requests would be answered."""
-        if self._now_s() - self._asked_s >= 1.0:
+        if self._asking is None and self._now_s() - self._asked_s >= 1.0:
             self._asked_s = self._now_s()
-            with suppress(Exception):
-                self._running = await asyncio.wait_for(asyncio.to_thread(self._ask), timeout=2.0)
+            self._asking = asyncio.ensure_future(self._ask_anew())
+        if self._asking is not None:  # probes that arrive together get one answer; one that leaves takes nobody's away
+            await asyncio.shield(self._asking)
         return self._running
+
+    async def _ask_anew(self) -> None:
+        try:
+            self._running = await asyncio.wait_for(asyncio.to_thread(self._ask), timeout=2.0)
+        except Exception:  # what was known holds
+            logger.debug("the controller did not say whether the model runs", exc_info=True)
+        finally:
+            self._asking = None
 
     async def may_start(self) -> bool:
         """Whether there is no replica because none was needed: requests that wait for one start it."""

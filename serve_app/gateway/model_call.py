@@ -16,6 +16,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 
 from serve_app.gateway.model_server import Refusal
+from serve_app.gateway.tensors import whole_number
 from serve_app.http_guard import MAX_ID_BYTES
 from serve_app.protocol_error import ProtocolError
 from serve_app.ray_api import wait_until_assigned
@@ -44,11 +45,11 @@ def call_options(parameters: Mapping[str, Any], limits_s: Sequence[float], sessi
     Raises ProtocolError (400) for a parameter `timeout` that is no time.
     """
     limits = list(limits_s)
-    timeout_us = parameters.get("timeout")
-    if timeout_us is not None:
-        if type(timeout_us) is not int or timeout_us <= 0:
+    if parameters.get("timeout") is not None:
+        timeout_us = whole_number(parameters["timeout"])
+        if timeout_us is None or timeout_us <= 0:
             raise ProtocolError(400, "parameter 'timeout' must be a whole number of microseconds above 0")
-        limits.append(timeout_us / 1e6)
+        limits.append(min(timeout_us, 2**62) / 1e6)
     return CallOptions(min(limits), session_id, _multiplexed_model_id(), whole_stream=len(limits) > 1)
 
 
@@ -62,8 +63,9 @@ def _multiplexed_model_id() -> str:
 def sequence_id(parameters: Mapping[str, Any]) -> str:
     """Triton's id of a sequence of requests, a number or a string; 0 and "" are none. Raises ProtocolError (400)."""
     given = parameters.get("sequence_id", "")
-    if not isinstance(given, (int, str)) or isinstance(given, bool):
-        raise ProtocolError(400, "parameter 'sequence_id' must be a whole number or a string")
+    given = given if isinstance(given, str) else whole_number(given)
+    if given is None or (isinstance(given, int) and not 0 <= given < 2**64):
+        raise ProtocolError(400, "parameter 'sequence_id' must be a whole number from 0 below 2^64, or a string")
     text = str(given) if given else ""
     if len(text) > MAX_ID_BYTES or not (text.isascii() and text.isprintable()):
         raise ProtocolError(400, f"parameter 'sequence_id' must be printable ASCII, at most {MAX_ID_BYTES} characters")

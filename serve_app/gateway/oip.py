@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from pydantic_core import PydanticSerializationError
 from pydantic_core import to_json as to_json_text
 
-from serve_app.gateway.classification import top_classes
+from serve_app.gateway.classification import MAX_CLASSES, top_classes
 from serve_app.gateway.tensors import (
     DTYPES,
     Array,
@@ -31,6 +31,7 @@ from serve_app.gateway.tensors import (
     from_json,
     to_bytes,
     to_json,
+    whole_number,
 )
 from serve_app.protocol_error import ProtocolError
 
@@ -203,9 +204,10 @@ def _binary_size(name: str, entry: Mapping[str, Any], left: int) -> int | None:
         return None
     if "data" in entry:
         raise ProtocolError(400, f"input {name!r}: has both 'data' and 'binary_data_size'")
-    if type(size) is not int or not 0 <= size <= left:
+    whole = whole_number(size)
+    if whole is None or not 0 <= whole <= left:
         raise ProtocolError(400, f"input {name!r}: binary_data_size = {str(size)[:40]}, but {left} bytes are left")
-    return size
+    return whole
 
 
 def announced(entry: Any) -> tuple[str, str, tuple[int, ...]]:
@@ -243,9 +245,11 @@ def requested_outputs(
 
 
 def _class_count(parameters: Mapping[str, Any], name: str) -> int:
-    count = parameters.get("classification", 0)
-    if type(count) is not int or count < 0:
-        raise ProtocolError(400, f"parameter 'classification' of output {name!r} must be a whole number from 0")
+    count = whole_number(parameters.get("classification", 0))
+    if count is None or not 0 <= count <= MAX_CLASSES:
+        raise ProtocolError(
+            400, f"parameter 'classification' of output {name!r} must be a whole number from 0 to {MAX_CLASSES}"
+        )
     return count
 
 

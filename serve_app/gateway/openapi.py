@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from serve_app.gateway.classification import MAX_CLASSES
 from serve_app.gateway.model_server import ModelInfo
 from serve_app.gateway.tensors import DTYPES, TensorSpec
 
@@ -20,7 +21,21 @@ Schema = dict[str, Any]
 
 _MAX_SPELLED_OUT = 4096
 _NAME: Schema = {"type": "string", "minLength": 1, "maxLength": 256}
-_PARAMETERS: Schema = {"type": ["object", "null"]}
+_NOT_OFFERED: Schema = {f"shared_memory_{what}": False for what in ("region", "offset", "byte_size")}
+_PARAMETERS: Schema = {"type": ["object", "null"], "properties": _NOT_OFFERED}
+_SEQUENCE: Schema = {
+    "anyOf": [
+        {"type": "integer", "minimum": 0, "maximum": 2**64 - 1},
+        {"type": "string", "maxLength": 512, "pattern": "^[ -~]*$"},
+    ]
+}
+_CALL: Schema = {"timeout": {"type": "integer", "minimum": 1}, "sequence_id": _SEQUENCE}
+"""Parameters that the gateway itself reads; the model may read others."""
+_GENERATE_PARAMETERS: Schema = {"type": ["object", "null"], "properties": _CALL}
+_INFER_PARAMETERS: Schema = {
+    "type": ["object", "null"],
+    "properties": _CALL | _NOT_OFFERED | {"binary_data_output": {"type": "boolean"}},
+}
 _DATATYPE: Schema = {"type": "string", "enum": list(DTYPES)}
 _SHAPE: Schema = {"type": "array", "items": {"type": "integer", "minimum": 0}, "maxItems": 32}
 _INFER_RESPONSE: Schema = {
@@ -42,7 +57,7 @@ _INFER_RESPONSE: Schema = {
 }
 _GENERATE_REQUEST: Schema = {
     "type": "object",
-    "properties": {"id": {"type": ["string", "null"]}, "text_input": {}, "parameters": _PARAMETERS},
+    "properties": {"id": {"type": ["string", "null"]}, "text_input": {}, "parameters": _GENERATE_PARAMETERS},
 }
 _OBJECT: Schema = {"type": "object"}
 _ERROR: Schema = {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}
@@ -142,26 +157,31 @@ def describe(method: str, path: str, info: ModelInfo) -> dict[str, Any]:
 
 
 def _infer_request(info: ModelInfo) -> Schema:
-    names = {"enum": [spec.name for spec in info.outputs]} if info.outputs else _NAME
+    numbers = [spec.name for spec in info.outputs if spec.datatype not in ("BYTES", "BOOL", "BF16")]
+    others = [spec.name for spec in info.outputs if spec.name not in numbers]
+    kinds = [({"enum": names}, most) for names, most in ((numbers, MAX_CLASSES), (others, 0)) if names] or [(_NAME, 0)]
     outputs: Schema = {
         "type": ["array", "null"],
         "maxItems": 256,
-        "items": {
-            "type": "object",
-            "required": ["name"],
-            "properties": {"name": names, "parameters": _PARAMETERS},
-        },
+        "items": {"anyOf": [_output(name, most) for name, most in kinds]},
     }
     return {
         "type": "object",
         "required": ["inputs"],
         "properties": {
             "id": {"type": ["string", "null"]},
-            "parameters": _PARAMETERS,
+            "parameters": _INFER_PARAMETERS,
             "inputs": _inputs(info.inputs),
             "outputs": outputs,
         },
     }
+
+
+def _output(name: Schema, most_classes: int) -> Schema:
+    classes = {"type": "integer", "minimum": 0, "maximum": most_classes}
+    read = {"binary_data": {"type": "boolean"}, "classification": classes}
+    parameters = {"type": ["object", "null"], "properties": read | _NOT_OFFERED}
+    return {"type": "object", "required": ["name"], "properties": {"name": name, "parameters": parameters}}
 
 
 def _inputs(specs: tuple[TensorSpec, ...]) -> Schema:
@@ -189,6 +209,7 @@ def _input(spec: TensorSpec, rows: int) -> Schema:
         "type": "object",
         "required": ["name", "shape", "datatype", "data"],
         "properties": {
+            "parameters": _PARAMETERS | {"properties": _NOT_OFFERED | {"binary_data_size": False}},
             "name": {"const": spec.name},
             "datatype": {"const": spec.datatype},
             "shape": {"const": list(shape)},

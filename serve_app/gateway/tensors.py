@@ -121,14 +121,22 @@ def datatype_of(array: Array | PackedBytes) -> str:
     return name
 
 
+def whole_number(value: Any) -> int | None:
+    """A JSON number without a fraction, however it is written (2.0 is 2); None for everything else."""
+    if type(value) is float and value.is_integer():
+        return int(value)
+    return value if type(value) is int else None
+
+
 def check_shape(name: str, shape: Any) -> tuple[int, ...]:
     """A request's shape as a tuple; raises ProtocolError (400)."""
     if not isinstance(shape, list) or len(shape) > _MAX_RANK:
         raise ProtocolError(400, f"input {name!r}: 'shape' must be a list of at most {_MAX_RANK} sizes")
-    for dim in shape:
-        if type(dim) is not int or not 0 <= dim <= _MAX_DIM:
-            raise ProtocolError(400, f"input {name!r}: size {_short(dim)} in 'shape' must be a whole number from 0")
-    return tuple(shape)
+    dims = [whole_number(dim) for dim in shape]
+    for dim, given in zip(dims, shape, strict=True):
+        if dim is None or not 0 <= dim <= _MAX_DIM:
+            raise ProtocolError(400, f"input {name!r}: size {_short(given)} in 'shape' must be a whole number from 0")
+    return tuple(dim for dim in dims if dim is not None)
 
 
 def check_spec(spec: TensorSpec, datatype: str, shape: tuple[int, ...]) -> None:

@@ -48,7 +48,7 @@ def index_entry(info: ModelInfo, *, ready: bool) -> dict[str, Any]:
 
 
 class Statistics:
-    """Counts of the inferences of one gateway since it started. Times are of this gateway, the way to a replica included."""
+    """Counts and times of the inferences of one gateway since it started; the way to a replica is part of them."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Unmodified clients of Triton's, and what they and others put on the wire, against the gateway behind a real server."""
+"""Unmodified clients of Triton's, and what they and others put on the wire, against a real server."""
 
 from __future__ import annotations
 
@@ -140,8 +140,8 @@ def test_parameters_of_sequences_priorities_and_timeouts_reach_the_model(client:
     options = {"sequence_id": 42, "sequence_start": True, "priority": 2, "timeout": 5_000_000}
     check(client.infer(MODEL, inputs(), parameters={"own": "x"}, **options))
     assert BEHIND.parameters == {
-        "sequence_id": 42, "sequence_start": True, "sequence_end": False, "priority": 2, "timeout": 5_000_000, "own": "x",
-        "binary_data_output": True,
+        "sequence_id": 42, "sequence_start": True, "sequence_end": False, "priority": 2, "timeout": 5_000_000,
+        "own": "x", "binary_data_output": True,
     }  # fmt: skip
 
 
@@ -176,7 +176,7 @@ def test_classes_are_the_highest_values_of_each_row(client: triton.InferenceServ
     [
         (
             lambda c: c.get_system_shared_memory_status(),
-            "shared memory is an extension that this server does not offer",
+            "shared memory is an extension that this server does not",
         ),
         (lambda c: c.register_system_shared_memory("r", "/k", 8), "shared memory is an extension"),
         (lambda c: c.unregister_system_shared_memory(), "shared memory is an extension"),

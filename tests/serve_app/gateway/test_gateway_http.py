@@ -9,6 +9,7 @@ import asyncio
 import codecs
 import gzip
 import json
+import threading
 import zlib
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
@@ -163,6 +164,27 @@ def test_readiness_asks_at_most_once_a_second_and_outlives_a_silent_controller()
         readiness.answer, now_s[0] = RuntimeError("controller"), 3.0
         assert await readiness()
         assert readiness.asked == 4
+
+    asyncio.run(run())
+
+
+def test_probes_that_arrive_together_get_the_answer_to_one_question() -> None:
+    class Slow(Readiness):
+        asked = 0
+        answers = threading.Event()
+
+        def _ask(self) -> bool:
+            self.asked += 1
+            return self.answers.wait(5.0)
+
+    async def run() -> None:
+        readiness = Slow("app", "model", lambda: 0.0)
+        probes = [asyncio.ensure_future(readiness()) for _ in range(5)]
+        await asyncio.sleep(0)
+        probes[0].cancel()  # the first one leaves
+        readiness.answers.set()
+        assert await asyncio.gather(*probes[1:]) == [True] * 4
+        assert readiness.asked == 1
 
     asyncio.run(run())
 

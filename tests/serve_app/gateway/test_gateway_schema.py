@@ -15,7 +15,7 @@ def test_two_thousand_requests_made_from_the_description_give_no_5xx_and_answers
     with served(api) as address:
         send(f"http://{address}", 100)
         before_bytes = psutil.Process().memory_info().rss
-        statuses = send(f"http://{address}", 2100)
+        statuses = send(f"http://{address}", 2600)  # of some kinds there are fewer
         grown_bytes = psutil.Process().memory_info().rss - before_bytes
     assert statuses.total() >= 2000
     by_path = {(method, path) for method, path, status in statuses if status == 200}

@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
+from serve_app.gateway.classification import top_classes
 from serve_app.gateway.oip import InferRequest, RequestedOutput, decode_request, encode_response
-from serve_app.gateway.tensors import DTYPES, TensorSpec
+from serve_app.gateway.tensors import DTYPES, TensorSpec, from_bf16, to_bf16
 from serve_app.protocol_error import ProtocolError
 
 PIXELS = TensorSpec("pixels", "FP32", (-1, 2), finite=True)
@@ -257,7 +258,8 @@ anything = st.sampled_from(sorted(DTYPES)).flatmap(arrays)
 @given(anything, st.booleans(), st.none() | st.text(max_size=5))
 def test_encoded_outputs_decode_to_the_same_arrays(array: np.ndarray, as_binary: bool, request_id: str | None) -> None:
     asked = InferRequest(inputs={}, id=request_id, binary_by_default=as_binary)
-    if not as_binary and array.dtype.kind == "f" and not np.isfinite(array).all():
+    wanted = from_bf16(array) if array.dtype == DTYPES["BF16"] else array  # which numpy has no type for
+    if not as_binary and wanted.dtype.kind == "f" and not np.isfinite(wanted).all():
         with pytest.raises(ProtocolError, match="binary_data") as caught:
             encode_response(asked, {"t": array}, "m", "1")
         assert caught.value.status == 500
@@ -271,8 +273,8 @@ def test_encoded_outputs_decode_to_the_same_arrays(array: np.ndarray, as_binary:
     request = json.dumps({"inputs": [output]}).encode()
     decoded = decode_request(request + answer.body[split:], str(len(request))).inputs["t"]
     assert decoded.shape == array.shape
-    assert decoded.dtype == array.dtype
-    np.testing.assert_array_equal(decoded, array)
+    assert decoded.dtype == wanted.dtype
+    np.testing.assert_array_equal(decoded, wanted)
 
 
 @given(st.binary(max_size=200), st.none() | st.integers(0, 250).map(str))
@@ -331,3 +333,29 @@ def test_strings_and_foreign_byte_order_are_carried() -> None:
     assert [output["data"] for output in head["outputs"]] == [["ä", "b"], [1, 2]]
     raw = encode_response(InferRequest(inputs={}, binary_by_default=True), {"n": outputs["n"]}, "m", "1")
     assert raw.body[raw.header_length :] == np.array([1, 2], "<i4").tobytes()
+
+
+@pytest.mark.parametrize(("number", "rounded"), [(1.0, 1.0), (1.00390625, 1.0), (1.01171875, 1.015625), (-2.5, -2.5)])
+def test_bf16_is_rounded_to_the_nearest_and_of_two_to_the_even_one(number: float, rounded: float) -> None:
+    assert from_bf16(to_bf16(np.array([number], np.float32))).tolist() == [rounded]
+    assert np.isnan(from_bf16(to_bf16(np.array([np.nan, -np.nan], np.float32)))).all()
+
+
+@pytest.mark.parametrize(("data", "found"), [([1.0, -2.0], [1, -2]), ([1e3, 2], [1000, 2])])
+def test_a_whole_number_may_be_written_with_a_point(data: list[float], found: list[int]) -> None:
+    one = {"name": "t", "datatype": "INT32", "shape": [2], "data": data}
+    assert decode_request(body(one)).inputs["t"].tolist() == found
+
+
+@pytest.mark.parametrize(
+    ("values", "count", "texts"),
+    [
+        (np.array([[2, 9, 9, -3]], np.int64), 3, [[b"9:1", b"9:2", b"2:0"]]),
+        (np.array([0, 2**64 - 1], np.uint64), 1, [b"18446744073709551615:1"]),
+        (np.array([-(2**63), 5], np.int64), 5, [b"5:1", b"-9223372036854775808:0"]),
+        (np.array([1.1, 3.3, 0.5, 2.4], np.float64), 2, [b"3.300000:1", b"2.400000:3"]),
+        (np.zeros((0, 3), np.float32), 2, []),
+    ],
+)
+def test_classes_come_highest_first_of_equals_the_first(values: np.ndarray, count: int, texts: list[Any]) -> None:
+    assert top_classes("t", values, count).tolist() == texts
