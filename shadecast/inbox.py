@@ -75,7 +75,10 @@ class Inbox:
         known.seq, known.heard_s, known.totals = seq, now_s, read.totals
         for replica_id in read.began - read.counted.keys():
             known.replicas.pop(replica_id, None)
-        known.replicas.update(read.counted)
+        if base:
+            known.replicas.update(read.counted)
+        else:
+            known.replicas = read.counted
         return read.report, seq
 
     def _forget(self, now_s: float) -> None:
