@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 _SUPERVISE_S = 2.0
 _LOOK_AT_SETTINGS_S = 1.0
 _PUBLISH_S = 5.0
+_MOST_WARNED = 100
 _RESTART_S = 10.0
 """So long after a restart routers come back with the tables that they hold."""
 
@@ -187,10 +188,11 @@ class Coordinator:
         return known
 
     def _warn(self, text: str) -> None:
-        """Once for each thing."""
-        if text not in self._warned:
+        """Once for each thing, and no more of them than anybody would read."""
+        if text not in self._warned and len(self._warned) < _MOST_WARNED:
             self._warned.add(text)
-            logger.warning("%s", text)
+            last = "; what else cannot be read is not told any more" if len(self._warned) == _MOST_WARNED else ""
+            logger.warning("%s%s", text, last)
 
     # ------------------------------------------------------------------ calls from people
 

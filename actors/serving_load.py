@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 
@@ -32,10 +33,14 @@ class ServingLoad:
     _in_flight: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
     _arrivals_per_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     """Both by node, of all routers: many nodes ask, so they are kept up to date and not summed when asked for."""
+    _swept_s: float = -math.inf
 
     def take(self, report: RouterReport, now_s: float) -> None:
         """What a router says now; of a partial report, in place of what it has said of the same replicas."""
         key = report.deployment, report.router_id
+        if now_s - self._swept_s > STALE_S:  # also where no node ever asks
+            self._swept_s = now_s
+            self._forget_stale(now_s)
         if not report.partial:
             self._forget(key)
         router = self._routers.setdefault(key, _Router())
@@ -68,6 +73,10 @@ class ServingLoad:
             self._in_flight.clear()
             self._arrivals_per_s.clear()
 
+    def _forget_stale(self, now_s: float) -> None:
+        for key in [k for k, router in self._routers.items() if now_s - router.at_s > STALE_S]:
+            self._forget(key)
+
     def _take_off(self, node_id: str, in_flight: int) -> None:
         """A replica is gone from a node. Of nodes without requests nothing is kept: they come and go."""
         self._in_flight[node_id] -= in_flight
@@ -76,6 +85,5 @@ class ServingLoad:
 
     def on(self, node_id: str, now_s: float) -> tuple[float, float]:
         """(requests in flight, arrivals per second) on a node, over all deployments and routers."""
-        for key in [k for k, router in self._routers.items() if now_s - router.at_s > STALE_S]:
-            self._forget(key)
+        self._forget_stale(now_s)
         return float(self._in_flight.get(node_id, 0)), max(self._arrivals_per_s.get(node_id, 0.0), 0.0)

@@ -6,9 +6,14 @@ import logging
 import math
 import random
 import time
+import weakref
+from typing import TYPE_CHECKING
 
 from shadecast.config import LOCAL_ONLY_AGE_S, REPORT_S
 from shadecast.errors import MessageError
+
+if TYPE_CHECKING:
+    from serve_app.routing.request_router import Router
 
 logger = logging.getLogger("ray.serve")
 
@@ -27,8 +32,9 @@ class Absence:
     lost it together do not look together.
     """
 
-    def __init__(self, deployment: str) -> None:
-        self._deployment = deployment
+    def __init__(self, router: weakref.ref[Router]) -> None:
+        self._router = router
+        self._deployment = this.deployment if (this := router()) is not None else ""
         self._since_s = math.inf
         self._wrong_s: dict[str, float] = {}
         """What is wrong, and when it was last."""
@@ -84,5 +90,8 @@ class Absence:
         self._said = self.warn(kind, text) or self._said
 
     def _wait_s(self, now_s: float) -> float:
+        if now_s - self._since_s >= LOCAL_ONLY_AGE_S and (router := self._router()) is not None:
+            router.make_report()  # and lost: what is gone since the last one is not kept for ever
+            router.reported(0, table_wanted=False)
         share_s = min(_OF_ABSENCE * (now_s - self._since_s), LONGEST_WAIT_S)
         return max(REPORT_S * random.uniform(0.95, 1.05), share_s * random.uniform(0.8, 1.0))

@@ -80,7 +80,10 @@ class Inbox:
         known.refused, known.durations = read.refused, read.durations
         for replica_id in read.began - read.counted.keys():
             known.replicas.pop(replica_id, None)
-        known.replicas.update(read.counted)
+        if base:
+            known.replicas.update(read.counted)
+        else:
+            known.replicas = read.counted
         return read.report, seq
 
     def _forget(self, now_s: float) -> None:

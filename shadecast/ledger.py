@@ -160,7 +160,8 @@ class Ledger:
         """The next report. `alive` lists (replica_id, node_id, max_ongoing), the same object as long as it is the same.
 
         Calls that a replica has not accepted count as in flight: one that is too slow even to say yes would look idle
-        without them. Replicas that are gone are forgotten once no call is left on them. `more` travels as it is.
+        without them. Replicas that are gone are forgotten once no call is left on them; that they are gone, once it was
+        acknowledged, or while nobody acknowledges anything. `more` travels as it is.
         """
         interval_s = 0.0 if self._reported_s is None else max(now_s - self._reported_s, 0.0)
         self._reported_s = now_s
@@ -168,6 +169,9 @@ class Ledger:
         base = self._acknowledged
         self._take_changes(alive)
         self._count_new()
+        if not base:  # the report holds all, and whoever reads it forgets the rest
+            self._gone.clear()
+            self._began = {replica_id: seq for replica_id, seq in self._began.items() if replica_id in self._replicas}
         rows: list[ReplicaTotals] = []
         outcomes: list[tuple[int, int, Outcome]] = []
         unfinished: list[tuple[int, Unfinished]] = []
@@ -192,7 +196,7 @@ class Ledger:
             base=base,
             interval_s=interval_s,
             replicas=to_columns(rows),
-            gone=[replica_id for replica_id, seq in self._gone.items() if seq > base] if base else [],
+            gone=[replica_id for replica_id, seq in self._gone.items() if seq > base],
             began={"replica_id": list(self._began), "seq": list(self._began.values())},
             outcomes={
                 "at": [at for at, _, _ in outcomes],

@@ -71,7 +71,7 @@ class Link:
 
     def __init__(self, router: weakref.ref[Router]) -> None:
         self._router = router
-        self._absence = Absence(this.deployment if (this := router()) is not None else "")
+        self._absence = Absence(router)
         self._coordinator: Any = None
         self._found: Any = None
         """The last handle, of any version, and the last call's object: see `keep_in_touch`."""
