@@ -29,7 +29,7 @@ _SEQUENCE: Schema = {
         {"type": "string", "maxLength": 512, "pattern": "^[ -~]*$"},
     ]
 }
-_CALL: Schema = {"timeout": {"type": "integer", "minimum": 1}, "sequence_id": _SEQUENCE}
+_CALL: Schema = {"timeout": {"type": ["integer", "null"], "minimum": 1}, "sequence_id": _SEQUENCE}
 """Parameters that the gateway itself reads; the model may read others."""
 _GENERATE_PARAMETERS: Schema = {"type": ["object", "null"], "properties": _CALL}
 _INFER_PARAMETERS: Schema = {
