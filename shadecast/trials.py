@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import islice
 
 from shadecast.config import TrialConfig
 from shadecast.connection import TRANSITIONS, Event, step
@@ -105,8 +106,9 @@ class Trials:
             return False
         before_s = self._failing.pop(origin, -math.inf)
         self._failing[origin] = now_s
-        if len(self._failing) > _MOST_FAILING:
-            del self._failing[next(iter(self._failing))]
+        for oldest, at_s in list(islice(self._failing.items(), 2)):  # more than come in
+            if len(self._failing) > _MOST_FAILING or now_s - at_s > _FAILING_S:
+                del self._failing[oldest]
         return now_s - before_s <= _FAILING_S
 
     def observe_pair(self, candidate: Replica, pair: PairedSample) -> None:
