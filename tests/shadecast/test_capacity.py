@@ -153,20 +153,24 @@ def test_a_forecast_of_what_is_already_there_changes_nothing():
     assert view.log_change == pytest.approx(0.0)
 
 
-def test_an_unsure_forecast_counts_less():
+def test_an_onset_that_may_come_is_worth_its_probability():
+    rows = [((0.0, median, 0.8),) * 6 for median in (0.0, 0.4, 0.8)]
     changes = []
-    for spread in (0.0, 0.2, 0.35):
-        view = cap.outlook(forecast([0.6] * 6, spread), snapshot(), (1.0, 0.0, 0.0), 0.0, 5.0)
-        changes.append(cap.blend(0.0, view.log_change, 1.0, view.error_sigma))
-    assert changes[0] < changes[1] < changes[2] <= 0.0
+    for row in rows:
+        unsure = Forecast({"cpu": row}, gate={"cpu": 1.0})
+        changes.append(cap.outlook(unsure, snapshot(), (1.0, 0.0, 0.0), 0.0, 5.0).log_change)
+    assert changes[0] == pytest.approx(0.3 * math.log(0.2))
+    assert changes[1] == pytest.approx(0.4 * math.log(0.6) + 0.3 * math.log(0.2))
+    assert changes[2] == pytest.approx(0.7 * math.log(0.2))
 
 
-@given(st.floats(-3, 1), st.floats(-3, 3), st.floats(0, 2))
-def test_the_blend_never_overshoots_the_forecast_and_ignores_small_changes(live, change, sigma):
-    blended = cap.blend(live, change, 1.0, sigma)
-    assert min(live, live + change) - 1e-9 <= blended <= max(live, live + change) + 1e-9
-    if abs(change) <= cap.DEAD_BAND:
-        assert blended == live
+@given(st.lists(st.floats(0, 1), min_size=3, max_size=3), st.floats(0, 1), st.floats(0, 1))
+def test_what_is_expected_lies_between_the_quantiles(loads, now, gate):
+    low, median, high = sorted(loads)
+    made = Forecast({"cpu": ((low, median, high),) * 6}, gate={"cpu": gate})
+    change = cap.outlook(made, snapshot(cpu=now), (1.0, 0.0, 0.0), 0.0, 5.0).log_change
+    best, worst = (cap.log_headroom(load) - cap.log_headroom(now) for load in (low, high))
+    assert gate * worst - 1e-9 <= change <= gate * best + 1e-9
 
 
 @given(st.floats(0.01, 4), st.one_of(st.floats(-10, 10), st.just(math.nan)), st.floats(-5, 5))
