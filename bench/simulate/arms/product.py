@@ -232,7 +232,9 @@ class Product(Arm):
         load = min(max(load + self._noise.gauss(0.0, _TELEMETRY_NOISE), 0.0), 1.0)
         memory = trace.memory_at(now_s)
         forecast = self._forecasters[node].make(now_s, load, memory) if self._forecasters is not None else None
-        snapshot = NodeSnapshot(load, load, memory, 0.05, 0.0, 1e6, 1e6)
+        row = trace.shown(now_s) if trace.plays else None
+        network = row[2] if row is not None else 0.0
+        snapshot = NodeSnapshot(load, load, memory, max(network, 0.05), network, 1e6, 1e6)
         self._node_seq[node] += 1
         self._node_reports.append(NodeReport(f"node-{node}", self._node_seq[node], snapshot, forecast))
 
