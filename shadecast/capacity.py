@@ -26,8 +26,6 @@ _MIN_LOG_SPEED = math.log(0.01)
 _MAX_LOG_SPEED = math.log(4.0)
 _PRIOR_SIGMA = 0.5
 _SLOW_HALF_LIFE_S = 60.0
-_SLOW = math.log(0.6)
-"""Log speed under which a node counts as slow already."""
 _SURPRISE = 9.0
 """Three standard errors: a difference that is not chance."""
 _MANY = 8.0
@@ -260,7 +258,7 @@ class Outlook:
     log_change: float = 0.0
     """Gated change of log speed from now to what is expected over the look-ahead; 0 without a usable forecast."""
     worst_log_speed: float = 0.0
-    """Log speed at the worst moment, by the unfavourable quantile, relative to an idle node."""
+    """Log speed at the worst moment, by medians, relative to an idle node."""
     memory_high: float = 0.0
     """Upper quantile of the memory fraction at the longest horizon."""
     alarm: bool = False
@@ -282,7 +280,7 @@ def outlook(
     The change of speed is to the *expected* log headroom over what requests live through: calibrated quantiles say how
     sure they are, and an onset that may come is worth its probability. The worst moment is looked for until
     the next table can be in use; memory that runs out loses all requests, so it counts as far as the forecast goes.
-    Of a node that is slow already the worst is by medians: that it may stay slow, live capacity knows.
+    The worst is by medians, more likely than not: what only may come is in the expected value already.
     A broken or missing part counts as no change.
     """
     if forecast is None or snapshot is None:
@@ -291,14 +289,13 @@ def outlook(
     weights = horizon_weights(age_s, min(_RESIDENCES * ahead_s, HORIZONS_S[-1]))
     soonest = min(bisect_right(HORIZONS_S, age_s), len(HORIZONS_S) - 1)
     latest = max(bisect_right(HORIZONS_S, age_s + ahead_s + _TABLE_LIFE_S) - 1, soonest)
-    is_slow = sum(g * h for g, h in zip(gamma, now, strict=True)) < _SLOW
     change, worst, memory_high = 0.0, 0.0, 0.0
     for k, resource in enumerate(RESOURCES):
         rows = forecast.quantiles.get(resource)
         if not rows or len(rows) != len(HORIZONS_S):
             continue
         loads = [sum(w * row[q] for w, row in zip(weights, rows, strict=True)) for q in range(3)]
-        worst_load = max(row[1 if is_slow else -1] for row in rows[soonest : latest + 1])
+        worst_load = max(row[1] for row in rows[soonest : latest + 1])
         if not all(math.isfinite(load) for load in (*loads, worst_load)):
             continue
         gate = min(max(forecast.gate.get(resource, 0.0), 0.0), 1.0)

@@ -119,7 +119,7 @@ def test_offered_work_is_the_load_times_what_the_disturbed_replicas_can_do() -> 
 def test_all_scenario_names_are_there_and_unknown_ones_are_refused_with_the_list() -> None:
     names = (
         "tokens-antagonist tokens-ramp tokens-crash short-antagonist short-pauses sessions homogeneous "
-        "heterogeneous-cold newcomer-slow newcomer-failing stale-table trace scale"
+        "heterogeneous-cold newcomer-slow newcomer-failing stale-table trace scale replay periodic"
     )
     assert set(FAMILIES) == set(names.split())
     assert {s.load for s in find("tokens-antagonist")} == {0.6, 0.7, 0.8, 0.9}
@@ -237,15 +237,19 @@ def test_the_quantiles_of_every_kind_rise_and_stay_in_the_unit_interval() -> Non
                 assert all(0.0 <= low <= middle <= high <= 1.0 for low, middle, high in rows)
 
 
-def test_a_wrong_forecast_loses_its_gate_and_its_veto_and_a_good_one_keeps_them() -> None:
+def test_a_wrong_forecast_gives_way_to_the_last_value_and_loses_its_veto_and_a_good_one_keeps_them() -> None:
     own, other = (_trace(antagonists(0.35, 10.0, 30.0, 60.0), seed, 2000.0) for seed in (1, 2))
     wrong, right = _forecaster("wrong", other), _forecaster("realistic", own)
+    off = []
     for t in range(1, 1000):
         load = 1.0 - own.mean_speed(t - 1.0, float(t))
         last_wrong, last_right = wrong.make(float(t), load, 0.45), right.make(float(t), load, 0.45)
-    assert last_wrong.gate["cpu"] < 0.1
+        told = last_wrong.quantiles["cpu"]
+        off.append(max(abs(row[1] - load) for row in told))
+    assert max(off[:60]) > 0.3, "until it is found out"
+    assert max(off[500:]) < 0.2
     assert not last_wrong.veto_allowed
-    assert last_right.gate["cpu"] > 0.7
+    assert last_wrong.skill["cpu"] < 0.0 < last_right.skill["cpu"]
 
 
 def test_a_crash_is_foreseen_only_once_memory_climbs() -> None:
