@@ -96,7 +96,9 @@ def playable(values: Array) -> Array:
     rows = np.array(values, np.float64)
     idle = np.asarray(IDLE)
     memory, network = CHANNELS.index("memory"), CHANNELS.index("network")
-    rows[:, network] = np.minimum(rows[:, network] / (LINK_BYTES_PER_S if np.nanmax(rows[:, network]) > 1.0 else 1.0), 1.0)
+    rows[:, network] = np.minimum(
+        rows[:, network] / (LINK_BYTES_PER_S if np.nanmax(rows[:, network]) > 1.0 else 1.0), 1.0
+    )
     known = rows[np.isfinite(rows[:, memory]), memory]
     rows[:, memory] = np.clip(_USUAL_MEMORY + rows[:, memory] - (known[0] if len(known) else 0.0), 0.0, _MOST_MEMORY)
     before = idle

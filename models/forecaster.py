@@ -181,9 +181,9 @@ class OnlineForecaster:
 def forecast_of(prediction: Prediction, version: str, announced: Array | None = None) -> Forecast | None:
     """The message of series 0; None while CPU is unknown or too few samples have come.
 
-    It is the gated forecast: where the model is not trusted the best baseline stands in, so that all of it counts. What
-    was `announced` [series, horizon] is known, not forecast. It allows a veto if it is stronger than what a node expects
-    by itself.
+    It is the gated forecast: where the model is not trusted the best baseline stands in, so that all of it counts.
+    What was `announced` [series, horizon] is known, not forecast. It allows a veto if it is stronger than what a node
+    expects by itself.
     """
     ready = prediction.ready[0]
     if not ready[_CPU]:

@@ -16,6 +16,7 @@ import sys
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 SLICE_S = 0.05
 """CPU and network are spread over slices of this length; what a slice did not get is not made up for."""
@@ -23,6 +24,14 @@ PAGE_BYTES = 4096
 DATAGRAM_BYTES = 8192
 
 Row = Sequence[float]
+
+
+class Meters(NamedTuple):
+    """Where time and used CPU are read, and how to wait."""
+
+    clock: Callable[[], float] = time.monotonic
+    used: Callable[[], float] = time.process_time
+    sleep: Callable[[float], None] = time.sleep
 
 
 def row_at(rows: Sequence[Row], second: float) -> Row:
@@ -47,11 +56,10 @@ def play(
     seconds: float,
     share: float,
     take: Callable[[float, float], None],
-    clock: Callable[[], float] = time.monotonic,
-    used: Callable[[], float] = time.process_time,
-    sleep: Callable[[float], None] = time.sleep,
+    meters: Meters = Meters(),
 ) -> None:
     """Burn `share` of the rows' CPU until `seconds` have passed; `take(memory_bytes, network_bytes)` once a slice."""
+    clock, used = meters.clock, meters.used
     began_s = clock()
     number = 0
     while (now_s := clock() - began_s) < seconds:
@@ -64,7 +72,7 @@ def play(
             pass
         left_s = ends_s - clock()
         if left_s > 0.0:
-            sleep(left_s)
+            meters.sleep(left_s)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -176,7 +176,7 @@ _ALL = (
         memory_limit_bytes=_REPLAY_MEMORY_BYTES,
     ),
     replace(
-        _STREAMS, name="streams-replay", note="streams as above; recorded jobs as CPU, memory and network load on every node",
+        _STREAMS, name="streams-replay", note="streams as above; recorded jobs as load on every node",
         faults=_REPLAY, seconds=600.0, memory_limit_bytes=_REPLAY_MEMORY_BYTES,
     ),
     Scenario("newcomer-none", "three replicas, the baseline of the newcomers", replicas=3, rate_per_s=18),

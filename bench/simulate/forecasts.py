@@ -84,7 +84,8 @@ class NodeForecaster:
             return Forecast(quantiles, skill=full, gate=full, model_version=self._kind, veto_allowed=True)
         trust = self._trust
         gated = trust.learn(np.asarray([cpu, memory], np.float32), load_now, memory_now)
-        quantiles |= {name: tuple(tuple(map(float, row)) for row in gated[k]) for k, name in enumerate(RESOURCES[:2])}
+        for k, name in enumerate(RESOURCES[:2]):
+            quantiles[name] = tuple((float(low), float(middle), float(high)) for low, middle, high in gated[k])
         return Forecast(
             quantiles,
             skill=trust.skill,
@@ -165,7 +166,7 @@ class _Trust:
         truth = np.asarray([load_now, memory_now], np.float32)
         last = np.repeat(truth[None, :, None, None], len(STEPS), axis=2).repeat(len(QUANTILES), axis=3)
         scale = np.full((1, 2, len(STEPS)), 0.1, np.float32)
-        baseline = self._correction.apply(last, scale)
+        baseline = np.clip(self._correction.apply(last, scale), 0.0, 1.0)
         experts = np.stack([quantiles[None], baseline], axis=2)  # [1, target, expert, horizon, quantile]
         if len(self._issued) == LONGEST:
             due = np.stack([self._issued[-step][..., i, :] for i, step in enumerate(STEPS)], axis=-2)

@@ -57,7 +57,9 @@ def test_public_recordings_of_cloud_machines_are_played_where_they_are_there() -
 
 def test_holes_hold_the_last_value_and_memory_changes_from_where_it_was_between_recordings() -> None:
     nan = float("nan")
-    values = np.array([[0.2, 0.70, 1.25e8, 10.0, 1.0, 0.0], [nan, 0.75, nan, nan, nan, nan], [0.4, 1.9, 2.5e9, 9, 2, 1]])
+    values = np.array(
+        [[0.2, 0.70, 1.25e8, 10.0, 1.0, 0.0], [nan, 0.75, nan, nan, nan, nan], [0.4, 1.9, 2.5e9, 9, 2, 1]]
+    )
     rows = playable(values)
     assert rows[:, CPU].tolist() == [0.2, 0.2, 0.4]
     assert rows[:, MEMORY] == pytest.approx([IDLE[MEMORY], IDLE[MEMORY] + 0.05, 0.9])
@@ -94,7 +96,9 @@ def test_a_seed_of_a_replay_is_the_same_for_every_arm_and_repeats(own: HeldApart
     assert make_world(scenario, 1).nodes[2].speeds == make_world(scenario, 1).nodes[2].speeds
     assert make_world(scenario, 1).nodes[2].speeds != make_world(scenario, 2).nodes[2].speeds
     for arm in ("live_capacity", "shadecast_shipped"):
-        first, second = ({k: v for k, v in simulate(scenario, ARMS[arm], 1).items() if k != "decision_us"} for _ in "ab")
+        first, second = (
+            {k: v for k, v in simulate(scenario, ARMS[arm], 1).items() if k != "decision_us"} for _ in "ab"
+        )
         assert first == second
         assert first["unfinished"] == 0.0
 
@@ -162,7 +166,8 @@ def test_the_player_takes_its_share_of_each_second_and_ends_in_time() -> None:
         now_s[0] += seconds
 
     rows = [(0, 0.8, 100, 4000), (2, 0.0, 50, 0)]
-    player.play(rows, 4.0, 0.5, lambda memory, network: asked.append((memory, network)), clock, used, sleep)
+    meters = player.Meters(clock, used, sleep)
+    player.play(rows, 4.0, 0.5, lambda memory, network: asked.append((memory, network)), meters)
     assert now_s[0] == pytest.approx(4.0, abs=0.05)
     assert burnt_s[0] == pytest.approx(0.5 * 0.8 * 2.0, abs=0.3)
     assert asked[0] == (100, 4000 * player.SLICE_S)
