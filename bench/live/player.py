@@ -34,6 +34,9 @@ class Meters(NamedTuple):
     sleep: Callable[[float], None] = time.sleep
 
 
+_REAL = Meters()
+
+
 def row_at(rows: Sequence[Row], second: float) -> Row:
     """The row that holds at that second: nothing before the first."""
     k = bisect_right(rows, second, key=lambda row: row[0]) - 1
@@ -56,7 +59,7 @@ def play(
     seconds: float,
     share: float,
     take: Callable[[float, float], None],
-    meters: Meters = Meters(),
+    meters: Meters = _REAL,
 ) -> None:
     """Burn `share` of the rows' CPU until `seconds` have passed; `take(memory_bytes, network_bytes)` once a slice."""
     clock, used = meters.clock, meters.used

@@ -240,10 +240,11 @@ def test_the_quantiles_of_every_kind_rise_and_stay_in_the_unit_interval() -> Non
 def test_a_wrong_forecast_gives_way_to_the_last_value_and_loses_its_veto_and_a_good_one_keeps_them() -> None:
     own, other = (_trace(antagonists(0.35, 10.0, 30.0, 60.0), seed, 2000.0) for seed in (1, 2))
     wrong, right = _forecaster("wrong", other), _forecaster("realistic", own)
+    noise = random.Random(3)
     wrong_off: list[float] = []
     right_off: list[float] = []
     for t in range(1, 1000):
-        load = 1.0 - own.mean_speed(t - 1.0, float(t))
+        load = min(max(1.0 - own.mean_speed(t - 1.0, float(t)) + noise.gauss(0.0, 0.02), 0.0), 1.0)
         last_wrong, last_right = wrong.make(float(t), load, 0.45), right.make(float(t), load, 0.45)
         for made, off in ((last_wrong, wrong_off), (last_right, right_off)):
             off.append(max(abs(row[1] - load) for row in made.quantiles["cpu"]))
