@@ -181,28 +181,29 @@ class OnlineForecaster:
 def forecast_of(prediction: Prediction, version: str, announced: Array | None = None) -> Forecast | None:
     """The message of series 0; None while CPU is unknown or too few samples have come.
 
-    It is the gated forecast: where the model is not trusted the best baseline stands in, so that all of it counts.
-    What was `announced` [series, horizon] is known, not forecast. It allows a veto if it is stronger than what a node
+    What was `announced` [series, horizon] is known, not forecast: it counts in full whatever the model's skill, and
+    around it the best forecast, gated, stands in for the model's. It allows a veto if it is stronger than what a node
     expects by itself.
     """
     ready = prediction.ready[0]
     if not ready[_CPU]:
         return None
-    known = [t for t in range(N_TARGETS) if ready[t] and np.isfinite(prediction.gated[0, t]).all()]
+    known = [t for t in range(N_TARGETS) if ready[t] and np.isfinite(prediction.quantiles[0, t]).all()]
 
     def pooled(values: Array) -> dict[str, float]:
         return {TARGETS[t]: float(values[0, t].mean()) for t in known}
 
-    rows = {TARGETS[t]: prediction.gated[0, t] for t in known}
-    veto_allowed = bool(prediction.veto_allowed[0])
+    rows = {TARGETS[t]: prediction.quantiles[0, t] for t in known}
+    gate, veto_allowed = pooled(prediction.gate), bool(prediction.veto_allowed[0])
     if announced is not None and announced[0].any() and _CPU in known:
-        rows[TARGETS[_CPU]] = np.maximum(rows[TARGETS[_CPU]], announced[0][:, None])
+        rows[TARGETS[_CPU]] = np.maximum(prediction.gated[0, _CPU], announced[0][:, None])
+        gate[TARGETS[_CPU]] = 1.0
         veto_allowed = veto_allowed or bool(announced.max() > STRONGEST)
     return Forecast(
         quantiles={name: tuple(tuple(map(float, row)) for row in each) for name, each in rows.items()},
         slow_probability=float(prediction.slow_probability[0]),
         skill=pooled(prediction.skill),
-        gate=dict.fromkeys(rows, 1.0),
+        gate=gate,
         model_version=version,
         veto_allowed=veto_allowed,
     )

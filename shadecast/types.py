@@ -64,8 +64,7 @@ class Forecast:
 
     `quantiles[resource]` has shape [horizon, quantile] in the order of `HORIZONS_S` and `QUANTILES`, as fractions
     of the node's limit in [0, 1]. `skill[resource]` is the forecaster's own recent skill, 1 - L_model/L_best_baseline;
-    `gate[resource]` in [0, 1] says how far it counts: 1 of forecasters that put the best baseline where they do not
-    trust their model.
+    `gate[resource]` in [0, 1] says how far it may be trusted (0 while unproven).
     """
 
     quantiles: Mapping[str, tuple[tuple[float, ...], ...]]

@@ -83,15 +83,9 @@ class NodeForecaster:
             full = dict.fromkeys(RESOURCES, 1.0)
             return Forecast(quantiles, skill=full, gate=full, model_version=self._kind, veto_allowed=True)
         trust = self._trust
-        gated = trust.learn(np.asarray([cpu, memory], np.float32), load_now, memory_now)
-        for k, name in enumerate(RESOURCES[:2]):
-            quantiles[name] = tuple((float(low), float(middle), float(high)) for low, middle, high in gated[k])
+        trust.learn(np.asarray([cpu, memory], np.float32), load_now, memory_now)
         return Forecast(
-            quantiles,
-            skill=trust.skill,
-            gate={"cpu": 1.0, "memory": 1.0, "network": 0.0},
-            model_version=self._kind,
-            veto_allowed=trust.veto_allowed,
+            quantiles, skill=trust.skill, gate=trust.gate, model_version=self._kind, veto_allowed=trust.veto_allowed
         )
 
     def _cpu(self, now_s: float, horizon_s: float, load_now: float) -> tuple[float, float, float]:
@@ -147,10 +141,7 @@ def _quantiles(speed: float, sigma: float) -> tuple[float, float, float]:
 
 
 class _Trust:
-    """Skill, gate and alarm record of one node's forecasts of CPU and memory, against the last value with quantiles.
-
-    As on a node, that stands in where the forecast is not trusted.
-    """
+    """Skill, gate and alarm record of one node's forecasts of CPU and memory, against the last value with quantiles."""
 
     def __init__(self) -> None:
         shape = (1, 2, 2, len(STEPS))
@@ -159,21 +150,23 @@ class _Trust:
         self._alarms = AlarmRecord(1, prior=_PRIOR_PRECISION)
         self._issued: list[Array] = []
         self.skill = dict.fromkeys(RESOURCES, _PRIOR_SKILL)
+        self.gate = dict.fromkeys(RESOURCES, 1.0)
         self.veto_allowed = True
 
-    def learn(self, quantiles: NDArray[np.float32], load_now: float, memory_now: float) -> Array:
-        """Judge what was forecast for now, remember `quantiles` [target, horizon, quantile]; what counts of them."""
+    def learn(self, quantiles: NDArray[np.float32], load_now: float, memory_now: float) -> None:
+        """Judge what was forecast for now; remember `quantiles` [target, horizon, quantile]."""
         truth = np.asarray([load_now, memory_now], np.float32)
         last = np.repeat(truth[None, :, None, None], len(STEPS), axis=2).repeat(len(QUANTILES), axis=3)
         scale = np.full((1, 2, len(STEPS)), 0.1, np.float32)
-        baseline = np.clip(self._correction.apply(last, scale), 0.0, 1.0)
+        baseline = self._correction.apply(last, scale)
         experts = np.stack([quantiles[None], baseline], axis=2)  # [1, target, expert, horizon, quantile]
         if len(self._issued) == LONGEST:
             due = np.stack([self._issued[-step][..., i, :] for i, step in enumerate(STEPS)], axis=-2)
             target = np.broadcast_to(truth[None, :, None], (1, 2, len(STEPS)))
             self._correction.learn(due[:, :, 1], target)
             self._gate.learn(pinball(due, np.broadcast_to(truth[None, :, None, None], due.shape[:-1])))
-            skill = self._gate.skill()[0].mean(axis=-1)
+            gate, skill = self._gate.gate()[0].mean(axis=-1), self._gate.skill()[0].mean(axis=-1)
+            self.gate = {"cpu": float(gate[0]), "memory": float(gate[1]), "network": 0.0}
             self.skill = {"cpu": float(skill[0]), "memory": float(skill[1]), "network": 0.0}
             self._issued.pop(0)
         self._issued.append(experts)
@@ -181,5 +174,3 @@ class _Trust:
         slow = load_now > 1.0 - _SLOW or memory_now > 0.92
         self._alarms.step(np.asarray([alarm and not slow]), np.asarray([slow]))
         self.veto_allowed = bool(self._alarms.precision()[0] >= 0.7)
-        counted: Array = np.where(self._gate.is_open[0, ..., None], quantiles, baseline[0])
-        return counted

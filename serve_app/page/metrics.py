@@ -106,7 +106,7 @@ def _nodes(nodes: list[Mapping[str, Any]]) -> Iterator[Metric]:
     )
     for name, text in (
         ("skill", "1 - loss of the forecaster / loss of the best simple rule, recent; above 0 it helps"),
-        ("gate", "How far what the node forecasts counts, 0 to 1"),
+        ("gate", "How far the forecast may be trusted, 0 to 1"),
     ):
         yield _gauge(
             f"forecast_{name}",

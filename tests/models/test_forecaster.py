@@ -52,18 +52,6 @@ def test_a_closed_gate_means_the_best_baseline(model: Model) -> None:
             assert any(np.allclose(prediction.gated[0, t, h], experts[t, e, h]) for e in range(1, experts.shape[1]))
 
 
-def test_what_a_node_tells_is_the_gated_forecast_and_counts_in_full(model: Model) -> None:
-    forecaster = OnlineForecaster(model)
-    for v in np.clip(wave(80)[0], 0, 1):
-        prediction = forecaster.step(v[None])
-    told = forecast_of(prediction, "x")
-    assert told is not None
-    assert (prediction.gate == 0).all()
-    assert told.gate == {"cpu": 1.0, "memory": 1.0, "network": 1.0}
-    assert np.allclose(told.quantiles["cpu"], prediction.gated[0, 0])
-    assert not np.allclose(told.quantiles["cpu"], prediction.quantiles[0, 0])
-
-
 def test_a_proven_model_starts_with_an_open_gate() -> None:
     forecaster = OnlineForecaster(small_model(prior=0.3))
     assert forecaster.step(wave(1)[:, 0]).gate == pytest.approx(1.0)
