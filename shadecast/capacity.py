@@ -26,14 +26,13 @@ _MIN_LOG_SPEED = math.log(0.01)
 _MAX_LOG_SPEED = math.log(4.0)
 _PRIOR_SIGMA = 0.5
 _SLOW_HALF_LIFE_S = 60.0
-_SLOW = math.log(0.6)
-"""Log speed under which a node counts as slow already."""
 _SURPRISE = 9.0
 """Three standard errors: a difference that is not chance."""
 _MANY = 8.0
 """Decayed number of observations that are enough to stand for themselves."""
-_NORMAL_10_TO_90 = 2.563
-"""Standard deviations between the .1 and the .9 quantile of a normal distribution."""
+_QUANTILE_WEIGHTS = (0.3, 0.4, 0.3)
+"""Of the values at the quantiles .1, .5 and .9 in an expected value: the mean of a normal distribution exactly, and
+nearly of most others (Swanson's rule; Hurst, Brown and Swanson 2000)."""
 _SPAN_STEPS = 8
 _RESIDENCES = 2.5
 """Requests live through this many times their median residence, if they are long: what is forecast counts so far."""
@@ -43,8 +42,6 @@ _VETO_HOLD_S = 0.5
 """Half of what lies between two samples: a forecast's end of a disturbance is not known more exactly."""
 HALF_LIFE_S = 2.0
 """Of the live capacity estimate."""
-DEAD_BAND = 0.2
-"""Log change that a forecast must exceed to count."""
 RISE_PER_S, FALL_PER_S = 0.3, 0.6
 """Capacity may move by so much of nominal in a second."""
 VETO_SPEED = 0.15
@@ -259,11 +256,9 @@ class Outlook:
     """What a forecast says of one node, for one deployment, over the look-ahead."""
 
     log_change: float = 0.0
-    """Gated change of log speed from now to its mean over the look-ahead; 0 without a usable forecast."""
-    error_sigma: float = 0.0
-    """Spread of that change by the forecast's own quantiles."""
+    """Gated change of log speed from now to what is expected over the look-ahead; 0 without a usable forecast."""
     worst_log_speed: float = 0.0
-    """Log speed at the worst moment, by the unfavourable quantile, relative to an idle node."""
+    """Log speed at the worst moment, by medians, relative to an idle node."""
     memory_high: float = 0.0
     """Upper quantile of the memory fraction at the longest horizon."""
     alarm: bool = False
@@ -282,9 +277,10 @@ def outlook(
 ) -> Outlook:
     """What a forecast that is `age_s` old says of a request placed now that stays `ahead_s` (median).
 
-    The change of speed is that of the mean load over what requests live through. The worst moment is looked for until
+    The change of speed is to the *expected* log headroom over what requests live through: calibrated quantiles say how
+    sure they are, and an onset that may come is worth its probability. The worst moment is looked for until
     the next table can be in use; memory that runs out loses all requests, so it counts as far as the forecast goes.
-    Of a node that is slow already the worst is by medians: that it may stay slow, live capacity knows.
+    The worst is by medians, more likely than not: what only may come is in the expected value already.
     A broken or missing part counts as no change.
     """
     if forecast is None or snapshot is None:
@@ -293,34 +289,22 @@ def outlook(
     weights = horizon_weights(age_s, min(_RESIDENCES * ahead_s, HORIZONS_S[-1]))
     soonest = min(bisect_right(HORIZONS_S, age_s), len(HORIZONS_S) - 1)
     latest = max(bisect_right(HORIZONS_S, age_s + ahead_s + _TABLE_LIFE_S) - 1, soonest)
-    is_slow = sum(g * h for g, h in zip(gamma, now, strict=True)) < _SLOW
-    change, variance, worst, memory_high = 0.0, 0.0, 0.0, 0.0
+    change, worst, memory_high = 0.0, 0.0, 0.0
     for k, resource in enumerate(RESOURCES):
         rows = forecast.quantiles.get(resource)
         if not rows or len(rows) != len(HORIZONS_S):
             continue
-        low, median, high = (sum(w * row[q] for w, row in zip(weights, rows, strict=True)) for q in range(3))
-        worst_load = max(row[1 if is_slow else -1] for row in rows[soonest : latest + 1])
-        if not (math.isfinite(low) and math.isfinite(median) and math.isfinite(high) and math.isfinite(worst_load)):
+        loads = [sum(w * row[q] for w, row in zip(weights, rows, strict=True)) for q in range(3)]
+        worst_load = max(row[1] for row in rows[soonest : latest + 1])
+        if not all(math.isfinite(load) for load in (*loads, worst_load)):
             continue
         gate = min(max(forecast.gate.get(resource, 0.0), 0.0), 1.0)
-        change += gate * gamma[k] * (log_headroom(median) - now[k])
-        spread = gamma[k] * (log_headroom(low) - log_headroom(high)) / _NORMAL_10_TO_90
-        variance += (gate * spread) ** 2
+        expected = sum(w * log_headroom(load) for w, load in zip(_QUANTILE_WEIGHTS, loads, strict=True))
+        change += gate * gamma[k] * (expected - now[k])
         worst += gamma[k] * log_headroom(worst_load)
         if resource == "memory":
             memory_high = rows[-1][-1]
-    return Outlook(change, math.sqrt(variance), worst, memory_high, forecast.veto_allowed)
-
-
-def blend(log_live: float, log_change: float, weight: float, error_sigma: float = 0.0) -> float:
-    """Log capacity from the live log speed and the (already gated) forecast change.
-
-    `weight * sign(z) * max(|z| - delta, 0)` with delta = max(dead band, 1.3 sigma of the log error).
-    """
-    delta = max(DEAD_BAND, 1.3 * error_sigma)
-    counted = weight * max(abs(log_change) - delta, 0.0)
-    return log_live + math.copysign(counted, log_change)
+    return Outlook(change, worst, memory_high, forecast.veto_allowed)
 
 
 def limit_rate(before: float, wanted: float, elapsed_s: float) -> float:

@@ -128,7 +128,7 @@ class Estimates:
             known.outlook = outlooks[node_id]
             known.vetoed = node_id in vetoed
             view = known.outlook
-            wanted = math.exp(cap.blend(log_live, view.log_change, weight, view.error_sigma))
+            wanted = math.exp(log_live + weight * view.log_change)
             known.steady = max(cap.limit_rate(known.steady, wanted, elapsed_s), 0.01)
             known.capacity = max(known.steady * cap.VETO_FACTOR, 0.01) if known.vetoed else known.steady
             keep = 0.5 ** (max(elapsed_s, 0.0) / _SLOW_HALF_LIFE_S)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
 from bench.live.cgroups import LabError
 from bench.live.cluster import IsolatedWorld, Worker, World
 from bench.live.hosts import stop
+from bench.live.replay import schedule
 from bench.live.scenario import QUOTA, Fault, Scenario
 
 _LEAK = """
@@ -23,6 +27,12 @@ for _ in range(steps):
     time.sleep(seconds / steps)
 time.sleep(600)
 """
+_PLAYER = Path(__file__).with_name("player.py")
+_PLAYERS = 8
+"""Processes of a player, as many as a hog has."""
+_DISCARD_PORT = 9
+_MEMORY_PART = 0.5
+"""Of what is free on a node: recorded jobs do not end for want of memory."""
 
 
 @dataclass(slots=True)
@@ -33,6 +43,7 @@ class Scene:
     scenario: Scenario
     node: Worker
     """The node that turns bad, or that the newcomer will be on."""
+    seed: int = 0
 
 
 End = Callable[[], None]
@@ -63,6 +74,42 @@ def leak(scene: Scene, fault: Fault) -> End:
     seconds = scene.scenario.length_s * (fault.end - fault.start)
     process = host.run([sys.executable, "-I", "-S", "-c", _LEAK, str(free), str(seconds)])
     return lambda: stop(process, grace_s=0.0)
+
+
+def replay(scene: Scene, fault: Fault) -> End:
+    """Recorded jobs on every node, each with its own; nobody is told when one begins."""
+    limit_bytes = scene.scenario.memory_limit_bytes
+    if limit_bytes is None:
+        raise LabError(f"scenario {scene.scenario.name}: a replay needs memory_limit_bytes")
+    seconds = scene.scenario.length_s * (fault.end - fault.start)
+    players: list[subprocess.Popen[str]] = []
+
+    def end() -> None:
+        for player in players:
+            stop(player, grace_s=0.0)
+
+    try:
+        hosts = [worker.isolated("a replay") for worker in scene.world.workers]
+        for number, host in enumerate(hosts):
+            neighbour = hosts[(number + 1) % len(hosts)]
+            free = max(limit_bytes - host.group.memory_used_bytes(), 0)
+            rows = schedule(scene.seed, number, seconds, QUOTA, int(_MEMORY_PART * free))
+            command = [sys.executable, "-I", "-S", str(_PLAYER), str(seconds), str(_PLAYERS)]
+            player = host.run(
+                [*command, neighbour.ip, str(_DISCARD_PORT)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+            players.append(player)
+            assert player.stdin is not None
+            player.stdin.write(json.dumps(rows))
+            player.stdin.close()
+    except BaseException:
+        end()
+        raise
+    return end
 
 
 def slow_link(scene: Scene, fault: Fault) -> End:
@@ -158,6 +205,7 @@ FAULTS: Mapping[str, Callable[[Scene, Fault], End]] = {
             hog,
             quota,
             leak,
+            replay,
             slow_link,
             link_down,
             kill,
@@ -170,7 +218,7 @@ FAULTS: Mapping[str, Callable[[Scene, Fault], End]] = {
         *(newcomer_well, newcomer_slow, newcomer_failing, newcomer_wrong),
     )
 }
-NEEDS_ISOLATION = frozenset({"quota", "leak", "slow_link", "link_down", "replica_kill", "gateway_kill"})
+NEEDS_ISOLATION = frozenset({"quota", "leak", "replay", "slow_link", "link_down", "replica_kill", "gateway_kill"})
 
 
 def runs_on(scenario: Scenario, world: World | type[World]) -> bool:

@@ -192,7 +192,7 @@ class Bench:
             world.set_quota(world.lab.cpu_quota)
         try:
             node = _which(world.workers, scenario, on, seed)
-            return self._measure(Scene(world, scenario, node), arm, seed, label)
+            return self._measure(Scene(world, scenario, node, seed), arm, seed, label)
         finally:
             with suppress(LabError):
                 world.driver.call("undeploy", 60.0)

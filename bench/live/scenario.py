@@ -107,6 +107,8 @@ def _every_minute(minutes: int) -> tuple[Fault, ...]:
     return tuple(Fault("hog", (k + 1 / 6) * part, (k + 1 / 2) * part, 8) for k in range(minutes))
 
 
+_REPLAY = (Fault("replay", 0.0, 1.0, bad=False),)
+_REPLAY_MEMORY_BYTES = 1 << 30
 _STREAMS = Scenario(
     "streams",
     "streams of 2-20 s of items every 0.2 s, a hog arrives mid-stream",
@@ -168,6 +170,14 @@ _ALL = (
         note="streams as above; the hog is there 20 s of every 60",
         faults=_every_minute(11),
         requests=2112,
+    ),
+    Scenario(
+        "replay", "recorded jobs as CPU, memory and network load on every node", _REPLAY, seconds=300.0,
+        memory_limit_bytes=_REPLAY_MEMORY_BYTES,
+    ),
+    replace(
+        _STREAMS, name="streams-replay", note="streams as above; recorded jobs as load on every node",
+        faults=_REPLAY, seconds=600.0, memory_limit_bytes=_REPLAY_MEMORY_BYTES,
     ),
     Scenario("newcomer-none", "three replicas, the baseline of the newcomers", replicas=3, rate_per_s=18),
     _WELL,

@@ -106,6 +106,8 @@ def checks(scenario: str, found: Found, without: Found) -> list[Check]:
             ]
         case "streams" | "streams-periodic" | "hog-periodic":
             return [*_pooled(found, "slo_miss_fraction", "default", 0.25), *_gain(found)]
+        case "replay" | "streams-replay":
+            return [*_pooled(found, "slo_miss_fraction", "live_capacity", 0.9), *_gain(found)]
         case _:
             return []
 

@@ -6,7 +6,6 @@ Prints one table per scenario with 95 % intervals over seeds and writes rows {sc
 from __future__ import annotations
 
 import json
-import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -17,19 +16,16 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from bench.recordings import held_apart, shared_data
 from bench.results import Row
 from bench.simulate.arms import ARMS
 from bench.simulate.report import machine, print_table, write_markdown
 from bench.simulate.run import simulate
 from bench.simulate.scenario import FAMILIES, Scenario, find
 
-_SCALE_ARMS = ("random", "p2c_ray", "p2c_true", "prequal_tuned", "live_capacity", "shadecast")
-"""The others take too long at 1,000 replicas, or say nothing new there."""
-
 
 def _default_trace() -> Path:
-    data = os.environ.get("SHADECAST_DATA") or str(Path(__file__).parents[2] / ".." / "shared" / "data")
-    return Path(data) / "traces" / "AzureLLMInferenceTrace_code.csv.gz"
+    return shared_data() / "traces" / "AzureLLMInferenceTrace_code.csv.gz"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +41,8 @@ class _Job:
 
 def _load(name: str, trace: Path | None, quick: bool) -> Scenario:
     scenario = replace(find(name, exact=True)[0], trace=trace)
+    if scenario.recorded:
+        scenario = replace(scenario, note=f"{scenario.note}: {held_apart().note()}")
     return scenario.quick() if quick else scenario
 
 
@@ -83,6 +81,7 @@ def main(
         str, typer.Option(help=f"all, one of {', '.join(FAMILIES)}, or one variant (name@value)")
     ] = "all",
     seeds: Annotated[int, typer.Option(min=1, help="seeds 0 .. K-1 for every arm")] = 5,
+    first_seed: Annotated[int, typer.Option(min=0, help="the first of the K seeds")] = 0,
     arms: Annotated[str, typer.Option(help=f"comma separated; default all: {', '.join(ARMS)}")] = "",
     quick: Annotated[bool, typer.Option(help="a fifth of the time (says so in the table)")] = False,
     trace: Annotated[Path | None, typer.Option(help="Azure csv(.gz) or Mooncake jsonl(.gz) for scenario trace")] = None,
@@ -104,8 +103,8 @@ def main(
     with Progress(console=console, transient=True) as progress, ProcessPoolExecutor(jobs) as pool:
         for name, path in ready:
             each = _load(name, path, quick)
-            own = [arm for arm in names if each.replicas < 1000 or arm in _SCALE_ARMS or arms]
-            todo = [_Job(name, path, quick, arm, seed) for seed in range(seeds) for arm in own]
+            own = [arm for arm in names if arms or not each.arms or arm in each.arms]
+            todo = [_Job(name, path, quick, arm, seed) for seed in range(first_seed, first_seed + seeds) for arm in own]
             bar = progress.add_task(name, total=len(todo))
             mine: list[Row] = []
             for found in pool.map(_run, todo) if jobs > 1 else map(_run, todo):

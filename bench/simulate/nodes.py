@@ -8,10 +8,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
+from bench.recordings import IDLE, Recording, held_apart
+from models.grid import CHANNELS
+
 _STEP_S = 0.25
 """Ramps are stairs of this length."""
-_CALM_MEMORY = 0.45
+_CPU, _MEMORY = CHANNELS.index("cpu"), CHANNELS.index("memory")
+_CALM_MEMORY = IDLE[_MEMORY]
 _CLIMB_S = 10.0
+_LEAST_SPEED = 0.05
+"""Beside a recorded job that takes all of a machine: the scheduler leaves everybody something."""
+_LEAD_S = 1000.0
+"""Recordings begin so long before the run, so that it does not begin with all machines idle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +44,30 @@ class NodeTrace:
     """Memory runs full over the 10 s before the replica goes down."""
     visible: bool = True
     """Whether telemetry sees the slowness as exogenous load; a weak or cold machine shows nothing."""
+    plays: list[tuple[float, Recording]] = field(default_factory=list)
+    """(start, recording) of each recorded job, in order; `speeds` follow its CPU, telemetry shows all of its channels.
+    """
     _served: list[float] = field(default_factory=list)
+
+    def play(self, start_s: float, recording: Recording) -> None:
+        """Append a recorded job; what lies before time 0 is left out."""
+        self.plays.append((start_s, recording))
+        for k, row in enumerate(recording.rows):
+            if start_s + k + 1 > 0.0:
+                self.set_from(max(start_s + k, 0.0), max(1.0 - row[_CPU], _LEAST_SPEED))
+        end_s = start_s + recording.length_s
+        if end_s > 0.0:
+            self.set_from(end_s, 1.0)
+            self.events.append(Event("recording", start_s, end_s))
+
+    def shown(self, time_s: float) -> tuple[float, ...] | None:
+        """The row of the recorded job at that time, in the order of CHANNELS; None where none plays."""
+        k = bisect_right(self.plays, time_s, key=lambda play: play[0]) - 1
+        if k < 0:
+            return None
+        start_s, recording = self.plays[k]
+        second = int(time_s - start_s)
+        return recording.rows[second] if second < len(recording.rows) else None
 
     def set_from(self, time_s: float, speed: float) -> None:
         """Append a change; times must not go back."""
@@ -81,7 +112,10 @@ class NodeTrace:
         return (self.served(to_s) - self.served(from_s)) / (to_s - from_s)
 
     def memory_at(self, time_s: float) -> float:
-        """Memory fraction: climbs to 1 over the 10 s before a crash, calm otherwise."""
+        """Memory fraction: as recorded, or climbs to 1 over the 10 s before a crash, calm otherwise."""
+        if self.plays:
+            row = self.shown(time_s)
+            return row[_MEMORY] if row is not None else _CALM_MEMORY
         for down_s, up_s in self.downs_s if self.memory_climbs else ():
             if down_s - _CLIMB_S <= time_s < down_s:
                 return 1.0 - (1.0 - _CALM_MEMORY) * (down_s - time_s) / _CLIMB_S
@@ -168,6 +202,40 @@ def pauses(speed: float, length_s: float, every_s: float) -> Disturb:
             trace.set_from(now_s + length_s, 1.0)
             trace.events.append(Event("pause", now_s, now_s + length_s))
             now_s += every_s
+
+    return disturb
+
+
+def periodic(low: float, length_s: float, shortest_s: float, longest_s: float, jitter_s: float) -> Disturb:
+    """A neighbour that comes at a steady interval, each node's own, stays `length_s` and leaves `low`.
+
+    Starts are off by a normal error of spread `jitter_s`, which does not add up.
+    """
+
+    def disturb(trace: NodeTrace, rng: random.Random, horizon_s: float, node: int) -> None:
+        every_s = rng.uniform(shortest_s, longest_s)
+        due_s = rng.uniform(0.0, every_s)
+        while due_s < horizon_s:
+            start_s = max(due_s + rng.gauss(0.0, jitter_s), trace.times_s[-1])
+            trace.set_from(start_s, low)
+            trace.set_from(start_s + length_s, 1.0)
+            trace.events.append(Event("periodic", start_s, start_s + length_s))
+            due_s += every_s
+
+    return disturb
+
+
+def replays(pause_s: float) -> Disturb:
+    """Recorded jobs of machines that no model has seen, one after another, after pauses of mean `pause_s`."""
+
+    def disturb(trace: NodeTrace, rng: random.Random, horizon_s: float, node: int) -> None:
+        recordings = held_apart().recordings
+        now_s = rng.expovariate(1.0 / pause_s) - _LEAD_S
+        while now_s < horizon_s:
+            recording = recordings[rng.randrange(len(recordings))]
+            if now_s + recording.length_s > 0.0:
+                trace.play(now_s, recording)
+            now_s += recording.length_s + rng.expovariate(1.0 / pause_s)
 
     return disturb
 

@@ -16,7 +16,9 @@ from bench.simulate.nodes import (
     calm,
     crashes,
     pauses,
+    periodic,
     ramps,
+    replays,
     restarts,
 )
 from bench.simulate.workload import TOKEN_S, load_trace, lognormal, lognormal_median, poisson
@@ -103,6 +105,10 @@ class Scenario:
     announced: bool = False
     """The disturbances are scheduled and known to the forecaster exactly (`perfect` and `realistic` alike)."""
     trace: Path | None = None
+    recorded: bool = False
+    """Whether it plays recordings (`bench.recordings`)."""
+    arms: tuple[str, ...] = ()
+    """Those that say something here; empty for all."""
     note: str = ""
 
     def capacity(self) -> float:
@@ -189,6 +195,14 @@ _SHORT_ANTAGONIST = Scenario(
 _STALE = replace(_SHORT_ANTAGONIST, name="stale-table", note="how often tables are made")
 _NEWCOMER = Scenario("newcomer-slow", SHORT, load=0.6, horizon_s=240.0)
 _BETTER = ForecastQuality(recall=0.9)
+_JUDGED = ("p2c_true", "live_capacity", "shadecast_shipped", "shadecast_perfect", "clairvoyant")
+"""What can be foreseen is what the shipped forecaster is judged by: no oracle of some recall beside it."""
+_REPLAY = Scenario(
+    "replay", TOKENS, replays(150.0), load=0.5, recorded=True, arms=_JUDGED,
+    note="recorded jobs of machines that the model has not seen",
+)  # fmt: skip
+_SCALE_ARMS = ("random", "p2c_ray", "p2c_true", "prequal_tuned", "live_capacity", "shadecast")
+"""The others take too long at 1,000 replicas, or say nothing new there."""
 
 
 def _families() -> dict[str, list[Scenario]]:
@@ -200,6 +214,9 @@ def _families() -> dict[str, list[Scenario]]:
                  note="throttling: 10 s down to .25, 15 s plateau")],
         [replace(tokens, name="tokens-crash", disturb=crashes(120.0, 20.0, 3.0, 0.3), quality=_BETTER,
                  note="nodes die with 10 s warning")],
+        [_REPLAY, replace(_REPLAY, name="replay@0.6", load=0.6)],
+        [Scenario("periodic", TOKENS, periodic(0.35, 20.0, 60.0, 120.0, 0.5), arms=_JUDGED,
+                  note="neighbours of 20 s that come at intervals of 60 to 120 s, each node its own")],
         [_SHORT_ANTAGONIST],
         [Scenario("short-pauses", SHORT, pauses(0.02, 1.0, 30.0), horizon_s=300.0, quality=_BETTER, announced=True,
                   note="scheduled pauses of 1 s")],
@@ -216,7 +233,7 @@ def _families() -> dict[str, list[Scenario]]:
         [_STALE] + [replace(_STALE, name=f"stale-table@{tick:g}", tick_s=tick) for tick in (0.25, 1.0, 5.0)],
         [replace(tokens, name="trace", note="recorded arrivals and token counts")],
         [replace(tokens, name="scale", replicas=1000, routers=100, horizon_s=20.0, warmup_s=8.0,
-                 note="1,000 replicas, 100 routers")],
+                 arms=_SCALE_ARMS, note="1,000 replicas, 100 routers")],
     ]  # fmt: skip
     return {family[0].name: family for family in listed}
 

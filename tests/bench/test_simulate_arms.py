@@ -337,6 +337,16 @@ def test_a_target_that_is_missed_is_said_to_be_missed() -> None:
     assert checks("tokens-crash", found)[0].met
 
 
+def test_a_gain_that_may_be_luck_is_missed_where_the_target_asks_to_be_sure() -> None:
+    live = [0.040, 0.050, 0.060, 0.070]
+    sure = {"shadecast_shipped": [0.8 * v for v in live], "live_capacity": live}
+    lucky = {"shadecast_shipped": [0.040, 0.050, 0.060, 0.020], "live_capacity": live}
+    for arms, met in ((sure, True), (lucky, False)):
+        (check,) = checks("replay", {arm: {"slo_miss_fraction": values} for arm, values in arms.items()})
+        assert check.met == met, check.line()
+        assert "t = " in check.measured
+
+
 def _invoke(*arguments: str):
     app = typer.Typer()
     app.command()(main)

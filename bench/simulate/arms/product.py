@@ -229,10 +229,14 @@ class Product(Arm):
             return
         since_s = max(now_s - _TELEMETRY_S, 0.0)
         load = 1.0 - trace.mean_speed(since_s, now_s) if trace.visible and now_s > since_s else 0.0
-        load = min(max(load + self._noise.gauss(0.0, _TELEMETRY_NOISE), 0.0), 1.0)
+        noise = self._noise.gauss(0.0, _TELEMETRY_NOISE)
+        row = trace.shown(now_s)
+        if row is None:  # a recording has its own noise
+            load = min(max(load + noise, 0.0), 1.0)
         memory = trace.memory_at(now_s)
         forecast = self._forecasters[node].make(now_s, load, memory) if self._forecasters is not None else None
-        snapshot = NodeSnapshot(load, load, memory, 0.05, 0.0, 1e6, 1e6)
+        network = row[2] if row is not None else 0.0
+        snapshot = NodeSnapshot(load, load, memory, max(network, 0.05), network, 1e6, 1e6)
         self._node_seq[node] += 1
         self._node_reports.append(NodeReport(f"node-{node}", self._node_seq[node], snapshot, forecast))
 
