@@ -12,7 +12,7 @@ from serve_app.mirror import is_shadow
 
 ROUTER = RequestRouterConfig(
     request_router_class="serve_app.router:PredictiveRouter",
-    request_router_kwargs={"config": {"balance": {"bootstrap_s": 600.0}}},
+    request_router_kwargs={"config": {"balance": {"bootstrap_s": 600.0}, "trial": {"mirror_concurrency": 256}}},
 )
 NO_CPU = {"num_cpus": 0}
 

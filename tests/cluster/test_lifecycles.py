@@ -100,13 +100,12 @@ def test_what_a_copy_causes_in_another_deployment_is_not_counted_there(copying):
 
 
 def test_a_batch_is_for_nobody_only_where_each_of_its_requests_is_a_copy(copying):
-    for i in range(4):
-        assert copying.batched.remote("inner", i).result(timeout_s=30) == i
-
     def marks():
         return Counter(mark for each in copying.broadcast("batch_marks").results(timeout_s=30) for mark in each)
 
-    wait_for(lambda: marks() == {False: 4, True: 4}, 20, "4 batches and 4 of copies")
+    for i in range(4):
+        assert copying.batched.remote("inner", i).result(timeout_s=30) == i
+        wait_for(lambda n=i + 1: marks() == {False: n, True: n}, 20, f"{i + 1} batches and as many of copies")
 
 
 # ------------------------------------------------------------------ replicas that come from none

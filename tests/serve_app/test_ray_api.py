@@ -52,6 +52,7 @@ CLAIMS = {
     "_get_serve_request_context": (has(ray.serve.context), "calls that one request makes are known by its id"),
     "_get_serve_batch_request_context": (has(ray.serve.context), "the same, for batches"),
     "_internal_request_id": (lambda _: ray_api.current_request_ids() == [""], "the same"),
+    "_init": (has(ray.serve.handle.DeploymentHandle), "a gateway routes in its own loop"),
     "_choose_replica_for_request": (has(RequestRouter), "the usual choice is made at once"),
     "_get_pending_request_matching_internal_request_id": (has(RequestRouter), "calls of one request share its id"),
     "_record_queue_wait_time": (has(RequestRouter), "Serve's metric of the time in the queue stays true"),
