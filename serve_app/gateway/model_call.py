@@ -177,11 +177,16 @@ class ModelCaller:
             raise self._no_room() from None
 
     async def _started(self, response: Any, may_start: Callable[[], Awaitable[bool]]) -> None:
-        """As `_placed`, but longer while the first replica is starting: then the request's own deadline counts."""
+        """As `_placed`, but longer while the first replica is starting: then the request's own deadline counts.
+
+        Once it runs requests have their usual time anew: routers hear of it a moment after the controller.
+        """
         placed = asyncio.ensure_future(wait_until_assigned(response))
+        starting = False
         try:
             while not (await asyncio.wait({placed}, timeout=self._queue_timeout_s))[0]:
-                if not await may_start():
+                was_starting, starting = starting, await may_start()
+                if not starting and not was_starting:
                     raise self._no_room()
             await placed
         finally:

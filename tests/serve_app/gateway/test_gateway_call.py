@@ -144,20 +144,45 @@ def test_a_model_that_never_answers_ends_as_504_and_is_cancelled() -> None:
     assert handle.responses[0].cancelled
 
 
+class StartingHandle(FakeHandle):
+    """Takes requests after .1 s, or as told."""
+
+    def __init__(self, after_s: float = 0.1) -> None:
+        super().__init__()
+        self._after_s = after_s
+
+    def options(self, **_: Any) -> FakeHandle:
+        return self
+
+    def remote(self, *_: Any) -> Any:
+        response = FakeResponse(ANSWER)
+        response._fetch_future_result_async = lambda: asyncio.sleep(self._after_s)  # type: ignore[attr-defined]
+        self.responses.append(response)
+        return response
+
+
+@pytest.mark.parametrize(
+    ("looks", "after_s", "answered"),
+    [([True, False], 0.5, True), ([False], 9.0, False), ([True, False, False], 9.0, False)],
+)
+def test_once_the_first_replica_runs_requests_have_their_usual_time_anew(
+    looks: list[bool], after_s: float, answered: bool
+) -> None:
+    """The controller knows of a replica before the routers do; a request that had waited for it was refused then."""
+    left = iter(looks)
+
+    async def may_start() -> bool:
+        return next(left)
+
+    caller = make_caller(StartingHandle(after_s), queue_timeout_s=0.2, may_start=may_start)
+    if answered:
+        assert infer(caller) == ANSWER
+    else:
+        assert refusal(caller).status == 503
+
+
 @pytest.mark.parametrize("starts", [True, False])
 def test_a_request_waits_by_its_own_deadline_while_the_first_replica_starts(starts: bool) -> None:
-    class StartingHandle(FakeHandle):
-        """Takes requests after .1 s."""
-
-        def options(self, **_: Any) -> FakeHandle:
-            return self
-
-        def remote(self, *_: Any) -> Any:
-            response = FakeResponse(ANSWER)
-            response._fetch_future_result_async = lambda: asyncio.sleep(0.1)  # type: ignore[attr-defined]
-            self.responses.append(response)
-            return response
-
     async def may_start() -> bool:
         return starts
 
