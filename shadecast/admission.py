@@ -20,6 +20,8 @@ _UNSEEN_S = 3.0
 """A slow replica that nobody has asked for so long gets copies, which show whether it is well again."""
 _RARER_S, _LEAST_PAIRS_PER_S = 30.0, 0.2
 """From then on these copies get rarer, half as many after twice as long and so on; but no fewer than these."""
+_FULL_COPIES = 0.5
+"""Speed down to which a candidate gets as many copies as an equal one: it has room, and the trial stays short."""
 _SLOWER = 0.5
 """Part of the median capacity below which a replica is left out by scores alone."""
 
@@ -90,8 +92,8 @@ class Admission:
     def plan_mirrors(self) -> None:
         """Split the mirrored budget; with little traffic it grows.
 
-        No candidate gets more copies than it would get requests, at the speed that it has shown: more would queue on
-        it, and its own queue would be taken for its speed. A few a second are never too many.
+        No candidate gets more copies than an equal replica would get requests, or a few a second, and a slow one fewer:
+        more would queue on it, and its own queue would be taken for its speed.
         """
         trial, replicas, serving = self._fleet.config.trial, self._fleet.replicas.values(), self._fleet.serving()
         usual = median([r.capacity for r in serving]) if len(serving) > 1 else 0.0
@@ -111,7 +113,7 @@ class Admission:
             wanted = self._pairs_per_s(known) / rate if rate > 0.0 else 1.0
             if known.trial is not None:
                 fraction = min(max(each, wanted), max(fair, min(each, wanted)))
-                known.mirror_fraction = fraction * min(2.0 * known.trial.speed(), 1.0)
+                known.mirror_fraction = fraction * min(known.trial.speed() / _FULL_COPIES, 1.0)
             else:
                 known.mirror_fraction = min(max(each, min(wanted, fair)), wanted)
 

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ray.serve")
 
-SERVER_NAME = "shadecast"
 EXTENSIONS = ("classification", "model_configuration", "model_repository", "parameters", "statistics")
 _SERVES_SESSION = "session_id"
 """Serve's own metadata key for what its HTTP proxy reads from the session's header."""
@@ -97,7 +96,7 @@ class InferenceService:
 
     async def server_metadata(self, _call: Call, _metadata: Mapping[str, Any]) -> Message:
         """Name, version and extensions of the server."""
-        return messages.ServerMetadataResponse(name=SERVER_NAME, version=openapi.VERSION, extensions=EXTENSIONS)
+        return messages.ServerMetadataResponse(name=openapi.SERVER_NAME, version=openapi.VERSION, extensions=EXTENSIONS)
 
     async def model_metadata(self, call: Call, _metadata: Mapping[str, Any]) -> Message:
         """The model's tensors."""

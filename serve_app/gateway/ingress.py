@@ -7,34 +7,33 @@ a replica has been checked against the model's declared tensors, so bad input ne
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import math
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
 import numpy as np
 from fastapi import FastAPI
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from ray import serve
-from ray.serve.schema import ApplicationStatus
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.types import Receive, Scope, Send
 
 from serve_app.gateway import openapi
 from serve_app.gateway.codec import OFF_LOOP_BYTES, Codec
-from serve_app.gateway.grpc_service import SERVER_NAME, InferenceRpcs, InferenceService
-from serve_app.gateway.model_call import CallOptions, ModelCaller, Stream, call_options, retry_budget, sequence_id
+from serve_app.gateway.event_stream import EventStream, events, opened
+from serve_app.gateway.grpc_service import InferenceRpcs, InferenceService
+from serve_app.gateway.model_call import CallOptions, ModelCaller, call_options, retry_budget, sequence_id
 from serve_app.gateway.model_server import ModelInfo
 from serve_app.gateway.oip import HEADER_LENGTH, parse_json_object
+from serve_app.gateway.readiness import Readiness
 from serve_app.gateway.triton import Statistics, index_entry, model_config
 from serve_app.http_guard import ID_HEADERS, BodyReader, HeaderGuard, RequestIds, compression_asked
 from serve_app.protocol_error import ProtocolError
@@ -62,8 +61,6 @@ _NOT_OFFERED = {
 TIMEOUT_HEADER = "x-request-timeout-seconds"
 """Serve's own header; its proxy stops waiting after that time with a 408."""
 _PROXY_MARGIN_S = 0.05
-_KEEPALIVE = ":\n\n"
-"""A comment of server-sent events: every reader skips it."""
 SESSION_HEADER = "x-session-id"
 """Serve's default; `RAY_SERVE_SESSION_ID_HEADER_KEY` changes it for Serve and for the gateway."""
 
@@ -125,7 +122,7 @@ class InferenceApi:
 
     async def server_metadata(self, _: Request) -> Response:
         """Name, version and extensions of the server."""
-        return JSONResponse({"name": SERVER_NAME, "version": openapi.VERSION, "extensions": list(EXTENSIONS)})
+        return JSONResponse({"name": openapi.SERVER_NAME, "version": openapi.VERSION, "extensions": list(EXTENSIONS)})
 
     async def model_metadata(self, request: Request) -> Response:
         """The model's tensors."""
@@ -162,8 +159,7 @@ class InferenceApi:
 
     async def not_loaded(self, request: Request) -> Response:
         """Models are not loaded and unloaded by clients here."""
-        if request.path_params["model"] != self.info.name:
-            self.info.check_served(request.path_params["model"], None)
+        self.info.check_served(request.path_params["model"], None)
         action = request.url.path.rsplit("/", 1)[-1]
         raise ProtocolError(403, f"{action}: models come and go with their Serve application here (serve deploy)")
 
@@ -236,9 +232,9 @@ class InferenceApi:
                 async with self._asked(request) as (asked, whole, options):
                     stream = await self._caller.stream(whole, options)
                 held.callback(stream.close)
-                open_ = partial(_opened, stream)
-            events = _events(open_, partial(self._encoded, asked), self._settings.stream_keepalive_s, timed.succeeded)
-            response = EventStream(events, held.pop_all())
+                open_ = partial(opened, stream)
+            chunks = events(open_, partial(self._encoded, asked), self._settings.stream_keepalive_s, timed.succeeded)
+            response = EventStream(chunks, held.pop_all())
         return self._with_cookie(response, request, options)
 
     def _encoded(self, asked: Mapping[str, Any], item: Any) -> str:
@@ -317,74 +313,6 @@ class InferenceApi:
         return response
 
 
-class EventStream(StreamingResponse):
-    """Server-sent events from a model's stream; the call is cancelled when the client leaves."""
-
-    def __init__(self, events: AsyncGenerator[str], held: AsyncExitStack) -> None:
-        """`held` is let go at the end, whichever way it ends."""
-        super().__init__(events, media_type="text/event-stream")
-        self.headers["Cache-Control"] = "no-cache"
-        self.headers["X-Accel-Buffering"] = "no"  # nginx would hold tokens back
-        self._events = events
-        self._held = held
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI entry."""
-        async with self._held, aclosing(self._events):
-            await super().__call__(scope, receive, send)
-
-
-async def _events(
-    open_: Callable[[], Awaitable[Stream]],
-    encode: Callable[[Any], str],
-    keepalive_s: float,
-    succeeded: Callable[[], None],
-) -> AsyncGenerator[str]:
-    """A stream's events. With `keepalive_s` a comment comes at once, and whenever nothing else came for so long."""
-    items = _items(open_)
-    pending: asyncio.Future[Any] | None = None
-    try:
-        if keepalive_s:
-            yield _KEEPALIVE
-        while True:
-            if keepalive_s:
-                pending = asyncio.ensure_future(anext(items, None))
-                pending.add_done_callback(_seen)
-                while not (await asyncio.wait((pending,), timeout=keepalive_s))[0]:
-                    yield _KEEPALIVE
-            item = await (pending or anext(items, None))
-            if item is None:
-                succeeded()
-                return
-            yield f"data: {encode(item[0])}\n\n"
-    except ProtocolError as error:  # the status line is gone already: the error is an event
-        yield f"data: {json.dumps({'error': error.reason})}\n\n"
-    finally:
-        if pending is not None and not pending.done():
-            pending.cancel()  # which closes the stream
-        else:
-            await items.aclose()
-
-
-async def _items(open_: Callable[[], Awaitable[Stream]]) -> AsyncGenerator[tuple[Any]]:
-    stream = await open_()
-    try:
-        async for item in stream.items():
-            yield (item,)
-    finally:
-        stream.close()
-
-
-async def _opened(stream: Stream) -> Stream:
-    return stream
-
-
-def _seen(ended: asyncio.Future[Any]) -> None:
-    """Takes the exception of a task that nobody awaits any more."""
-    if not ended.cancelled():
-        ended.exception()
-
-
 def make_app(api: InferenceApi) -> FastAPI:
     """The HTTP application around `api`: routes, error bodies, header limits, request ids."""
     app = FastAPI(title="Open Inference Protocol v2", version=openapi.VERSION, redirect_slashes=False, redoc_url=None)
@@ -450,53 +378,6 @@ async def _not_routed(request: Request, error: Exception) -> Response:
 
 async def _failed(_: Request, error: Exception) -> Response:
     return JSONResponse({"error": f"the gateway failed: {type(error).__name__}"}, status_code=500)
-
-
-class Readiness:
-    """Whether the model has a running replica, asked of Serve's controller at most once a second.
-
-    While the controller does not answer, what was known last holds: readiness must not fail with it.
-    """
-
-    def __init__(
-        self, app_name: str, deployment: str, now_s: Callable[[], float] = time.monotonic, scales_to_zero: bool = False
-    ) -> None:
-        self._scales_to_zero, self._may_start = scales_to_zero, False
-        self._app_name = app_name
-        self._deployment = deployment
-        self._now_s = now_s
-        self._asked_s = -math.inf
-        self._running = False
-        self._asking: asyncio.Task[None] | None = None
-
-    async def __call__(self) -> bool:
-        """Whether requests would be answered."""
-        if self._asking is None and self._now_s() - self._asked_s >= 1.0:
-            self._asked_s = self._now_s()
-            self._asking = asyncio.ensure_future(self._ask_anew())
-        if self._asking is not None:  # probes that arrive together get one answer; one that leaves takes nobody's away
-            await asyncio.shield(self._asking)
-        return self._running
-
-    async def _ask_anew(self) -> None:
-        try:
-            self._running = await asyncio.wait_for(asyncio.to_thread(self._ask), timeout=2.0)
-        except Exception:  # what was known holds
-            logger.debug("the controller did not say whether the model runs", exc_info=True)
-        finally:
-            self._asking = None
-
-    async def may_start(self) -> bool:
-        """Whether there is no replica because none was needed: requests that wait for one start it."""
-        await self()
-        return self._may_start
-
-    def _ask(self) -> bool:
-        application = serve.status().applications[self._app_name]
-        states = application.deployments[self._deployment].replica_states
-        running = any(count > 0 for state, count in states.items() if str(state).endswith("RUNNING"))
-        self._may_start = self._scales_to_zero and not running and application.status == ApplicationStatus.RUNNING
-        return running or self._may_start
 
 
 @serve.ingress()

@@ -15,6 +15,7 @@ from serve_app.gateway.classification import MAX_CLASSES
 from serve_app.gateway.model_server import ModelInfo
 from serve_app.gateway.tensors import DTYPES, TensorSpec
 
+SERVER_NAME = "shadecast"
 VERSION = "0.1.0"
 
 Schema = dict[str, Any]

@@ -22,9 +22,10 @@ from ray import serve
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.schema import ApplicationStatus
 
-from serve_app.gateway.ingress import InferenceApi, Readiness, make_app
+from serve_app.gateway.ingress import InferenceApi, make_app
 from serve_app.gateway.model_server import ModelInfo, Refusal
 from serve_app.gateway.oip import HEADER_LENGTH
+from serve_app.gateway.readiness import Readiness
 from tests.serve_app.gateway.gateway_fakes import INFO, FakeHandle, client, make_api
 
 

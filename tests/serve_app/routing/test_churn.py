@@ -14,6 +14,7 @@ from serve_app import user_functions
 from serve_app.routing import link as module
 from tests.deep_size import deep_size
 from tests.serve_app.routing.serve import Replica, Serve, VirtualTime, settle
+from tests.serve_app.routing.test_link import at_once
 
 GENERATIONS = 400
 SETTINGS = {
@@ -33,15 +34,6 @@ class Call:
 
     def remote(self, *arguments):
         return asyncio.ensure_future(self.answer(*arguments))
-
-
-def at_once(_executor, function, *arguments):
-    done = asyncio.get_running_loop().create_future()
-    try:
-        done.set_result(function(*arguments))
-    except Exception as error:
-        done.set_exception(error)
-    return done
 
 
 async def dies(_):
