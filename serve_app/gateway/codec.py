@@ -168,10 +168,7 @@ def _elements(array: Array | PackedBytes) -> int:
 
 
 def _decode(body: bytes, *args: Any) -> InferRequest:
-    """`decode_request`, with BYTES tensors as bytes: a million objects would be slow to hand over."""
-    request = decode_request(body, *args)
-    packed: dict[str, Any] = {name: PackedBytes.of(array) for name, array in request.inputs.items()}
-    return InferRequest(packed, request.id, request.parameters, request.outputs, request.binary_by_default)
+    return decode_request(body, *args).packed()
 
 
 def _head(body: bytes) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -19,12 +18,13 @@ from google.protobuf.json_format import ParseDict
 
 from serve_app.gateway import grpc_messages as messages
 from serve_app.gateway import openapi
+from serve_app.gateway.codec import OFF_LOOP_BYTES
 from serve_app.gateway.grpc_messages import Message, parse
 from serve_app.gateway.model_call import CallOptions, ModelCaller, call_options, sequence_id
 from serve_app.gateway.model_server import ModelInfo
 from serve_app.gateway.oip import InferRequest
 from serve_app.gateway.oip_grpc import as_json_object, decode_request, encode_response, item_outputs
-from serve_app.gateway.tensors import PackedBytes, TensorSpec
+from serve_app.gateway.tensors import TensorSpec
 from serve_app.gateway.triton import Statistics, index_entry, model_config
 from serve_app.grpc_proxy import Call
 from serve_app.http_guard import MAX_ID_BYTES, BodyReader
@@ -47,7 +47,6 @@ STATUS_CODES: Mapping[int, grpc.StatusCode] = {
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
 """The code for each HTTP status that a request can end with."""
-_OFF_LOOP_BYTES = 64 * 1024
 _MAX_REASON_BYTES = 1000
 """Metadata of 8 KiB is all that many clients take, and a byte of it can become three."""
 _FINAL = "triton_final_response"
@@ -274,16 +273,13 @@ async def _decoded(
     Raw numbers are only looked at, all else is converted.
     """
     quick = request.raw_input_contents and all(tensor.datatype != "BYTES" for tensor in request.inputs)
-    if quick or len(call.body) < _OFF_LOOP_BYTES:
+    if quick or len(call.body) < OFF_LOOP_BYTES:
         return decode_request(request, inputs, outputs)
     return await asyncio.to_thread(decode, request, inputs, outputs)
 
 
 def _packed(request: Message, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> InferRequest:
-    """`decode_request`, with BYTES tensors as bytes: a million objects would be slow to hand over."""
-    asked = decode_request(request, inputs, outputs)
-    packed: dict[str, Any] = {name: PackedBytes.of(array) for name, array in asked.inputs.items()}
-    return replace(asked, inputs=packed)
+    return decode_request(request, inputs, outputs).packed()
 
 
 def refusal(error: Exception) -> ProtocolError:
