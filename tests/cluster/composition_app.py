@@ -10,14 +10,16 @@ from ray.serve.config import RequestRouterConfig
 from serve_app.copying import copy_safe
 from serve_app.mirror import is_shadow
 
+NO_CPU = {"num_cpus": 0}
+ROOM = 256
+"""Copies that do not fit are dropped: here none may be, however slow the machine."""
 ROUTER = RequestRouterConfig(
     request_router_class="serve_app.router:PredictiveRouter",
-    request_router_kwargs={"config": {"balance": {"bootstrap_s": 600.0}, "trial": {"mirror_concurrency": 256}}},
+    request_router_kwargs={"config": {"balance": {"bootstrap_s": 600.0}, "trial": {"mirror_concurrency": ROOM}}},
 )
-NO_CPU = {"num_cpus": 0}
 
 
-@serve.deployment(ray_actor_options=NO_CPU, num_replicas=2, request_router_config=ROUTER)
+@serve.deployment(ray_actor_options=NO_CPU, num_replicas=2, max_ongoing_requests=ROOM, request_router_config=ROUTER)
 class Inner:
     def __init__(self):
         self.seen = []
@@ -39,7 +41,7 @@ class Inner:
         return self.seen
 
 
-@serve.deployment(ray_actor_options=NO_CPU, num_replicas=2, request_router_config=ROUTER)
+@serve.deployment(ray_actor_options=NO_CPU, num_replicas=2, max_ongoing_requests=ROOM, request_router_config=ROUTER)
 class Outer:
     """Every method calls one of `inner` and `plain`, on one of the ways in which user code may."""
 

@@ -71,11 +71,11 @@ def test_what_a_copy_causes_in_another_deployment_is_marked_there_whoever_routes
     for how in WAYS:
         for i in range(5):
             assert copying.call.remote(which, how, i).result(timeout_s=30) == i
+        wait_for(lambda how=how: seen(name, how) == (5, 5), 20, f"5 calls and 5 marked ones: {how}, {seen(name, how)}")
     for i in range(5):
         assert copying.blocking.remote(which, i).result(timeout_s=30) == i
         assert list(copying.options(stream=True).stream.remote(which, 4)) == list(range(4))
-    for how in [*WAYS, "blocking"]:
-        wait_for(lambda how=how: seen(name, how) == (5, 5), 20, f"5 calls and 5 marked ones: {how}, {seen(name, how)}")
+    wait_for(lambda: seen(name, "blocking") == (5, 5), 20, "5 calls and 5 marked ones that block")
     wait_for(lambda: seen(name, "stream") == (20, 20), 20, f"20 items and 20 marked ones: {seen(name, 'stream')}")
     for i in range(5):
         copying.call.remote(which, "in_a_thread", i).result(timeout_s=30)
