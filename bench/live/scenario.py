@@ -133,6 +133,7 @@ _HALF_SPEED = replace(
     name="newcomer-half-speed",
     note="a fourth replica joins on a machine of half the speed: every request takes twice the CPU time",
     faults=(Fault("newcomer_slow", 0.15, 1.0, 2.0, bad=False),),
+    rate_per_s=40,  # at low loads a faster replica is nearly always idle, and rightly chosen
 )
 _HALF_QUOTA = replace(
     _WELL,
