@@ -43,6 +43,12 @@ class RayMetrics:
             elif family.type == "counter":
                 self._add(family)
         self._observe([family for family in families if family.type == "histogram"])
+        self._forget_all_but({str(deployment.get("deployment")) for deployment in summary.get("deployments") or ()})
+
+    def _forget_all_but(self, deployments: set[str]) -> None:
+        """Deployments that are gone leave nothing; one that comes back counts from 0."""
+        there = deployments | {"other", None}
+        self._counted = {key: value for key, value in self._counted.items() if dict(key[1]).get("deployment") in there}
 
     def _set(self, family: Metric) -> None:
         for sample in family.samples:

@@ -12,6 +12,7 @@ import pytest
 from serve_app.launch import ray_metrics
 from serve_app.launch.ray_metrics import MOST_DEPLOYMENTS, MOST_OBSERVATIONS, RayMetrics
 from shadecast.histogram import BOUNDS_S
+from tests.deep_size import deep_size
 from tests.serve_app.page.scraping import played_status
 
 Key = tuple[tuple[str, str], ...]
@@ -136,6 +137,17 @@ def test_however_many_deployments_there_are_few_have_series_of_their_own(
     RayMetrics().publish(many)
     assert len(export.values["shadecast_requests"]) == MOST_DEPLOYMENTS + 1
     assert total(export.values["shadecast_requests"]) == 300 * one["finished"]
+
+
+def test_deployments_that_are_gone_leave_nothing(export: Export, status: dict[str, Any]) -> None:
+    metrics, one = RayMetrics(), status["deployments"][0]
+    metrics.publish({**status, "deployments": [one]})
+    size = deep_size(metrics._counted)
+    for i in range(50):
+        metrics.publish({**status, "deployments": [{**one, "deployment": f"app{i}/d"}]})
+    metrics.publish({**status, "deployments": [one]})
+    assert deep_size(metrics._counted) <= 1.1 * size
+    assert export.values["shadecast_requests"][("deployment", one["deployment"]),] == 2 * one["finished"]
 
 
 def test_what_is_not_known_is_not_handed_over(export: Export, status: dict[str, Any]) -> None:
