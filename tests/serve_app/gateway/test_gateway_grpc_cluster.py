@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import queue
-from collections.abc import AsyncIterator, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ray.serve.schema import ServeDeploySchema
 from tritonclient.utils import InferenceServerException
 
 from serve_app.gateway import digits
+from serve_app.launch.control_plane import running_coordinator, start_control_plane
 from tests.ports import free_port
 from tests.ray_start import start
 
@@ -53,6 +55,14 @@ class Cluster:
     def __init__(self, http_port: int, grpc_port: int) -> None:
         self.http = f"http://127.0.0.1:{http_port}"
         self.grpc = f"127.0.0.1:{grpc_port}"
+        self.config: dict[str, Any] = {}
+
+    def deploy(self) -> None:
+        """What `serve deploy` does."""
+        client = _get_global_client()
+        client.deploy_apps(ServeDeploySchema.model_validate(self.config))
+        for name in ("digits", "words"):
+            client._wait_for_application_running(name, timeout_s=120)
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +95,8 @@ def deploy_from_config_file(cluster: Cluster, folder: Path) -> None:
         served | {"name": "words", "route_prefix": "/words", "args": words, "runtime_env": path}
     )
     serve.start(http_options=config["http_options"], grpc_options=config["grpc_options"])
-    client = _get_global_client()
-    client.deploy_apps(ServeDeploySchema.model_validate(config))
-    for name in ("digits", "words"):
-        client._wait_for_application_running(name, timeout_s=120)
+    cluster.config = config
+    cluster.deploy()
 
 
 def pixels(rows: np.ndarray) -> triton.InferInput:
@@ -239,3 +247,35 @@ def test_what_is_not_offered_is_unimplemented(cluster: Cluster) -> None:
     ):
         client.load_model("digits", headers=DIGITS)
     assert caught.value.status() == "StatusCode.UNIMPLEMENTED"
+
+
+def test_a_newcomer_gets_copies_of_rpcs_then_answers_them(cluster: Cluster) -> None:
+    def status() -> dict[str, Any]:
+        deployments = ray.get(coordinator.status.remote())["deployments"]
+        return next((found for found in deployments if found["deployment"] == "words/words"), {})
+
+    def states() -> list[str]:
+        return sorted(replica["state"] for replica in status().get("replicas", ()))
+
+    start_control_plane(page_port=0)
+    coordinator = running_coordinator()
+    with triton.InferenceServerClient(cluster.grpc) as client:
+
+        def ask_until(done: Callable[[], bool], seconds: float) -> set[int]:
+            answered, until_s = set(), time.monotonic() + seconds
+            while not done():
+                assert time.monotonic() < until_s, (states(), status())
+                answered |= {
+                    int(client.infer("words", [text()], headers=WORDS).as_numpy("process")[0]) for _ in range(10)
+                }
+            return answered
+
+        settled_s = time.monotonic() + 17.0  # replicas of a first start enter untried for 15 s
+        before = ask_until(lambda: states() == ["active"] * 2 and time.monotonic() > settled_s, 60.0)
+        cluster.config["applications"][1]["deployments"] = [{"name": "words", "num_replicas": 3}]
+        cluster.deploy()
+        while_tried = ask_until(lambda: status()["mirrored"] >= 20, 60.0)
+        after = ask_until(lambda: states() == ["active"] * 3, 60.0)
+    assert len(before) == 2
+    assert while_tried == before, "no answer of a newcomer on trial reaches a client"
+    assert len(after) == 3
