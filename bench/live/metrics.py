@@ -13,6 +13,7 @@ import numpy as np
 from bench.live.scenario import Scenario
 
 _WINDOW_S = 2.0
+_EVEN_S, _EVEN_REQUESTS = 30.0, 50
 QUANTILES = {"p50_s": 0.5, "p90_s": 0.9, "p99_s": 0.99, "p999_s": 0.999}
 LOST = ("lost", "cancelled", "unanswered")
 
@@ -51,6 +52,8 @@ def measure(scenario: Scenario, result: Mapping[str, Any], spans: Sequence[Span]
         found |= _streams(scenario, good)
     if scenario.sessions:
         found |= _sessions(good, spans)
+    if not scenario.faults:
+        found |= _evenness(scenario, good)
     found |= _bad_node(scenario, good, spans)
     found |= _newcomer(scenario, good, spans, result.get("states", ()))
     found |= _balancer(result)
@@ -118,6 +121,16 @@ def _sessions(good: Sequence[Mapping[str, Any]], spans: Sequence[Span]) -> dict[
         "session_stay_fraction": 1.0 - moved / max(seen, 1),
         "session_stay_fraction_well": 1.0 - strayed / max(seen, 1),
     }
+
+
+def _evenness(scenario: Scenario, good: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The smallest and the largest part that one of equal nodes had in any half minute with enough requests."""
+    parts = []
+    for start_s in np.arange(0.0, scenario.length_s - _EVEN_S + 1.0, 5.0):
+        nodes = Counter(r["node"] for r in good if start_s <= r["at_s"] < start_s + _EVEN_S)
+        if nodes.total() >= _EVEN_REQUESTS:
+            parts += [count / nodes.total() for count in nodes.values()] + [0.0] * (scenario.replicas - len(nodes))
+    return {"half_minute_share_low": min(parts), "half_minute_share_high": max(parts)} if parts else {}
 
 
 def _bad_node(scenario: Scenario, good: Sequence[Mapping[str, Any]], spans: Sequence[Span]) -> dict[str, float]:

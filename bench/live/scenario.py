@@ -128,6 +128,9 @@ _WELL = Scenario(
     joins=1,
     rate_per_s=20,
 )
+_FEW = replace(
+    _WELL, name="newcomer-well-few", note="a fourth, equal replica joins at 5 requests/s", rate_per_s=5, requests=600
+)
 _HALF_SPEED = replace(
     _WELL,
     name="newcomer-half-speed",
@@ -182,6 +185,7 @@ _ALL = (
     ),
     Scenario("newcomer-none", "three replicas, the baseline of the newcomers", replicas=3, rate_per_s=18),
     _WELL,
+    _FEW,
     _batched(_WELL, 28),
     _HALF_SPEED,
     _batched(_HALF_SPEED, 28),

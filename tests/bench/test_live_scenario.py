@@ -53,7 +53,8 @@ def test_every_arm_gets_the_same_requests_and_every_seed_others():
 @pytest.mark.parametrize("name", [n for n, s in SCENARIOS.items() if not s.trace and s.kind != "stream"])
 def test_a_run_has_about_two_thousand_requests_after_the_warm_up(name):
     counted = [r for r in requests(SCENARIOS[name], 0) if r.at_s >= 0.0]
-    assert len(counted) >= 1800
+    few = SCENARIOS[name].rate_per_s < 10.0  # such a run would last seven minutes
+    assert len(counted) >= (500 if few else 1800)
     assert max(r.at_s for r in counted) <= SCENARIOS[name].length_s
 
 
@@ -191,12 +192,24 @@ def fill(arm, **metrics):
 
 def test_targets_are_ratios_to_the_arms_measured_beside_it():
     rows = fill("default", p99_s=[1.0, 1.0], p999_s=[20.0, 20.0]) + fill("oracle", p99_s=[0.1, 0.2], p999_s=[0.2, 0.2])
-    good = by_arm(rows + fill("shadecast", p99_s=[0.12, 0.2], p999_s=[0.25, 0.25]), "hog", ARMS)
+    good = by_arm(rows + fill("shadecast", p99_s=[0.12, 0.2], p999_s=[0.24, 0.24]), "hog", ARMS)
     assert [check.met for check in checks("hog", good, {})] == [True, True, True]
     slow = by_arm(rows + fill("shadecast", p99_s=[0.2, 0.4], p999_s=[5.0, 5.0]), "hog", ARMS)
     assert [check.met for check in checks("hog", slow, {})] == [False, False, False]
     more = by_arm(rows + fill("shadecast", p99_s=[0.1, 0.2, 9.0], p999_s=[0.2, 0.2, 9.0]), "hog", ARMS)
     assert [check.measured for check in checks("hog", more, {})] == ["1.000 x", "1.000 x", "0.010 x"]
+
+
+def test_each_of_equal_nodes_is_to_have_about_its_part_of_every_half_minute():
+    scenario = SCENARIOS["calm"]
+    nodes = ["a", "b", "c", "d"]
+    even = [record(i / 24, node=nodes[i % 4]) for i in range(2000)]
+    starved = [{**r, "node": "a"} if r["node"] == "b" and 20.0 < r["at_s"] < 45.0 else r for r in even]
+    for rows, text, met in ((even, "25 to 25 %", True), (starved, "4 to 46 %", False)):
+        found = measure(scenario, result(rows), [])
+        judged = checks("calm", {"shadecast": {name: [value] for name, value in found.items()}}, {})
+        (check,) = [each for each in judged if "half minute" in each.text]
+        assert (check.measured, check.met) == (text, met)
 
 
 def test_calm_is_judged_by_the_clock_and_by_the_pace_that_the_machine_had_in_each_run():
@@ -212,7 +225,7 @@ def test_calm_is_judged_by_the_clock_and_by_the_pace_that_the_machine_had_in_eac
 
 def test_misses_are_pooled_over_seeds_and_the_forecasts_own_part_is_paired():
     rows = fill("default", slo_miss_fraction=[0.0, 0.04]) + fill("live_capacity", slo_miss_fraction=[0.01, 0.02])
-    for ours, met in (([0.0, 0.01], [True, True]), ([0.0, 0.02], [False, True]), ([0.02, 0.03], [False, False])):
+    for ours, met in (([0.0, 0.004], [True, True]), ([0.0, 0.02], [False, True]), ([0.02, 0.03], [False, False])):
         found = by_arm(rows + fill("shadecast", slo_miss_fraction=ours), "hog", ARMS)
         assert [check.met for check in checks("streams-periodic", found, {})] == met
     none = by_arm(fill("default", slo_miss_fraction=[0.0]) + fill("shadecast", slo_miss_fraction=[0.01]), "hog", ARMS)
