@@ -15,14 +15,25 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-from shadecast.prompts import Prompt
+from shadecast.prompts import ENDS, Prompt
 
 MOST_ENTRIES = 1_000_000
 """Blocks over all replicas that one router remembers."""
 _SWEPT = 256
 """Blocks of replicas that are gone which one insertion clears away: a death must not stop the router's loop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Blocks that a replica has from now on: those of one prompt, from a depth on."""
+
+    replica_id: str
+    depth: int
+    """How many blocks come before them, which the replica had."""
+    hashes: Sequence[bytes]
 
 
 class _Cache:
@@ -88,28 +99,43 @@ class PrefixIndex:
             self._name(mask, ends[len(hashes) - 1], found)
         return found
 
-    def insert(self, replica_id: str, prompt: Prompt) -> list[bytes]:
-        """A replica was sent this prompt. The blocks that it did not have, as far as they fit, in order."""
+    def insert(self, replica_id: str, prompt: Prompt) -> Decision | None:
+        """A replica was sent this prompt. What other routers need to know of it; None if it had all that fits."""
         cache = self._caches.get(replica_id) or self._join(replica_id)
         hashes, ends = prompt.hashes, prompt.ends
         count = bisect_right(ends, cache.capacity, 0, len(hashes))
-        blocks, holders, bit, new = cache.blocks, self._holders, cache.bit, []
-        for i in range(count - 1, -1, -1):
-            block = hashes[i]
+        first = self._use(cache, hashes[:count], ends, 0)
+        return Decision(replica_id, first, hashes[first:count]) if first < count else None
+
+    def learn(self, decision: Decision, ends: Sequence[int] = ENDS) -> None:
+        """Another router has sent a prompt with these blocks; `ends` are those of prompts without tools."""
+        cache = self._caches.get(decision.replica_id)
+        if cache is None:
+            cache = self._join(decision.replica_id)
+        depth = decision.depth
+        before = ends[depth - 1] if depth else 0
+        fit = bisect_right(ends, before + cache.capacity, depth, min(depth + len(decision.hashes), len(ends))) - depth
+        self._use(cache, decision.hashes[:fit], ends, depth)
+
+    def _use(self, cache: _Cache, hashes: Sequence[bytes], ends: Sequence[int], depth: int) -> int:
+        """A replica computes, or uses, the blocks from `depth` on; the depth of the first that it did not have."""
+        blocks, holders, bit = cache.blocks, self._holders, cache.bit
+        known, first = len(blocks), depth + len(hashes)
+        for i in range(first - 1, depth - 1, -1):
+            block = hashes[i - depth]
             if block in blocks:
                 blocks.move_to_end(block)
             else:
                 blocks[block] = size = ends[i] - ends[i - 1] if i else ends[0]
                 holders[block] = holders.get(block, 0) | bit
                 cache.tokens += size
-                new.append(block)
-        self._entries += len(new)
+                first = i
+        self._entries += len(blocks) - known
         if self._gone:
             self._sweep(_SWEPT)
         self._shrink(cache)
         self._bound()
-        new.reverse()
-        return new
+        return first
 
     def forget(self, replica_id: str) -> None:
         """A replica is gone, or has lost its cache."""

@@ -27,7 +27,7 @@ _FIRST_BYTES = 1 << 16
 """Up to here blocks have `BLOCK_BYTES`. They double there, and wherever the length has doubled again."""
 _MOST_BYTES = 1 << 20
 """What comes after it counts as not cached: hashing it would stop the router's loop for milliseconds."""
-_HASH_BYTES = 8
+HASH_BYTES = 8
 _OTHER_PART_BYTES = 4096
 """For an image or sound: about a thousand tokens."""
 _SEEDS = ("tools", "functions", "documents", "chat_template", "chat_template_kwargs")
@@ -50,7 +50,9 @@ def _ends() -> list[int]:
     return ends
 
 
-_ENDS = _ends()
+ENDS = _ends()
+"""Of a prompt without tools and other seeds."""
+MOST_BLOCKS = len(ENDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +99,10 @@ def read_prompt(body: Any, key: bytes, model_id: str = "") -> Prompt | None:
     seed = "".join(f"{len(each)}:{each}" for each in (kind, model_id, model, salt, *seeds))
     if isinstance(data, str):
         data = data.encode("utf-8", "surrogatepass")
-    state = blake2b(seed.encode("utf-8", "surrogatepass"), digest_size=_HASH_BYTES, key=key[:64])
+    state = blake2b(seed.encode("utf-8", "surrogatepass"), digest_size=HASH_BYTES, key=key[:64])
     hashes = _block_hashes(data, state)
     head = _tokens(sum(map(len, seeds)))
-    ends = [head + end for end in _ENDS[: len(hashes)]] if head else _ENDS
+    ends = [head + end for end in ENDS[: len(hashes)]] if head else ENDS
     tokens = head + _tokens(len(data) + more)
     return Prompt(hashes, ends, tokens) if tokens else None
 

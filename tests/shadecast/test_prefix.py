@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from shadecast.prefix import PrefixIndex
+from shadecast.prefix import Decision, PrefixIndex
 from shadecast.prompts import Prompt
 
 SIZE = 64
@@ -42,13 +42,14 @@ class Model(RuleBasedStateMachine):
     def insert(self, name, path):
         cache = self.caches.setdefault(name, OrderedDict())
         kept = path[: CAPACITY // SIZE]
-        new = [repr(path[: i + 1]).encode() for i in range(len(kept)) if path[: i + 1] not in cache]
+        missing = [i for i in range(len(kept)) if kept[: i + 1] not in cache]
         for i in range(len(kept), 0, -1):
             cache[path[:i]] = None
             cache.move_to_end(path[:i])
         while len(cache) * SIZE > CAPACITY:
             cache.popitem(last=False)
-        assert self.index.insert(name, prompt(path)) == new
+        told = Decision(name, missing[0], prompt(kept).hashes[missing[0] :]) if missing else None
+        assert self.index.insert(name, prompt(path)) == told
         self.sent.append(path)
 
     @rule(name=st.sampled_from(NAMES))
@@ -92,6 +93,12 @@ class Bounded(RuleBasedStateMachine):
     def forget(self, name):
         self.index.forget(name)
         self.sent.pop(name, None)
+
+    @rule(name=st.sampled_from(NAMES), path=PATHS, depth=st.integers(0, 13))
+    def learn(self, name, path, depth):
+        blocks = prompt(path)
+        self.index.learn(Decision(name, depth, blocks.hashes[depth:]), range(SIZE, 100 * SIZE, SIZE))
+        self.sent.setdefault(name, set()).update(path[: i + 1] for i in range(depth, len(path)))
 
     @rule(name=st.sampled_from(NAMES), blocks=st.integers(0, 16))
     def resize(self, name, blocks):
@@ -153,7 +160,7 @@ def test_hundreds_of_replicas_have_a_bit_each():
 @pytest.mark.parametrize("kv_tokens", [0, -5, SIZE - 1])
 def test_a_replica_without_memory_has_nothing(kv_tokens):
     index = PrefixIndex(kv_tokens)
-    assert index.insert("a", prompt((0, 1))) == []
+    assert index.insert("a", prompt((0, 1))) is None
     assert index.match(prompt((0, 1))) == {}
 
 
@@ -164,3 +171,22 @@ def test_the_bound_takes_from_whoever_has_most():
         index.insert("large", prompt((0, i)))
     assert index.match(prompt((1, 1))) == {"small": 2 * SIZE}
     assert len(index) == 10
+
+
+def test_a_router_learns_from_what_another_one_decided():
+    ours, theirs = PrefixIndex(CAPACITY), PrefixIndex(CAPACITY)
+    ends = range(SIZE, 100 * SIZE, SIZE)
+    for path in ((0, 1), (0, 1, 2), (0, 1, 2), (0, 3)):
+        decision = ours.insert("a", prompt(path))
+        if decision is not None:
+            theirs.learn(decision, ends)
+    for path in ((0, 1, 2), (0, 3), (1,)):
+        assert theirs.match(prompt(path)) == ours.match(prompt(path))
+
+
+def test_blocks_whose_beginning_a_router_does_not_know_are_not_found_until_it_does():
+    index = PrefixIndex(CAPACITY)
+    index.learn(Decision("a", 1, prompt((0, 1)).hashes[1:]), range(SIZE, 100 * SIZE, SIZE))
+    assert index.match(prompt((0, 1))) == {}
+    index.insert("a", prompt((0,)))
+    assert index.match(prompt((0, 1))) == {"a": 2 * SIZE}
