@@ -18,8 +18,11 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from shadecast.prompts import ENDS, Prompt
+from shadecast.prompts import BLOCK_BYTES, BYTES_PER_TOKEN, ENDS, Prompt
 
+_USUAL = BLOCK_BYTES // BYTES_PER_TOKEN
+_START = b""
+"""What a prompt's first block comes after."""
 MOST_ENTRIES = 1_000_000
 """Blocks over all replicas that one router remembers."""
 _SWEPT = 256
@@ -28,35 +31,39 @@ _SWEPT = 256
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Blocks that a replica has from now on: those of one prompt, from a depth on."""
+    """What a replica was sent: the blocks of one prompt that it did not have, perhaps none, and what they build on."""
 
     replica_id: str
     depth: int
     """How many blocks come before them, which the replica had."""
+    after: bytes
+    """The last one of those."""
     hashes: Sequence[bytes]
 
 
 class _Cache:
-    """One replica's blocks, the least recently used first, each with its tokens."""
+    """One replica's blocks, the least recently used first, each with the one before it in its prompt."""
 
     __slots__ = ("bit", "blocks", "capacity", "replica_id", "tokens")
 
     def __init__(self, replica_id: str, bit: int, capacity: int) -> None:
         self.replica_id, self.bit, self.capacity = replica_id, bit, capacity
-        self.blocks: OrderedDict[bytes, int] = OrderedDict()
+        self.blocks: OrderedDict[bytes, bytes] = OrderedDict()
         self.tokens = 0
 
 
 class PrefixIndex:
     """What each replica has in its cache, as far as one router knows."""
 
-    __slots__ = ("_caches", "_capacity", "_entries", "_free", "_gone", "_holders", "_live", "_most", "_slots")
+    __slots__ = ("_caches", "_capacity", "_entries", "_free", "_gone", "_holders", "_live", "_most", "_sizes", "_slots")
 
     def __init__(self, kv_tokens: int, most_entries: int = MOST_ENTRIES) -> None:
         """`kv_tokens` is what a replica's memory holds, unless `resize` says otherwise."""
         self._capacity, self._most = max(kv_tokens, 0), max(most_entries, 0)
         self._holders: dict[bytes, int] = {}
         """Block -> bit mask of the replicas that have it, and of those gone that are not cleared away yet."""
+        self._sizes: dict[bytes, int] = {}
+        """Tokens of blocks that have not the usual number of them."""
         self._caches: dict[str, _Cache] = {}
         self._slots: list[_Cache | None] = []
         """By the number of the bit."""
@@ -100,24 +107,24 @@ class PrefixIndex:
         return found
 
     def insert(self, replica_id: str, prompt: Prompt) -> Decision | None:
-        """A replica was sent this prompt. What other routers need to know of it; None if it had all that fits."""
+        """A replica was sent this prompt. What other routers need to know of it; None if nothing of it fits."""
         cache = self._caches.get(replica_id) or self._join(replica_id)
         hashes, ends = prompt.hashes, prompt.ends
         count = bisect_right(ends, cache.capacity, 0, len(hashes))
-        first = self._use(cache, hashes[:count], ends, 0)
-        return Decision(replica_id, first, hashes[first:count]) if first < count else None
+        if not count:
+            return None
+        first = self._use(cache, hashes[:count], ends, 0, _START)
+        return Decision(replica_id, first, hashes[first - 1] if first else _START, hashes[first:count])
 
     def learn(self, decision: Decision, ends: Sequence[int] = ENDS) -> None:
         """Another router has sent a prompt with these blocks; `ends` are those of prompts without tools."""
-        cache = self._caches.get(decision.replica_id)
-        if cache is None:
-            cache = self._join(decision.replica_id)
-        depth = decision.depth
+        cache = self._caches.get(decision.replica_id) or self._join(decision.replica_id)
+        depth, most = decision.depth, min(decision.depth + len(decision.hashes), len(ends))
         before = ends[depth - 1] if depth else 0
-        fit = bisect_right(ends, before + cache.capacity, depth, min(depth + len(decision.hashes), len(ends))) - depth
-        self._use(cache, decision.hashes[:fit], ends, depth)
+        fit = bisect_right(ends, before + cache.capacity, depth, most) - depth if most > depth else 0
+        self._use(cache, decision.hashes[:fit], ends, depth, decision.after)
 
-    def _use(self, cache: _Cache, hashes: Sequence[bytes], ends: Sequence[int], depth: int) -> int:
+    def _use(self, cache: _Cache, hashes: Sequence[bytes], ends: Sequence[int], depth: int, after: bytes) -> int:
         """A replica computes, or uses, the blocks from `depth` on; the depth of the first that it did not have."""
         blocks, holders, bit = cache.blocks, self._holders, cache.bit
         known, first = len(blocks), depth + len(hashes)
@@ -126,10 +133,16 @@ class PrefixIndex:
             if block in blocks:
                 blocks.move_to_end(block)
             else:
-                blocks[block] = size = ends[i] - ends[i - 1] if i else ends[0]
+                blocks[block] = hashes[i - depth - 1] if i > depth else after
                 holders[block] = holders.get(block, 0) | bit
+                size = ends[i] - ends[i - 1] if i else ends[0]
+                if size != _USUAL:
+                    self._sizes[block] = size
                 cache.tokens += size
                 first = i
+        while after in blocks:  # what these build on is used, too
+            blocks.move_to_end(after)
+            after = blocks[after]
         self._entries += len(blocks) - known
         if self._gone:
             self._sweep(_SWEPT)
@@ -168,14 +181,15 @@ class PrefixIndex:
 
     def _drop(self, cache: _Cache) -> None:
         """The replica has its least recently used block no more."""
-        block, size = cache.blocks.popitem(last=False)
-        cache.tokens -= size
+        block, _ = cache.blocks.popitem(last=False)
+        cache.tokens -= self._sizes.get(block, _USUAL)
         self._entries -= 1
         left = self._holders[block] & ~cache.bit
         if left:
             self._holders[block] = left
         else:
             del self._holders[block]
+            self._sizes.pop(block, None)
 
     def _sweep(self, most: int) -> None:
         """Clear away what replicas that are gone had; an empty one's bit is free."""

@@ -1,13 +1,14 @@
-"""Routers tell each other which blocks went where, with their reports: about eight bytes for each new block.
+"""Routers tell each other what they sent where, with their reports: eight bytes for each new block and each prompt.
 
-A router that knows only its own decisions finds a conversation on one of several replicas by luck. What does not fit
-into a message is left out, the newest first: others then compute something again, and nothing goes wrong.
+A router that knows only its own decisions finds a conversation on one of several replicas by luck. A prompt of which
+nothing is new is told, too: its blocks were used, and must not be the next to be dropped. What does not fit into a
+message is left out, the newest first: others then compute something again, and nothing goes wrong.
 """
 
 from __future__ import annotations
 
 from base64 import b64decode, b64encode
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from shadecast.errors import MessageError
@@ -15,8 +16,10 @@ from shadecast.messages import as_list
 from shadecast.prefix import Decision
 from shadecast.prompts import HASH_BYTES, MOST_BLOCKS
 
+_NONE = bytes(HASH_BYTES)
+"""In place of the block before a prompt's first."""
 MOST_SENT = 16_384
-"""Blocks in one message, 175 kB: eighty-odd new prompts of 12 k tokens."""
+"""Blocks in one message, each prompt one more, 175 kB: eighty-odd new prompts of 12 k tokens."""
 
 
 class Decisions:
@@ -34,7 +37,7 @@ class Decisions:
         """What `PrefixIndex.insert` says, None included."""
         if decision is None:
             return
-        count = len(decision.hashes)
+        count = 1 + len(decision.hashes)
         if self._blocks + count > MOST_SENT:
             self.left_out += count
             return
@@ -50,7 +53,8 @@ class Decisions:
             "at": [at[decision.replica_id] for decision in made],
             "depth": [decision.depth for decision in made],
             "count": [len(decision.hashes) for decision in made],
-            "hashes": b64encode(b"".join(block for decision in made for block in decision.hashes)).decode(),
+            "after": _packed(decision.after or _NONE for decision in made),
+            "hashes": _packed(block for decision in made for block in decision.hashes),
         }
 
 
@@ -61,26 +65,35 @@ def read_decisions(received: Any) -> list[Decision]:
     replicas, at, depth, count = (
         as_list(received.get(name), f"prefixes.{name}") for name in ("replicas", "at", "depth", "count")
     )
-    try:
-        hashes = b64decode(received.get("hashes", ""), validate=True)
-    except (TypeError, ValueError):
-        raise MessageError("prefixes.hashes: text in base64 is expected") from None
+    after, hashes = (_unpacked(received.get(name), f"prefixes.{name}") for name in ("after", "hashes"))
     if len({len(at), len(depth), len(count)}) > 1:
         raise MessageError(f"prefixes: columns of {len(at)}, {len(depth)} and {len(count)} values")
     _whole_numbers("at", at, len(replicas) - 1)
     _whole_numbers("depth", depth, MOST_BLOCKS)
     _whole_numbers("count", count, MOST_SENT)
-    if sum(count) * HASH_BYTES != len(hashes) or sum(count) > MOST_SENT:
-        raise MessageError(f"prefixes: {sum(count)} blocks in {len(hashes)} bytes")
+    if sum(count) != len(hashes) or len(count) != len(after) or len(hashes) + len(after) > MOST_SENT:
+        raise MessageError(f"prefixes: {sum(count)} blocks of {len(count)} prompts, but {len(hashes)} and {len(after)}")
     if not all(isinstance(replica_id, str) for replica_id in replicas):
         raise MessageError("prefixes.replicas: names are expected")
     found, begin = [], 0
-    for i, first, blocks in zip(at, depth, count, strict=True):
-        end = begin + HASH_BYTES * blocks
-        made = [hashes[k : k + HASH_BYTES] for k in range(begin, end, HASH_BYTES)]
-        found.append(Decision(replicas[i], first, made))
-        begin = end
+    for i, first, before, blocks in zip(at, depth, after, count, strict=True):
+        found.append(Decision(replicas[i], first, before if first else b"", hashes[begin : begin + blocks]))
+        begin += blocks
     return found
+
+
+def _packed(blocks: Iterable[bytes]) -> str:
+    return b64encode(b"".join(blocks)).decode()
+
+
+def _unpacked(text: Any, what: str) -> list[bytes]:
+    try:
+        packed = b64decode(text, validate=True)
+    except (TypeError, ValueError):
+        raise MessageError(f"{what}: text in base64 is expected") from None
+    if len(packed) % HASH_BYTES:
+        raise MessageError(f"{what}: {len(packed)} bytes are not whole hashes")
+    return [packed[k : k + HASH_BYTES] for k in range(0, len(packed), HASH_BYTES)]
 
 
 def _whole_numbers(name: str, values: Sequence[Any], most: int) -> None:

@@ -5,7 +5,7 @@
 with P_i the tokens that were sent to replica i and are not computed yet, u_i the tokens of this prompt that it does not
 have in its cache, n_i its requests and s_i its measured speed, 1 = nominal. P + u is the time to the first token, n + 1
 the batch that everybody's next tokens are computed in; their product is that of LMetric (OSDI'26, arXiv 2603.15202).
-It has no constant to learn. w is how often a prompt's own tokens count.
+It has no constant to learn. A prompt's own tokens count twice (w): that keeps prefixes together.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from shadecast.rendezvous import Rendezvous
 
-OWN_WEIGHT = 1.0
-"""w; what was measured of it: docs/decisions/0090."""
+OWN_WEIGHT = 2.0
+"""w; 1, 1.5, 2 and 3 are compared in docs/decisions/0090."""
 _NEAR = 1.1
 """Scores within a tenth of the best are equal: speeds are not known more exactly."""
 _LOOK_AT_ALL = 32

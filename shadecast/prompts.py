@@ -17,6 +17,7 @@ import json
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from typing import Any
 
@@ -85,17 +86,18 @@ def read_prompt(body: Any, key: bytes, model_id: str = "") -> Prompt | None:
     `key` (up to 64 bytes) is the same on all routers of a cluster and unknown to clients, who could otherwise make
     prompts that look cached. `model_id` is Serve's, where the body's own `model` does not name the adapter.
     """
-    messages, more = _get(body, "messages"), 0
+    get = body.get if isinstance(body, dict) else partial(_get, body)
+    messages, more = get("messages"), 0
     try:
-        seeds = [_json(value) if (value := _get(body, name)) else "" for name in _SEEDS]
+        seeds = [_json(value) if (value := get(name)) else "" for name in _SEEDS]
         if messages is None:
-            data = _read_completion(_get(body, "prompt"))
+            data = _read_completion(get("prompt"))
         else:
             data, more = _read_messages(messages)
     except _UnreadableError:
         return None
     kind = "messages" if messages is not None else type(data).__name__
-    model, salt = str(_get(body, "model") or ""), str(_get(body, "cache_salt") or "")
+    model, salt = str(get("model") or ""), str(get("cache_salt") or "")
     seed = "".join(f"{len(each)}:{each}" for each in (kind, model_id, model, salt, *seeds))
     if isinstance(data, str):
         data = data.encode("utf-8", "surrogatepass")
@@ -151,6 +153,11 @@ def _read_message(message: Any, pieces: list[str]) -> None:
     if isinstance(message, str):
         pieces.append(f"{_MARK}m{_MARK}c{_text(message)}")
         return
+    if isinstance(message, dict) and len(message) == 2:  # nearly all of them
+        role, text = message.get("role"), message.get("content")
+        if isinstance(role, str) and isinstance(text, str):
+            pieces.append(f"{_MARK}m{_text(role)}{_MARK}c{_text(text)}")
+            return
     pieces.append(f"{_MARK}m{_text(str(_get(message, 'role') or ''))}")
     content = _get(message, "content")
     if isinstance(content, str):

@@ -23,7 +23,7 @@ from bench.llm.settings import Setting, settings
 from bench.llm.traffic import ceiling
 from bench.simulate.report import machine
 
-_SINGLE = [name for name in RULES if "decisions" not in name and "neither" not in name and "anywhere" not in name]
+_SINGLE = [name for name, rule in RULES.items() if rule.shares and rule.others == 0.5 and "anywhere" not in name]
 
 
 def main(

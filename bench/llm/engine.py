@@ -88,6 +88,11 @@ class Engine:
         self._run = (0.0, 0, 0)
         """Of equal decode steps: their beginning, how many, and prompt tokens computed in the step (then one)."""
 
+    @property
+    def requests(self) -> int:
+        """All that are here."""
+        return len(self._waiting) + len(self._prefilling) + len(self._decoding)
+
     def submit(self, job: Job, now_s: float) -> None:
         """A request arrives. A run of steps is cut after the step that is under way."""
         self._waiting.append(job)

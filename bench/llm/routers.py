@@ -14,7 +14,7 @@ from bench.llm.engine import BLOCK_TOKENS, Job
 from shadecast.pick import load_cost
 from shadecast.prefix import Decision, PrefixIndex
 from shadecast.prefix_exchange import Decisions, read_decisions
-from shadecast.prefix_score import Load, choose
+from shadecast.prefix_score import OWN_WEIGHT, Load, choose
 from shadecast.prompts import Prompt
 from shadecast.rendezvous import Rendezvous, session_key
 
@@ -36,6 +36,8 @@ class Rule:
     """Whether routers tell each other of their decisions."""
     endless: bool = False
     """Its index drops nothing."""
+    others: float = 0.5
+    """How far a router's own changes since the last report are taken for those of each other router."""
 
 
 @dataclass(slots=True)
@@ -46,21 +48,27 @@ class Router:
     speeds: Sequence[float]
     kv_tokens: int
     seed: int
-    loads: list[Load] = field(default_factory=list)
+    routers: int = 1
+    loads: list[Load] = field(init=False)
+    """What it takes for the present state of each replica."""
     index: PrefixIndex = field(init=False)
     rng: random.Random = field(init=False)
     choose: Callable[[Job], int] = field(init=False)
     sent: Decisions = field(default_factory=Decisions)
     """Decisions since the last report."""
-    changes: dict[int, tuple[float, float]] = field(default_factory=dict)
-    """Requests and pending tokens that came and went since the last report, by replica."""
+    mine: list[Load] = field(init=False)
+    """Its own requests and tokens."""
+    base: list[Load] = field(init=False)
+    """What comes on top of `weight` times its own, by the last report or the replica's own word."""
+    weight: float = field(init=False)
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
-        self.loads = [Load(f"r{i}", speed=speed) for i, speed in enumerate(self.speeds)]
+        self.weight = 1.0 + self.rule.others * (self.routers - 1)
+        self.loads, self.mine, self.base = (
+            [Load(f"r{i}", speed=speed) for i, speed in enumerate(self.speeds)] for _ in range(3)
+        )
         self.index = PrefixIndex(_ENDLESS if self.rule.endless else self.kv_tokens, _ENDLESS)
-        for load in self.loads:
-            self.index.resize(load.replica_id, _ENDLESS if self.rule.endless else self.kv_tokens)
         self.choose = self.rule.make(self)
 
     # ------------------------------------------------------------------ what happens
@@ -76,6 +84,11 @@ class Router:
         self._count(i, 1.0, float(job.uncached))
         return i
 
+    def told(self, i: int, requests: int) -> None:
+        """A replica has accepted a request, and says how many it has: Serve's replicas do."""
+        self.base[i].requests = requests - self.weight * self.mine[i].requests
+        self._reckon(i)
+
     def first(self, job: Job) -> None:
         """Its first token has come: its prompt is not pending any more."""
         self._count(job.replica, 0.0, -float(job.uncached))
@@ -85,24 +98,29 @@ class Router:
         self._count(job.replica, -1.0, 0.0)
 
     def _count(self, i: int, requests: float, tokens: float) -> None:
-        self.loads[i].requests += requests
-        self.loads[i].pending_tokens += tokens
-        before = self.changes.get(i, (0.0, 0.0))
-        self.changes[i] = (before[0] + requests, before[1] + tokens)
+        self.mine[i].requests += requests
+        self.mine[i].pending_tokens += tokens
+        self._reckon(i)
 
-    def report(self) -> tuple[dict[int, tuple[float, float]], list[Decision]]:
-        """What has changed since the last report."""
-        changes, self.changes = self.changes, {}
-        return changes, read_decisions(self.sent.take())
+    def _reckon(self, i: int) -> None:
+        load, base, mine = self.loads[i], self.base[i], self.mine[i]
+        load.requests = max(base.requests + self.weight * mine.requests, 0.0)
+        load.pending_tokens = max(base.pending_tokens + self.weight * mine.pending_tokens, 0.0)
 
-    def hear(self, changes: dict[int, tuple[float, float]], decisions: list[Decision]) -> None:
-        """Another router's report."""
-        for i, (requests, tokens) in changes.items():
-            self.loads[i].requests += requests
-            self.loads[i].pending_tokens += tokens
-        if self.rule.shares:
-            for decision in decisions:
-                self.index.learn(decision, _ENDS)
+    def report(self) -> list[Decision]:
+        """Its decisions since the last report."""
+        return read_decisions(self.sent.take())
+
+    def hear(self, fleet: Sequence[Router], decisions: Sequence[Decision]) -> None:
+        """All routers' reports: their counts, and the others' decisions."""
+        for i, base in enumerate(self.base):
+            base.requests = sum(router.mine[i].requests for router in fleet) - self.weight * self.mine[i].requests
+            base.pending_tokens = (
+                sum(router.mine[i].pending_tokens for router in fleet) - self.weight * self.mine[i].pending_tokens
+            )
+            self._reckon(i)
+        for decision in decisions if self.rule.shares else ():
+            self.index.learn(decision, _ENDS)
 
     # ------------------------------------------------------------------ parts of rules
 
@@ -193,8 +211,10 @@ _RULES = [
     Rule("Ray prefix router", _ray_prefix, endless=True),
     Rule("Shadecast without prefixes", _today),
     *(Rule(f"step 1, own x {weight:g}", _product(weight)) for weight in WEIGHTS),
-    Rule("step 1, own x 1, cold prefixes anywhere", _product(1.0, cold=False)),
-    Rule("step 1, own x 1, decisions not exchanged", _product(1.0), shares=False),
-    Rule("step 1, own x 1, neither", _product(1.0, cold=False), shares=False),
+    Rule("step 1, cold prefixes anywhere", _product(OWN_WEIGHT, cold=False)),
+    Rule("step 1, decisions not exchanged", _product(OWN_WEIGHT), shares=False),
+    Rule("step 1, neither", _product(OWN_WEIGHT, cold=False), shares=False),
+    Rule("step 1, own changes only", _product(OWN_WEIGHT), others=0.0),
+    Rule("step 1, all others alike", _product(OWN_WEIGHT), others=1.0),
 ]
 RULES = {rule.name: rule for rule in _RULES}

@@ -39,7 +39,7 @@ def simulate(
     jobs = [replace(job) for job in jobs]
     rng = random.Random(f"{seed}/routers")
     engines = [Engine(machine, speed) for speed in speeds]
-    fleet = [Router(rule, speeds, machine.cache_tokens, seed * 1000 + number) for number in range(routers)]
+    fleet = [Router(rule, speeds, machine.cache_tokens, seed * 1000 + number, routers) for number in range(routers)]
     due: list[tuple[float, int]] = []
     """Ends of engines' steps; one that was cut short leaves its old entry behind."""
     report_s = _REPORT_S if routers > 1 else math.inf
@@ -66,6 +66,7 @@ def simulate(
         i = fleet[job.router].route(job)
         before_s = engines[i].due_s
         engines[i].submit(job, job.at_s)
+        fleet[job.router].told(i, engines[i].requests)
         if engines[i].due_s != before_s:
             heapq.heappush(due, (engines[i].due_s, i))
     until(1e300)
@@ -75,9 +76,7 @@ def simulate(
 def _exchange(fleet: Sequence[Router]) -> None:
     reports = [router.report() for router in fleet]
     for i, router in enumerate(fleet):
-        for k, (changes, decisions) in enumerate(reports):
-            if k != i:
-                router.hear(changes, decisions)
+        router.hear(fleet, [each for k, decisions in enumerate(reports) if k != i for each in decisions])
 
 
 def _judge(jobs: Sequence[Job], replicas: int) -> Result:

@@ -37,19 +37,19 @@ def run(machine, jobs, speed=1.0):
 
 def test_one_request_takes_its_prefill_and_a_step_for_each_token():
     (one,) = run(PLAIN, [job(0, 5000, 11)])
-    assert one.first_s == pytest.approx(0.5)  # 3 chunks; nobody decodes meanwhile
+    assert one.first_s == pytest.approx(5000 / 10_000 + 3 * 0.01)  # in 3 chunks, a step each
     assert one.end_s - one.first_s == pytest.approx(10 * 0.011)
 
 
 def test_a_slow_replica_takes_so_much_longer():
     (one,) = run(PLAIN, [job(0, 5000, 11)], speed=0.5)
-    assert (one.first_s, one.end_s - one.first_s) == (pytest.approx(1.0), pytest.approx(2 * 10 * 0.011))
+    assert (one.first_s, one.end_s - one.first_s) == (pytest.approx(1.06), pytest.approx(2 * 10 * 0.011))
 
 
 def test_those_who_decode_wait_for_a_prompt_that_comes_meanwhile():
     first, second = run(PLAIN, [job(0, 1000, 101), job(1, 1000, 2, at_s=0.5)])
-    alone_s = 0.1 + 100 * 0.011
-    assert second.end_s > second.first_s > 0.5 + 0.1
+    alone_s = 0.11 + 100 * 0.011
+    assert second.end_s > second.first_s > 0.5 + 0.11
     assert first.end_s == pytest.approx(alone_s + 0.1 + 0.001, abs=0.002), (
         "its prefill, and one step in which two decode"
     )
@@ -58,14 +58,14 @@ def test_those_who_decode_wait_for_a_prompt_that_comes_meanwhile():
 def test_what_was_computed_is_not_computed_again_and_only_whole_blocks_are():
     jobs = run(PLAIN, [job(0, 5000, 2, "x"), job(1, 5000, 2, "x", at_s=5.0), job(2, 5000, 2, "y", at_s=10.0)])
     assert [each.hits for each in jobs] == [0, 9 * BLOCK_TOKENS, 0]
-    assert jobs[1].first_s - 5.0 == pytest.approx((5000 - 9 * BLOCK_TOKENS) / 10_000.0)
+    assert jobs[1].first_s - 5.0 == pytest.approx(0.01 + (5000 - 9 * BLOCK_TOKENS) / 10_000.0)
 
 
-def test_the_least_recently_used_prompt_is_dropped_first():
+def test_the_least_recently_used_prompt_is_dropped_first_from_its_end():
     small = Machine(gpu_tokens=12_000, cache_tokens=12_000)
     paths = ("x", "y", "x", "z", "x", "y")
     jobs = run(small, [job(i, 5120, 2, path, at_s=10.0 * i) for i, path in enumerate(paths)])
-    assert [each.hits > 0 for each in jobs] == [False, False, True, False, True, False]
+    assert [each.hits for each in jobs] == [0, 0, 5119, 0, 5119, 3 * BLOCK_TOKENS], "23 blocks fit"
 
 
 def test_requests_wait_in_order_while_their_context_does_not_fit():
@@ -78,8 +78,8 @@ def test_requests_wait_in_order_while_their_context_does_not_fit():
 def test_nothing_is_left_in_use_when_all_have_ended():
     """Each of the same requests later finds the engine as it was: accounts that leak would stop it."""
     small = Machine(gpu_tokens=30_000, cache_tokens=30_000)
-    for seed in range(5):
-        jobs = agents(Agents(prompts=3), 0.4, 2000.0, seed)
+    for seed in range(3):
+        jobs = agents(Agents(prompts=3), 0.4, 1000.0, seed)
         assert all(each.end_s > each.first_s > each.at_s or each.answer_tokens == 1 for each in run(small, jobs))
 
 
@@ -87,7 +87,7 @@ def test_nothing_is_left_in_use_when_all_have_ended():
     ("shape", "prompt", "answer", "shared"), [(TOOLS, 8_596, 182, 0.59), (Agents(), 15_000, 180, 0.9)]
 )
 def test_drawn_traffic_has_its_shape(shape, prompt, answer, shared):
-    jobs = agents(shape, 6.0, 2000.0, 0)
+    jobs = agents(shape, 6.0, 600.0, 0)
     assert sum(each.prompt_tokens for each in jobs) / len(jobs) == pytest.approx(prompt, rel=0.2)
     assert sum(each.answer_tokens for each in jobs) / len(jobs) == pytest.approx(answer, rel=0.1)
     assert ceiling(jobs) == pytest.approx(shared, abs=0.06)
@@ -107,22 +107,30 @@ def test_every_rule_serves_everybody_with_one_router_and_with_three(name):
 def test_agents_are_served_better_where_their_prefixes_are_known():
     jobs = agents(Agents(), 6.0, 150.0, 3)
     found = {
-        name: simulate(RULES[name], jobs, Machine(), (1.0,) * 4)
-        for name in ("power of two (Serve)", "Ray prefix router", "step 1, own x 1")
+        name: simulate(RULES[name], jobs, Machine(), (1.0,) * 4) for name in ("power of two (Serve)", "step 1, own x 2")
     }
-    serve, ray, ours = found.values()
+    serve, ours = found.values()
     assert ours.hits > serve.hits + 0.2
-    assert ours.in_slo > serve.in_slo + 0.1
-    assert ours.first_p99_s < ray.first_p99_s
+    assert ours.mean_s < 0.8 * serve.mean_s
+
+
+def test_prompts_leave_a_slow_replica_that_has_them():
+    """Ray's rule stays with the longest match, however long that takes."""
+    jobs = agents(Agents(), 6.0, 150.0, 3)
+    ray, ours = (
+        simulate(RULES[name], jobs, Machine(), (1.0, 1.0, 1.0, 0.2))
+        for name in ("Ray prefix router", "step 1, own x 2")
+    )
+    assert ours.first_p99_s < 0.5 * ray.first_p99_s
 
 
 def test_routers_that_exchange_decisions_find_more_than_those_that_do_not():
     jobs = agents(Agents(prompts=60, zipf=0.3), 6.0, 150.0, 2)
     hits = {
         name: simulate(RULES[name], jobs, Machine(), (1.0,) * 4, routers=4).hits
-        for name in ("step 1, own x 1", "step 1, own x 1, neither")
+        for name in ("step 1, own x 2", "step 1, neither")
     }
-    assert hits["step 1, own x 1"] > hits["step 1, own x 1, neither"] + 0.05
+    assert hits["step 1, own x 2"] > hits["step 1, neither"] + 0.05
 
 
 def test_published_traces_are_read_as_they_are(tmp_path):

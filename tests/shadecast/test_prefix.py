@@ -48,7 +48,8 @@ class Model(RuleBasedStateMachine):
             cache.move_to_end(path[:i])
         while len(cache) * SIZE > CAPACITY:
             cache.popitem(last=False)
-        told = Decision(name, missing[0], prompt(kept).hashes[missing[0] :]) if missing else None
+        first, hashes = min([*missing, len(kept)]), prompt(kept).hashes
+        told = Decision(name, first, hashes[first - 1] if first else b"", hashes[first:])
         assert self.index.insert(name, prompt(path)) == told
         self.sent.append(path)
 
@@ -97,7 +98,9 @@ class Bounded(RuleBasedStateMachine):
     @rule(name=st.sampled_from(NAMES), path=PATHS, depth=st.integers(0, 13))
     def learn(self, name, path, depth):
         blocks = prompt(path)
-        self.index.learn(Decision(name, depth, blocks.hashes[depth:]), range(SIZE, 100 * SIZE, SIZE))
+        depth = min(depth, len(path))
+        decision = Decision(name, depth, blocks.hashes[depth - 1] if depth else b"", blocks.hashes[depth:])
+        self.index.learn(decision, range(SIZE, 100 * SIZE, SIZE))
         self.sent.setdefault(name, set()).update(path[: i + 1] for i in range(depth, len(path)))
 
     @rule(name=st.sampled_from(NAMES), blocks=st.integers(0, 16))
@@ -178,15 +181,26 @@ def test_a_router_learns_from_what_another_one_decided():
     ends = range(SIZE, 100 * SIZE, SIZE)
     for path in ((0, 1), (0, 1, 2), (0, 1, 2), (0, 3)):
         decision = ours.insert("a", prompt(path))
-        if decision is not None:
-            theirs.learn(decision, ends)
+        theirs.learn(decision, ends)
     for path in ((0, 1, 2), (0, 3), (1,)):
         assert theirs.match(prompt(path)) == ours.match(prompt(path))
 
 
 def test_blocks_whose_beginning_a_router_does_not_know_are_not_found_until_it_does():
     index = PrefixIndex(CAPACITY)
-    index.learn(Decision("a", 1, prompt((0, 1)).hashes[1:]), range(SIZE, 100 * SIZE, SIZE))
+    first, second = prompt((0, 1)).hashes
+    index.learn(Decision("a", 1, first, [second]), range(SIZE, 100 * SIZE, SIZE))
     assert index.match(prompt((0, 1))) == {}
     index.insert("a", prompt((0,)))
     assert index.match(prompt((0, 1))) == {"a": 2 * SIZE}
+
+
+def test_what_another_router_uses_is_not_the_next_to_be_dropped():
+    ours, theirs = PrefixIndex(4 * SIZE), PrefixIndex(4 * SIZE)
+    ends = range(SIZE, 100 * SIZE, SIZE)
+    theirs.learn(ours.insert("a", prompt((0, 1))), ends)
+    theirs.learn(ours.insert("a", prompt((1, 1))), ends)
+    theirs.learn(ours.insert("a", prompt((0, 1))), ends)  # nothing of it is new
+    theirs.insert("a", prompt((2,)))
+    assert theirs.match(prompt((0, 1))) == {"a": 2 * SIZE}
+    assert theirs.match(prompt((1, 1))) == {"a": SIZE}, "the end of the older one went"

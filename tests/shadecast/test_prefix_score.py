@@ -33,9 +33,10 @@ def test_the_score_is_the_product_over_the_speed(pending, uncached, requests, sp
     [
         ([Load("a"), Load("b")], {"b": 900}, 1),  # the prefix, where loads are equal
         ([Load("a"), Load("b", 20_000, 8)], {"b": 900}, 0),  # not behind a long queue
-        ([Load("a", 0, 1), Load("b", 0, 4)], {"b": 900}, 1),  # 100 x 5 is less than 1,000 x 2
-        ([Load("a", 0, 1), Load("b", 0, 4)], {"b": 500}, 0),  # 500 x 5 is more
-        ([Load("a", 0, 0, 0.4), Load("b", 0, 1, 1.0)], {}, 1),  # 1,000 / .4 against 2,000
+        ([Load("a", 0, 1), Load("b", 0, 4)], {"b": 900}, 1),  # 2 x 100 x 5 is less than 2 x 1,000 x 2
+        ([Load("a", 0, 1), Load("b", 700, 1)], {"b": 600}, 1),  # 700 + 2 x 400 is less than 2 x 1,000
+        ([Load("a", 0, 1), Load("b", 0, 4)], {"b": 500}, 0),  # 2 x 500 x 5 is more
+        ([Load("a", 0, 0, 0.4), Load("b", 0, 1, 1.0)], {}, 1),  # 2,000 / .4 against 2,000 x 2
         ([Load("a", 100_000, 1), Load("b", 0, 20)], {}, 1),  # one request may be more than twenty
     ],
 )
@@ -51,7 +52,7 @@ def test_routers_that_do_not_know_of_each_other_send_a_cold_prefix_to_the_same_r
     names = [f"r{i}" for i in range(8)]
     ring = Rendezvous(dict.fromkeys(names, 1.0), b"key")
     ours = [Load(name) for name in names]
-    theirs = [Load(name, 3.0) for name in reversed(names)]  # within a tenth
+    theirs = [Load(name, 5.0) for name in reversed(names)]  # within a tenth
     for key in range(50):
         one = ours[choose(ours, 1000, {}, RNG, cold=(ring, key))].replica_id
         assert one == theirs[choose(theirs, 1000, {}, RNG, cold=(ring, key))].replica_id == ring.place(key)
@@ -60,7 +61,7 @@ def test_routers_that_do_not_know_of_each_other_send_a_cold_prefix_to_the_same_r
 def test_a_cold_prefix_does_not_go_to_a_replica_that_is_a_tenth_worse():
     names = [f"r{i}" for i in range(8)]
     ring = Rendezvous(dict.fromkeys(names, 1.0), b"key")
-    loads = [Load(name, 101.0 if i else 0.0) for i, name in enumerate(names)]
+    loads = [Load(name, 201.0 if i else 0.0) for i, name in enumerate(names)]
     assert {choose(loads, 1000, {}, RNG, cold=(ring, key)) for key in range(50)} == {0}
     assert {choose(loads, 1000, {"r3": 900}, RNG, cold=(ring, key)) for key in range(50)} == {3}, (
         "a warm one does not ask it"
