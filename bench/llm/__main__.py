@@ -23,7 +23,7 @@ from bench.llm.settings import Setting, settings
 from bench.llm.traffic import ceiling
 from bench.simulate.report import machine
 
-_SINGLE = [name for name, rule in RULES.items() if rule.shares and rule.others == 0.5 and "anywhere" not in name]
+_SINGLE = [name for name, rule in RULES.items() if name.startswith("step 1, own x") or not name.startswith("step 1")]
 
 
 def main(
@@ -68,13 +68,15 @@ def _compare(
     console.print(
         f"\n{setting.name}: {len(jobs)} requests, at most {top:.3f} of the prompts shared, {len(seeds)} seeds"
     )
-    table = Table("rule", "in SLO", "TTFT p50 s", "p99", "TPOT p50 ms", "p99", "mean time s", "hits", "busiest/mean")
+    table = Table(
+        "rule", "in SLO", "TTFT p50 s", "p99", "TPOT p50 ms", "p99", "mean time s", "hits", "believed", "busiest/mean"
+    )
     for name, results in found.items():
         mean = {f.name: fmean(getattr(r, f.name) for r in results) for f in fields(Result)}
         table.add_row(
             name, f"{mean['in_slo']:.3f}", f"{mean['first_p50_s']:.2f}", f"{mean['first_p99_s']:.1f}",
             f"{mean['token_p50_ms']:.0f}", f"{mean['token_p99_ms']:.0f}", f"{mean['mean_s']:.2f}",
-            f"{mean['hits']:.3f}", f"{mean['busiest']:.2f}",
+            f"{mean['hits']:.3f}", f"{mean['believed']:.3f}", f"{mean['busiest']:.2f}",
         )  # fmt: skip
     console.print(table)
     return [

@@ -36,6 +36,8 @@ class Rule:
     """Whether routers tell each other of their decisions."""
     endless: bool = False
     """Its index drops nothing."""
+    room: float = 1.0
+    """Fraction of an engine's memory that its index reckons with: answers take some, too."""
     others: float = 0.5
     """How far a router's own changes since the last report are taken for those of each other router."""
 
@@ -68,7 +70,7 @@ class Router:
         self.loads, self.mine, self.base = (
             [Load(f"r{i}", speed=speed) for i, speed in enumerate(self.speeds)] for _ in range(3)
         )
-        self.index = PrefixIndex(_ENDLESS if self.rule.endless else self.kv_tokens, _ENDLESS)
+        self.index = PrefixIndex(_ENDLESS if self.rule.endless else round(self.rule.room * self.kv_tokens), _ENDLESS)
         self.choose = self.rule.make(self)
 
     # ------------------------------------------------------------------ what happens
@@ -211,6 +213,7 @@ _RULES = [
     Rule("Ray prefix router", _ray_prefix, endless=True),
     Rule("Shadecast without prefixes", _today),
     *(Rule(f"step 1, own x {weight:g}", _product(weight)) for weight in WEIGHTS),
+    *(Rule(f"step 1, room {room:g}", _product(OWN_WEIGHT), room=room) for room in (0.5, 0.75)),
     Rule("step 1, cold prefixes anywhere", _product(OWN_WEIGHT, cold=False)),
     Rule("step 1, decisions not exchanged", _product(OWN_WEIGHT), shares=False),
     Rule("step 1, neither", _product(OWN_WEIGHT, cold=False), shares=False),

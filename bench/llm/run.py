@@ -27,6 +27,8 @@ class Result:
     mean_s: float
     hits: float
     """Fraction of all prompt tokens that engines had."""
+    believed: float
+    """Fraction that routers took for cached where they sent the prompts."""
     busiest: float
     """Requests of the replica with most over the mean."""
     in_slo: float
@@ -98,6 +100,7 @@ def _judge(jobs: Sequence[Job], replicas: int) -> Result:
         1000.0 * _quantile(streams, 0.99),
         sum(job.end_s - job.at_s for job in jobs) / len(jobs),
         sum(job.hits for job in jobs) / sum(job.prompt_tokens for job in jobs),
+        1.0 - sum(job.uncached for job in jobs) / sum(job.prompt_tokens for job in jobs),
         max(counts) * replicas / len(jobs),
         kept / len(jobs),
     )
