@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve demo test check bench-sim bench-forecast bench-micro bench-scale bench-live protos clean
+.PHONY: help setup serve demo test check bench-sim bench-forecast bench-micro bench-llm bench-scale bench-live protos clean
 
 help: ## List the commands
 	@grep -E '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk 'BEGIN {FS = ":.*?## "}; {printf "  make %-16s %s\n", $$1, $$2}'
@@ -40,6 +40,9 @@ bench-forecast: $(STAMP) ## Judge all forecasting models, write docs/benchmarks/
 
 bench-micro: $(STAMP) ## Time the decision, the table and the outcome path; throughput beside Serve's routers
 	@$(BIN)/python -m bench.micro $(ARGS)
+
+bench-llm: $(STAMP) ## Routing rules in front of simulated language-model engines with prefix caches (10 min)
+	@$(BIN)/python -m bench.llm $(ARGS)
 
 bench-scale: $(STAMP) ## The coordinator under many replicas and routers: real messages, a process of its own (7 min)
 	@$(BIN)/python -m bench.scale $(ARGS)

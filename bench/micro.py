@@ -35,11 +35,13 @@ from ray.serve.request_router import PendingRequest, RequestRouter
 from rich.console import Console
 from rich.table import Table
 
+from bench import micro_prefix
 from bench.simulate.report import machine
 from serve_app.router import PredictiveRouter
 from shadecast.calls import Call, Calls, Event
 from shadecast.errors import ShadecastError
 from shadecast.pick import PickTable, cost_table
+from shadecast.prefix import MOST_ENTRIES
 from shadecast.types import RoutingTable, State, TableRow
 
 REPLICAS = (2, 8, 64, 1000)
@@ -113,6 +115,7 @@ def main(
     rows = asyncio.run(_decisions(repeats, console))
     rows += _rebuild(quick)
     rows += _calls(repeats)
+    rows += [Row(*each) for each in micro_prefix.measure(repeats, 250_000 if quick else MOST_ENTRIES)]
     try:
         rows += _forecaster(quick)
     except ShadecastError as error:
@@ -368,6 +371,9 @@ def checks(rows: Iterable[Row]) -> list[tuple[str, float, float, bool]]:
     ]
     calls = found["calls", "shadecast", 1, "median_us"]
     made.append(("a call in the book, us", calls, 3.0, calls <= 3.0))
+    for tokens, bound in ((1_000, 20.0), (12_000, 260.0)):
+        took = found["prefix_all", f"prompt_{tokens}_tokens", micro_prefix.REPLICAS, "median_us"]
+        made.append((f"a prompt of {tokens:,} tokens in the prefix index, us", took, bound, took <= bound))
     ratio = found.get(("throughput", "shadecast", 4, "ratio_to_default"))
     if ratio is not None:
         made.append(("throughput, times the default's", ratio, 0.98, ratio >= 0.98))

@@ -11,7 +11,7 @@ Keys are hashed with a secret, so that a client cannot choose its node by choosi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from hashlib import blake2b
 
 import numpy as np
@@ -75,6 +75,16 @@ class Rendezvous:
             time = (log((x ^ x >> 32) * m2 & mask | 1) - ln_range) * inverse
             if time < best_time:
                 best, best_time = replica_id, time
+        return best
+
+    def place_among(self, key: int, among: Container[str]) -> str | None:
+        """The replica of this key if only those of `among` were there; None if none of them is."""
+        best, best_time = None, math.inf
+        for seed, inverse, replica_id in self._rows:
+            if replica_id in among:
+                time = (math.log(mix(key ^ seed) | 1) - _LN_RANGE) * inverse
+                if time < best_time:
+                    best, best_time = replica_id, time
         return best
 
     def _fastest(self, key: int) -> int:

@@ -1,0 +1,1 @@
+"""Routers in front of language-model engines, simulated: `python -m bench.llm`."""

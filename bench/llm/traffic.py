@@ -1,0 +1,151 @@
+"""What language-model services are sent: published traces with their shared prefixes, and shapes drawn from statistics.
+
+Prompts are chains of blocks of `BLOCK_TOKENS`, as in Mooncake's traces; equal hashes are equal prefixes.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+
+from bench.llm.engine import BLOCK_TOKENS, Job
+from bench.simulate.workload import MOONCAKE_GRID_S, load_trace, lognormal, poisson
+from shadecast.prompts import HASH_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Agents:
+    """Calls of agents: each session has one of a few system prompts, and grows with every call.
+
+    The defaults are those on which the factor of the score was found.
+    """
+
+    prompts: int = 40
+    prompt_tokens: tuple[int, int] = (2_000, 12_000)
+    """Of a system prompt, evenly."""
+    zipf: float = 1.0
+    """Of the popularity of system prompts."""
+    calls: tuple[int, int] = (1, 31)
+    """Of a session, evenly."""
+    grows_tokens: float = 900.0
+    """A call's own tokens, mean; log-normal."""
+    answer_tokens: float = 180.0
+    spread: float = 0.8
+    """Log spread of both."""
+    think_s: float = 6.0
+    """From one call's beginning to the next one's."""
+
+
+TOOLS = Agents(
+    prompts=12, prompt_tokens=(3_000, 9_000), zipf=0.8, calls=(1, 3), grows_tokens=3_100.0, answer_tokens=182.0,
+    spread=1.0, think_s=20.0,
+)  # fmt: skip
+"""The shape of Mooncake's tool-and-agent trace: 8.6 k prompt tokens, 182 of answer, .59 of them shared at most."""
+
+
+def agents(shape: Agents, calls_per_s: float, until_s: float, seed: int) -> list[Job]:
+    """Sessions that begin at random."""
+    rng = random.Random(f"{seed}/agents")
+    systems = [rng.randint(*shape.prompt_tokens) for _ in range(shape.prompts)]
+    weights = [(rank + 1.0) ** -shape.zipf for rank in range(shape.prompts)]
+    mean_calls = sum(shape.calls) / 2.0
+    jobs: list[Job] = []
+    for session, at_s in enumerate(poisson(rng, calls_per_s / mean_calls, 0.0, 1.0, until_s)):
+        system = rng.choices(range(shape.prompts), weights)[0]
+        tokens, call_s = systems[system], at_s
+        for _ in range(rng.randint(*shape.calls)):
+            tokens += max(round(lognormal(rng, shape.grows_tokens, shape.spread)), 1)
+            answer = max(round(lognormal(rng, shape.answer_tokens, shape.spread)), 1)
+            shared = systems[system] // BLOCK_TOKENS
+            hashes = [
+                _block(("system", system, i) if i < shared else (session, i)) for i in range(tokens // BLOCK_TOKENS)
+            ]
+            if call_s < until_s:
+                jobs.append(Job(0, call_s, hashes, tokens, answer))
+            tokens += answer
+            call_s += rng.expovariate(1.0 / shape.think_s)
+    return numbered(jobs)
+
+
+def trace(path: Path, seed: int, calls_per_s: float, until_s: float) -> list[Job]:
+    """A published trace, from its beginning and as often as needed, at a pace that gives so many calls a second.
+
+    In the Azure format nothing is known of prefixes: no two prompts share one. Laps share nothing either.
+    """
+    rng = random.Random(f"{seed}/trace")
+    rows = _mooncake(path, rng) if ".jsonl" in path.name else _azure(path, rng)
+    length_s = rows[-1].at_s * len(rows) / (len(rows) - 1)
+    pace = calls_per_s / (len(rows) / length_s)
+    jobs: list[Job] = []
+    lap = 0
+    while True:
+        for row in rows:
+            at_s = (row.at_s + lap * length_s) / pace
+            if at_s >= until_s:
+                return numbered(jobs)
+            hashes = [_block((lap, block)) for block in row.hashes]
+            jobs.append(Job(0, at_s, hashes, row.prompt_tokens, row.answer_tokens))
+        lap += 1
+
+
+def numbered(jobs: Sequence[Job]) -> list[Job]:
+    """Jobs in order of arrival."""
+    ordered = sorted(jobs, key=lambda job: job.at_s)
+    for number, job in enumerate(ordered):
+        job.number = number
+    return ordered
+
+
+def ceiling(jobs: Sequence[Job]) -> float:
+    """Fraction of all prompt tokens that one replica with endless memory would have."""
+    seen: set[bytes] = set()
+    hits = 0
+    for job in jobs:
+        depth = next((i for i, block in enumerate(job.hashes) if block not in seen), len(job.hashes))
+        hits += depth * BLOCK_TOKENS
+        seen.update(job.hashes)
+    return hits / sum(job.prompt_tokens for job in jobs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    at_s: float
+    hashes: Sequence[int]
+    prompt_tokens: int
+    answer_tokens: int
+
+
+def _mooncake(path: Path, rng: random.Random) -> list[_Row]:
+    rows = []
+    with (gzip.open if path.name.endswith(".gz") else open)(path, "rt", encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                at_s, tokens = float(row["timestamp"]) / 1000.0, int(row["input_length"])
+                whole = row["hash_ids"][: tokens // BLOCK_TOKENS]
+                rows.append(_Row(at_s, whole, tokens, max(int(row["output_length"]), 1)))
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{path}, line {number}: {type(error).__name__} {error}") from error
+    grid_ms = 1000.0 * MOONCAKE_GRID_S
+    if all((1000.0 * row.at_s + 1.5) % grid_ms <= 3.0 for row in rows):  # the conversation's stamps; others are exact
+        rows = [_Row(r.at_s + rng.random() * MOONCAKE_GRID_S, r.hashes, r.prompt_tokens, r.answer_tokens) for r in rows]
+    return sorted(rows, key=lambda row: row.at_s)
+
+
+def _azure(path: Path, rng: random.Random) -> list[_Row]:
+    rows, block = [], 0
+    for row in load_trace(path, rng):
+        count = row.prompt_tokens // BLOCK_TOKENS
+        answer_tokens = max(row.generated_tokens, 1)
+        rows.append(_Row(row.at_s, range(block, block + count), max(row.prompt_tokens, 1), answer_tokens))
+        block += count
+    return rows
+
+
+def _block(what: object) -> bytes:
+    return blake2b(repr(what).encode(), digest_size=HASH_BYTES).digest()

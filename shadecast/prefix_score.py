@@ -1,0 +1,86 @@
+"""Where a prompt goes: what is left to compute of it there, behind what is waiting there already.
+
+    score_i = (P_i + w u_i) (n_i + 1) / s_i
+
+with P_i the tokens that were sent to replica i and are not computed yet, u_i the tokens of this prompt that it does not
+have in its cache, n_i its requests and s_i its measured speed, 1 = nominal. P + u is the time to the first token, n + 1
+the batch that everybody's next tokens are computed in; their product is that of LMetric (OSDI'26, arXiv 2603.15202).
+It has no constant to learn. A prompt's own tokens count twice (w): that keeps prefixes together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from shadecast.rendezvous import Rendezvous
+
+OWN_WEIGHT = 2.0
+"""w; 1, 1.5, 2 and 3 are compared in docs/decisions/0090."""
+_NEAR = 1.1
+"""Scores within a tenth of the best are equal: speeds are not known more exactly."""
+_LOOK_AT_ALL = 32
+"""With more replicas, a prompt's holder and a few others are compared."""
+_DRAWS = 3
+_MIN_SPEED = 1e-3
+
+
+@dataclass(slots=True)
+class Load:
+    """What a router knows of one replica."""
+
+    replica_id: str
+    pending_tokens: float = 0.0
+    """P: sent there and not computed yet, what was cached not counted."""
+    requests: float = 0.0
+    """n: all that are there, waiting or decoding."""
+    speed: float = 1.0
+
+
+def prefill_score(
+    pending_tokens: float, uncached_tokens: float, requests: float, speed: float, own_weight: float = OWN_WEIGHT
+) -> float:
+    """The score of one replica; the least is best. An engine computes at least one token of each prompt."""
+    work = pending_tokens + own_weight * max(uncached_tokens, 1.0)
+    return work * (requests + 1.0) / max(speed, _MIN_SPEED)
+
+
+def choose(
+    loads: Sequence[Load],
+    prompt_tokens: int,
+    cached: Mapping[str, int],
+    random: Callable[[], float],
+    *,
+    cold: tuple[Rendezvous, int] | None = None,
+    own_weight: float = OWN_WEIGHT,
+) -> int:
+    """Index of the replica for a prompt, -1 if there is none. `random` gives floats in [0, 1).
+
+    `cached` are the tokens of it that replicas have (`PrefixIndex.match`). A prompt that nobody has goes, among those
+    whose score is within a tenth of the best, to its place on the ring of `cold`, by the key of its first block: other
+    routers, which do not know of this choice yet, send what begins alike to the same replica.
+    """
+    count = len(loads)
+    compared: Sequence[int] = range(count)
+    if count > _LOOK_AT_ALL:
+        holder = max(compared, key=lambda i: cached.get(loads[i].replica_id, 0))
+        first = [holder] if cached else []
+        compared = first + [int(random() * count) for _ in range(_DRAWS + (not first))]
+    scores = {
+        i: prefill_score(
+            load.pending_tokens, prompt_tokens - cached.get(load.replica_id, 0), load.requests, load.speed, own_weight
+        )
+        for i in compared
+        for load in (loads[i],)
+    }
+    if not scores:
+        return -1
+    best = min(scores.values())
+    if cold is not None and not cached:
+        ring, key = cold
+        near = {loads[i].replica_id: i for i, score in scores.items() if score <= _NEAR * best}
+        place = ring.place_among(key, near)
+        if place is not None:
+            return near[place]
+    ties = [i for i, score in scores.items() if score == best]
+    return ties[int(random() * len(ties))] if len(ties) > 1 else ties[0]
