@@ -140,13 +140,13 @@ def serve(  # noqa: PLR0915, PLR0917 - options of a command are named by the use
     )
     from serve_app.launch.local import LocalCluster  # noqa: PLC0415
 
+    given = tokens.given(token_file, look_token_file)  # before the model's code and Ray's processes see the environment
     folder = str(Path.cwd())
     with own_installation.users_folder_first(folder):
         application = build(AppArgs.model_validate({"model": model, "replicas": replicas, "router": router}))
         name = ModelInfo.of(load_class(model)).name
     for each in filter(None, (port, grpc_port)):
         _check_free(each)
-    given = tokens.given(token_file, look_token_file)  # before Ray's processes start: they get this environment
     if page_port != 0:
         Address().changed(page_host, page_port, page_allow_host or ()).check(None)
     stop = threading.Event()
@@ -234,9 +234,8 @@ def _print_addresses(plane: ControlPlane, url: str, grpc_port: int, address: str
         console.print(f"  gRPC          127.0.0.1:{grpc_port}", highlight=False)
     if plane.page_url:
         console.print(f"  Live page     {plane.page_url}", highlight=False)
-        console.print(
-            f"  Page token    {plane.token_source or 'none: it takes no orders'}", highlight=False, soft_wrap=True
-        )
+        token = plane.token_source or "none: it takes no orders"
+        console.print(f"  Page token    {token}", markup=False, highlight=False, soft_wrap=True)
         _say_who_reaches(plane)
     console.print("  Status        .venv/bin/shadecast status --watch", highlight=False)
     console.print(f"  Ray cluster   RAY_ADDRESS={address}", highlight=False)
@@ -302,7 +301,9 @@ def up(  # noqa: PLR0917 - as above
     console.print("Control plane runs.")
     if plane.page_url:
         token = plane.token_source or "none, it takes no orders"
-        console.print(f"Live page {plane.page_url}; token for orders: {token}", highlight=False, soft_wrap=True)
+        console.print(
+            f"Live page {plane.page_url}; token for orders: {token}", markup=False, highlight=False, soft_wrap=True
+        )
         _say_who_reaches(plane)
 
 

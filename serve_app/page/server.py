@@ -24,7 +24,7 @@ from typing import Any
 
 import ray
 import uvicorn
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ray.exceptions import RayActorError
 from starlette.exceptions import HTTPException
@@ -92,10 +92,23 @@ def make_app(
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
-    app = FastAPI(title="Shadecast", lifespan=watching, openapi_url=None, docs_url=None, redoc_url=None)
+    door = _Door(rights, now_s)
+
+    async def may_look(request: Request) -> None:
+        """For every route but the page itself, which knows nothing; orders look at the token themselves."""
+        if request.method != "POST" and request.url.path != "/":
+            door.admit(request, Role.LOOK)
+
+    app = FastAPI(
+        title="Shadecast",
+        lifespan=watching,
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        dependencies=[Depends(may_look)],
+    )
     app.state.watch = watch
     app.add_middleware(_HostGuard, address=address or Address())
-    door = _Door(rights, now_s)
 
     @app.exception_handler(ControlPlaneAwayError)
     async def away(_: Request, error: Exception) -> Response:
@@ -110,18 +123,15 @@ def make_app(
         return Response(html, media_type="text/html", headers=page_headers)
 
     @app.get("/api/status")
-    async def latest(request: Request) -> Response:
-        door.admit(request, Role.LOOK)
+    async def latest() -> Response:
         return _json(await watch.latest())
 
     @app.get("/api/history")
-    async def history(request: Request) -> Response:
-        door.admit(request, Role.LOOK)
+    async def history() -> Response:
         return _json(watch.history())
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
-        door.admit(request, Role.LOOK)
         accept = request.headers.get("accept", "")
         try:
             text, content_type = prometheus_text(await watch.latest(), accept)

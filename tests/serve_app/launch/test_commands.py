@@ -21,7 +21,7 @@ from rich.cells import cell_len
 from models.registry import SHIPPED, Registry
 from serve_app.launch import commands, control_plane, ids
 from serve_app.launch.ids import resolve, short_ids
-from serve_app.launch.tables import Column, fit, nodes_view, span, status_view
+from serve_app.launch.tables import Column, fit, node_rows, span, status_view
 from serve_app.launch.watching import Watching
 from serve_app.page.address import Address, PageError
 from serve_app.page.rights import Rights
@@ -128,10 +128,6 @@ def test_a_node_that_has_never_reported_but_has_replicas_is_listed(plane: PlaneS
     status = plane.status()
     status["nodes"] = status["nodes"][1:]
     status["leaving"] = [NODES[1]]
-    text = "\n".join(str(part) for part in nodes_view(status, 80))
-    assert text
-    from serve_app.launch.tables import node_rows  # noqa: PLC0415
-
     states = {row["node_id"]: row["state"] for row in node_rows(status)}
     assert states[NODES[0]] == "unheard"
     assert states[NODES[1]] == "leaving"

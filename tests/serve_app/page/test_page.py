@@ -456,6 +456,11 @@ def test_an_announcement_takes_numbers_and_reaches_the_coordinator() -> None:
 READS = ["/api/status", "/api/history", "/metrics"]
 
 
+def test_what_is_read_is_all_that_the_page_has_to_read() -> None:
+    routes = {route.path for route in app_of(Plane()).routes if "GET" in (getattr(route, "methods", None) or ())}
+    assert routes == {"/", *READS}, "a new one belongs into READS, so that it is tried without a token"
+
+
 @pytest.mark.parametrize("path", READS)
 def test_with_a_token_for_looking_nobody_reads_without_one_of_the_two(path: str) -> None:
     app = app_of(Plane(), rights=GUARDED)
@@ -648,6 +653,12 @@ def test_a_coordinator_that_restarted_is_found_again() -> None:
         assert len(found) == 3  # and kept while it answers
 
     asyncio.run(run())
+
+
+def test_an_order_to_a_coordinator_of_an_older_version_says_what_to_do() -> None:
+    served = Page("127.0.0.1", 0, RIGHTS.plain(), find=lambda: SimpleNamespace(status=Method(Plane().status)))
+    with pytest.raises(ControlPlaneAwayError, match="older version: `shadecast down`, then `shadecast up`"):
+        asyncio.run(served._order({"order": "drain", "target": "node"}))
 
 
 def test_a_coordinator_that_does_not_answer_is_looked_for_anew(monkeypatch: pytest.MonkeyPatch) -> None:
