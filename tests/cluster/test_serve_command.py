@@ -146,7 +146,7 @@ def ray_session(processes):
     """The folder of Ray's logs, as its own processes name it."""
     words = [word for each in processes if each.is_running() for word in each.cmdline()]
     return next(
-        word.partition("=")[2] for word in words if word.startswith(("--log_dir=", "--log-dir=", "--logs_dir="))
+        word.partition("=")[2] for word in words if word.startswith(("--log_dir=", "--logs-dir=", "--logs_dir="))
     )
 
 
