@@ -31,8 +31,6 @@ Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 class ArgumentError(ConfigError, click.ClickException):
     """A wrong argument: one line on `serve run`, without a traceback."""
 
-    exit_code = 2
-
     def __init__(self, message: str) -> None:
         click.ClickException.__init__(self, message)
 

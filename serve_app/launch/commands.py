@@ -131,7 +131,7 @@ def serve(  # noqa: PLR0915, PLR0917 - options of a command are named by the use
     as_json: JsonOption = False,
 ) -> None:
     """Start a local cluster, the control plane and an application; stop everything on Ctrl-C."""
-    from serve_app.app import AppArgs, build  # noqa: PLC0415 - the other commands do not need these
+    from serve_app.app import AppArgs, ArgumentError, build  # noqa: PLC0415 - the other commands do not need these
     from serve_app.gateway.model_server import ModelInfo, load_class  # noqa: PLC0415
     from serve_app.launch.control_plane import (  # noqa: PLC0415
         running_coordinator,
@@ -143,8 +143,11 @@ def serve(  # noqa: PLR0915, PLR0917 - options of a command are named by the use
     given = tokens.given(token_file, look_token_file)  # before the model's code and Ray's processes see the environment
     folder = str(Path.cwd())
     with own_installation.users_folder_first(folder):
-        application = build(AppArgs.model_validate({"model": model, "replicas": replicas, "router": router}))
-        name = ModelInfo.of(load_class(model)).name
+        try:
+            application = build(AppArgs.model_validate({"model": model, "replicas": replicas, "router": router}))
+            name = ModelInfo.of(load_class(model)).name
+        except ArgumentError as error:  # typer would print it itself, with an exit code of its own
+            raise ConfigError(error.format_message()) from error
     for each in filter(None, (port, grpc_port)):
         _check_free(each)
     if page_port != 0:

@@ -192,7 +192,7 @@ def test_a_port_that_is_taken_is_one_line():
 def test_a_wrong_argument_stops_the_start_with_one_line(option, value, words):
     command = [sys.executable, "-m", "serve_app", "serve", option, value]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert ran.returncode != 0
+    assert ran.returncode == 2
     assert len(ran.stderr.strip().splitlines()) == 1, ran.stderr
     for word in words:
         assert word in ran.stderr
