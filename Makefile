@@ -29,8 +29,9 @@ demo: $(STAMP) ## Replay a trace while three replicas join: one well, one slow, 
 test: $(STAMP) ## Run all tests, the real clusters too
 	@$(BIN)/python -m pytest -n 2 --no-loadscope-reorder $(ARGS)
 
-check: $(STAMP) ## ruff, mypy strict, import rules
+check: $(STAMP) ## ruff, mypy strict, import rules, known vulnerabilities of the pinned dependencies
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-cache
+	@$(BIN)/python checks/audit.py constraints.txt
 
 bench-sim: $(STAMP) ## Simulate all scenarios and arms, write docs/benchmarks/simulation.md (about an hour)
 	@$(BIN)/python -m bench.simulate --scenario all --seeds 5 --jobs 2 --json docs/benchmarks/simulation.json --markdown docs/benchmarks/simulation.md $(ARGS)

@@ -12,11 +12,12 @@ import math
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any
 
 from actors.deployment import FORGET_S, Deployment
+from actors.orders import Forecasters, Kept, Orders
 from actors.serving_load import ServingLoad
 from shadecast import former
 from shadecast.config import TICK_JITTER, TICK_S
@@ -38,16 +39,6 @@ Deployed = Callable[[str], tuple[bool, Any] | None]
 """Whether a deployment's newest router only observes, and its settings; None where that cannot be told. Blocks."""
 
 
-class Holds(Protocol):
-    """Where operators' holds outlive the coordinator. Blocks."""
-
-    def load(self) -> Iterable[str]:
-        """Those that were saved last."""
-
-    def save(self, holds: Sequence[str]) -> None:
-        """Ids of replicas and nodes."""
-
-
 class Coordinator:
     """Wrap with `ray.remote`; every method runs on the actor's one event loop."""
 
@@ -59,23 +50,27 @@ class Coordinator:
         supervise: Callable[[], Iterable[str]] | None = None,
         uniform: Callable[[float, float], float] = random.uniform,
         deployed: Deployed | None = None,
-        holds: Holds | None = None,
+        holds: Kept | None = None,
         draining: Callable[[], Iterable[str]] = tuple,
         restarted: bool = False,
         publish: Callable[[dict[str, Any]], None] | None = None,
+        forecasters: Forecasters | None = None,
+        announced: Kept | None = None,
+        audit: Callable[[dict[str, Any]], None] | None = None,
+        wall: Callable[[], float] = time.time,
     ) -> None:
         """`supervise` starts and stops node forecasters and returns the ids of the nodes that are alive (blocking).
 
         `deployed` tells what a deployment was last deployed with; without it the router that started last says so.
         `holds` keeps what operators keep out for the next life of the coordinator, `draining` are the nodes that Ray is
         about to take away (both block). `restarted`: this is not the coordinator's first life. `publish` is given the
-        `summary` every few seconds, in a thread.
+        `summary` every few seconds, in a thread. `forecasters`, `announced`, `audit` and `wall` are as in `Orders`.
         """
         self._now_s = now_s
         self._epoch = epoch if epoch is not None else time.time_ns()
         self._supervise, self._deployed, self._draining, self._publish = supervise, deployed, draining, publish
         self._store, self._restarted = holds, restarted
-        self._holds = set(holds.load()) if holds is not None else set[str]()
+        self._holds = set(map(str, holds.load())) if holds is not None else set[str]()
         self._leaving = frozenset[str]()
         """Nodes that Ray is about to take away."""
         self._warned: set[str] = set()
@@ -86,6 +81,14 @@ class Coordinator:
         self._serving = ServingLoad()
         self._transitions: deque[tuple[float, Transition]] = deque(maxlen=1000)
         self._tasks: list[asyncio.Task[None]] = []
+        self._orders = Orders(
+            self._hold,
+            lambda node_id: node_id in self._nodes,
+            forecasters=forecasters,
+            kept=announced,
+            audit=audit,
+            wall=wall,
+        )
 
     # ------------------------------------------------------------------ calls from routers and forecasters
 
@@ -135,7 +138,10 @@ class Coordinator:
     def _take_node(self, report: NodeReport) -> tuple[float, float]:
         self._wake()
         now_s = self._now_s()
+        _, before = self._nodes.get(report.node_id, (0.0, None))
         self._nodes[report.node_id] = (now_s, report)
+        if before is None or report.seq < before.seq:
+            self._orders.forecaster_began(report.node_id)
         for known in self._deployments.values():
             known.nodes.append(report)
         return self._serving.on(report.node_id, now_s)
@@ -196,7 +202,20 @@ class Coordinator:
 
     # ------------------------------------------------------------------ calls from people
 
+    async def order(self, received: Any) -> dict[str, Any]:
+        """Carry out what a person orders, as `Orders.carry_out`."""
+        return await self._orders.carry_out(received)
+
+    async def write_down(self, entry: Any) -> None:
+        """An order that was refused before it came here, for the audit log."""
+        await self._orders.write_down(entry if isinstance(entry, Mapping) else {})
+
     async def command(self, target: str, drain: bool) -> int:
+        """Drain or release, as a page or command line of an older version orders it; 0: there is no such id."""
+        answer = await self.order({"order": "drain" if drain else "release", "target": target})
+        return int(answer.get("concerned", 0))
+
+    async def _hold(self, target: str, drain: bool) -> int:
         """Keep a replica, or whatever runs on a node now or later, out of traffic, or let it back in.
 
         Returns how many replicas that concerns, 1 for a node without any; 0: nothing of that id is known.
@@ -226,6 +245,7 @@ class Coordinator:
             "epoch": self._epoch,
             "holds": sorted(self._holds),
             "leaving": sorted(self._leaving),
+            "announced": self._orders.view(),
             "uptime_s": now_s - self._started_s,
             "nodes": [_node_view(report, now_s - at_s) for at_s, report in self._nodes.values()],
             "deployments": [known.summary(now_s) for known in self._deployments.values()],

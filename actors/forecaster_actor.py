@@ -175,6 +175,10 @@ class ForecasterActor:
         """Tell of a load that is known to come to this node."""
         self._forecaster.announce(starts_in_s, lasts_s, strength)
 
+    def withdraw(self) -> None:
+        """What was announced for this node does not come."""
+        self._forecaster.withdraw()
+
     def stop(self) -> None:
         """Stop sampling and write what is left of the log."""
         self._stop.set()

@@ -99,6 +99,11 @@ class NodeForecaster:
         with self._lock:
             self._events.append(Event(start_s, start_s + lasts_s, strength))
 
+    def withdraw(self) -> None:
+        """What was announced does not come, or is over early."""
+        with self._lock:
+            self._events = []
+
     def note_serving(self, in_flight: float, arrivals_per_s: float) -> None:
         """What Serve has on this node just now; only logged."""
         with self._lock:

@@ -212,23 +212,23 @@ def shared_secret(key: bytes, made: bytes, namespace: str) -> bytes:
     return cast("bytes", _internal_kv_get(key, namespace=namespace.encode()))
 
 
-class Holds:
-    """What operators keep out of traffic, kept by the cluster itself: it outlives the coordinator. Blocks."""
+class Kept:
+    """A list of plain values, kept by the cluster itself: it outlives the coordinator. Blocks."""
 
-    def __init__(self, namespace: str) -> None:
-        self.namespace = namespace.encode()
+    def __init__(self, namespace: str, name: str) -> None:
+        self.namespace, self.name = namespace.encode(), name.encode()
 
-    def load(self) -> list[str]:
-        """Ids of replicas and nodes, as they were saved last; none where that cannot be read."""
-        kept = _internal_kv_get(b"holds", namespace=self.namespace)
+    def load(self) -> list[Any]:
+        """As it was saved last; empty where that cannot be read."""
+        kept = _internal_kv_get(self.name, namespace=self.namespace)
         try:
-            return [str(target) for target in json.loads(kept or b"[]")]
+            return list(json.loads(kept or b"[]"))
         except (TypeError, ValueError):
             return []
 
-    def save(self, holds: Sequence[str]) -> None:
+    def save(self, items: Sequence[Any]) -> None:
         """Keep these."""
-        _internal_kv_put(b"holds", json.dumps(list(holds)).encode(), overwrite=True, namespace=self.namespace)
+        _internal_kv_put(self.name, json.dumps(list(items)).encode(), overwrite=True, namespace=self.namespace)
 
 
 def draining_nodes() -> list[str]:

@@ -15,3 +15,11 @@ class TransitionError(ShadecastError):
 
 class MessageError(ShadecastError):
     """A message between processes cannot be read: most likely they are of different versions."""
+
+
+class OrderError(ShadecastError):
+    """What a person orders cannot be done: nothing of that id is known, or a value is out of bounds."""
+
+
+class AwayError(ShadecastError):
+    """No cluster, or no control plane on it, can be reached."""

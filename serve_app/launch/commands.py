@@ -1,46 +1,48 @@
-"""The command line: `shadecast serve | up | down | status | drain | release | forecaster ...`."""
+"""The command line: `shadecast serve | up | down | status | nodes | drain | release | announce | forecaster ...`.
+
+Ray is imported by the commands that need it: help and completion by the shell answer at once. docs/command_line.md has
+the exit codes and what `--json` prints.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import math
+import datetime
 import runpy
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import ray
 import typer
-from ray import serve as ray_serve
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, Group, RenderableType
 
-from serve_app.grpc_proxy import grpc_options
-from serve_app.launch import own_installation
-from serve_app.launch.control_plane import (
-    ControlPlane,
-    announce,
-    forecaster_states,
-    running_coordinator,
-    start_control_plane,
-    stop_control_plane,
-    wait_until_forecasting,
-)
-from serve_app.launch.local import LocalCluster, find_address
-from serve_app.page.address import Address
-from shadecast.errors import ShadecastError
+from serve_app.launch import ids, own_installation, tables, tokens
+from serve_app.launch.answers import JsonOption, answer, failed, problems
+from serve_app.launch.connection import AddressOption, connected
+from serve_app.launch.registry_commands import forecaster
+from serve_app.launch.times import duration_s, from_now_s
+from serve_app.launch.watching import Watching
+from serve_app.page.address import Address, PageError
+from serve_app.page.watch import to_json
+from shadecast.errors import AwayError, ConfigError, ShadecastError
 
-cli = typer.Typer(no_args_is_help=True, add_completion=False, help="Predictive load balancing for Ray Serve.")
+if TYPE_CHECKING:
+    from serve_app.launch.control_plane import ControlPlane
+
+cli = typer.Typer(no_args_is_help=True, help="Predictive load balancing for Ray Serve.")
+cli.add_typer(forecaster, name="forecaster")
 console = Console()
-problems = Console(stderr=True)
 
-AddressOption = Annotated[str, typer.Option(help="Ray cluster; default: RAY_ADDRESS, the local cluster, or auto.")]
+FAILED, BAD_USE, AWAY = 1, 2, 3
+"""Exit codes beside 0, which is: done."""
+_WATCH_S = 1.0
+_WATCH_ANSWER_S = 3.0
+_LEAST_WIDTH, _WIDE = 80, 1000
+
 PageOption = Annotated[
     int | None, typer.Option(min=0, max=65535, help="Port of the live page; 0 turns it off. [default: 8266]")
 ]
@@ -54,34 +56,63 @@ PageNameOption = Annotated[
         "--page-allow-host", metavar="NAME", help="A further name that the page may be asked by; may be given often."
     ),
 ]
+TokenFileOption = Annotated[
+    str,
+    typer.Option(metavar="FILE", help="Token for orders on the live page; or SHADECAST_TOKEN. [default: one is made]"),
+]
+LookTokenFileOption = Annotated[
+    str,
+    typer.Option(
+        metavar="FILE", help="Token for reading the page and /metrics; or SHADECAST_LOOK_TOKEN. [default: open]"
+    ),
+]
+AuditLogOption = Annotated[
+    str, typer.Option(metavar="FILE", help="Where the coordinator writes down orders, on its node.")
+]
+WideOption = Annotated[bool, typer.Option("--wide", help="All columns and whole ids, however narrow the terminal.")]
+TargetArgument = Annotated[
+    str,
+    typer.Argument(
+        help="Id of a replica or node, its beginning, or a node's host name.", autocompletion=ids.complete_targets
+    ),
+]
 
 
 def run() -> None:
-    """Run the command line; an error of ours is one line on stderr and exit status 2."""
+    """Run the command line; an error of ours is one line on stderr, and an exit code that says of which kind."""
     try:
         cli()
     except ShadecastError as error:
-        problems.print(f"shadecast: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise SystemExit(2) from None
+        raise SystemExit(failed(str(error), exit_code(error))) from None
 
 
-@contextlib.contextmanager
-def _connected(address: str) -> Iterator[None]:
-    target = find_address(address)
-    try:
-        ray.init(address=target, namespace="shadecast", log_to_driver=False, logging_level="ERROR")
-    except ConnectionError as error:
-        raise ShadecastError(
-            f"no Ray cluster at {target!r}: start one (`make serve`, or `ray start --head`), or give --address"
-        ) from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
+def exit_code(error: ShadecastError) -> int:
+    """3: no cluster or control plane is reached; 2: something given is wrong; 1: it was refused, or has failed."""
+    match error:
+        case AwayError():
+            return AWAY
+        case ConfigError() | PageError():
+            return BAD_USE
+        case _:
+            return FAILED
+
+
+def _status(timeout_s: float = 30.0) -> dict[str, Any]:
+    """The coordinator's status as JSON values; what it names is remembered for completion."""
+    from serve_app.launch.control_plane import ask_coordinator  # noqa: PLC0415 - see above
+
+    status: dict[str, Any] = to_json(ask_coordinator("status", timeout_s=timeout_s))
+    ids.remember(status)
+    return status
+
+
+def _show(view: list[RenderableType], *, wide: bool = False) -> None:
+    """Print tables; below 80 columns the terminal wraps them, nothing is cut."""
+    Console(width=_WIDE if wide else _width()).print(*view, sep="\n", highlight=False)
 
 
 @cli.command()
-def serve(  # noqa: PLR0917 - options of a command are named by the user
+def serve(  # noqa: PLR0915, PLR0917 - options of a command are named by the user
     workers: Annotated[int, typer.Option(min=0, max=64, help="Worker nodes beside the head.")] = 3,
     replicas: Annotated[int, typer.Option(min=1, max=1000, help="Replicas of the model.")] = 3,
     model: Annotated[str, typer.Option(help='"digits", or your own class as module:Class.')] = "digits",
@@ -94,15 +125,29 @@ def serve(  # noqa: PLR0917 - options of a command are named by the user
     page_allow_host: PageNameOption = None,
     router: Annotated[str, typer.Option(help="predictive or default (Serve's own).")] = "predictive",
     dashboard: Annotated[bool, typer.Option(help="Start Ray's own dashboard, too.")] = False,
+    token_file: TokenFileOption = "",
+    look_token_file: LookTokenFileOption = "",
+    audit_log: AuditLogOption = "",
+    as_json: JsonOption = False,
 ) -> None:
     """Start a local cluster, the control plane and an application; stop everything on Ctrl-C."""
-    from serve_app.app import AppArgs, build  # noqa: PLC0415 - the other commands do not need these
+    from serve_app.app import AppArgs, ArgumentError, build  # noqa: PLC0415 - the other commands do not need these
     from serve_app.gateway.model_server import ModelInfo, load_class  # noqa: PLC0415
+    from serve_app.launch.control_plane import (  # noqa: PLC0415
+        running_coordinator,
+        start_control_plane,
+        wait_until_forecasting,
+    )
+    from serve_app.launch.local import LocalCluster  # noqa: PLC0415
 
+    given = tokens.given(token_file, look_token_file)  # before the model's code and Ray's processes see the environment
     folder = str(Path.cwd())
     with own_installation.users_folder_first(folder):
-        application = build(AppArgs.model_validate({"model": model, "replicas": replicas, "router": router}))
-        name = ModelInfo.of(load_class(model)).name
+        try:
+            application = build(AppArgs.model_validate({"model": model, "replicas": replicas, "router": router}))
+            name = ModelInfo.of(load_class(model)).name
+        except ArgumentError as error:  # typer would print it itself, with an exit code of its own
+            raise ConfigError(error.format_message()) from error
     for each in filter(None, (port, grpc_port)):
         _check_free(each)
     if page_port != 0:
@@ -111,7 +156,13 @@ def serve(  # noqa: PLR0917 - options of a command are named by the user
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     started_s = time.monotonic()
-    with console.status("Starting") as status:
+    progress_console = problems if as_json else console
+
+    def done(what: str, detail: str) -> None:
+        text = f"[green]ready[/]  {what:<14} {detail} [dim]({time.monotonic() - started_s:.0f} s)[/]"
+        progress_console.print(text)
+
+    with progress_console.status("Starting") as status:
 
         def progress(text: str) -> None:
             status.update(f"[bold]{text}[/] ({time.monotonic() - started_s:.0f} s)")
@@ -121,50 +172,62 @@ def serve(  # noqa: PLR0917 - options of a command are named by the user
         try:
             cluster = LocalCluster(workers, dashboard=dashboard, on_progress=lambda t: progress(f"Ray cluster: {t}"))
             with cluster:
-                _done("Ray cluster", f"{workers + 1} nodes at {cluster.address}", started_s)
+                done("Ray cluster", f"{workers + 1} nodes at {cluster.address}")
                 progress("Control plane")
                 cluster.connect()
-                plane = start_control_plane(None, page_host, page_port, page_allow_host or ())
-                _done("Control plane", "coordinator runs", started_s)
+                plane = start_control_plane(
+                    None,
+                    page_host,
+                    page_port,
+                    page_allow_host or (),
+                    given=given,
+                    audit_log=audit_log,
+                )
+                done("Control plane", "coordinator runs")
                 progress("Application: starting replicas")
                 sys.path.insert(0, folder)  # the application's job, unlike the control plane's, has this folder
                 cluster.connect()
                 url = _deploy(application, port, grpc_port)
-                _done("Application", f"{replicas} replicas of {model}", started_s)
+                done("Application", f"{replicas} replicas of {model}")
                 nodes = workers + 1
                 heard = wait_until_forecasting(running_coordinator(), nodes, 90.0, lambda t: progress(f"Nodes: {t}"))
-                _done("Forecasters", "all nodes report" if heard else "not all nodes report yet", started_s)
+                done("Forecasters", "all nodes report" if heard else "not all nodes report yet")
                 status.stop()
-                _print_addresses(plane, f"{url}/v2/models/{name}/infer", grpc_port, cluster.address)
+                predictions = f"{url}/v2/models/{name}/infer"
+                if as_json:
+                    grpc = f"127.0.0.1:{grpc_port}" if grpc_port else None
+                    answer(predictions_url=predictions, grpc=grpc, ray_address=cluster.address, **_of(plane))
+                else:
+                    _print_addresses(plane, predictions, grpc_port, cluster.address)
                 while not stop.wait(0.5):
                     pass
-                console.print("Stopping ...")
+                progress_console.print("Stopping ...")
         except KeyboardInterrupt:
-            console.print("Stopped while starting.")
-    console.print("Stopped.")
+            progress_console.print("Stopped while starting.")
+    progress_console.print("Stopped.")
 
 
 def _check_free(port: int) -> None:
-    """Raise ShadecastError if something listens on a port of loopback already."""
+    """Raise ConfigError if something listens on a port of loopback already."""
     with socket.socket() as probe:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            raise ShadecastError(
+            raise ConfigError(
                 f"port {port}: 127.0.0.1:{port} is taken ({error.strerror}); stop what uses it or give another port"
             ) from None
 
 
 def _deploy(application: Any, port: int, grpc_port: int) -> str:
     """Serve an application on loopback, through one proxy: the nodes of a local cluster share the machine's ports."""
+    from ray import serve as ray_serve  # noqa: PLC0415 - see above
+
+    from serve_app.grpc_proxy import grpc_options  # noqa: PLC0415
+
     http = {"host": "127.0.0.1", "port": port}
     ray_serve.start(proxy_location="HeadOnly", http_options=http, grpc_options=grpc_options(grpc_port))
     ray_serve.run(application, name="default", route_prefix="/")
     return f"http://127.0.0.1:{port}"
-
-
-def _done(what: str, detail: str, started_s: float) -> None:
-    console.print(f"[green]ready[/]  {what:<14} {detail} [dim]({time.monotonic() - started_s:.0f} s)[/]")
 
 
 def _print_addresses(plane: ControlPlane, url: str, grpc_port: int, address: str) -> None:
@@ -174,19 +237,33 @@ def _print_addresses(plane: ControlPlane, url: str, grpc_port: int, address: str
         console.print(f"  gRPC          127.0.0.1:{grpc_port}", highlight=False)
     if plane.page_url:
         console.print(f"  Live page     {plane.page_url}", highlight=False)
-        console.print(f"  Page token    {plane.token}  (for drain and release)", highlight=False)
-        _say_who_reaches(plane.page_address)
-    console.print("  Status        .venv/bin/shadecast status", highlight=False)
+        token = plane.token_source or "none: it takes no orders"
+        console.print(f"  Page token    {token}", markup=False, highlight=False, soft_wrap=True)
+        _say_who_reaches(plane)
+    console.print("  Status        .venv/bin/shadecast status --watch", highlight=False)
     console.print(f"  Ray cluster   RAY_ADDRESS={address}", highlight=False)
     console.print("\nCtrl-C stops everything.", highlight=False)
 
 
-def _say_who_reaches(page: Address) -> None:
-    """Reading is open to whoever reaches the port: said where that is more than this machine."""
+def _say_who_reaches(plane: ControlPlane) -> None:
+    """Say who may read, where more than this machine reaches the port."""
+    page = plane.page_address
     if not page.is_local:
         names = ", ".join(page.names) or "none (--page-allow-host NAME)"
-        text = f"  Whoever reaches {page.host} may read the page and /metrics: by its address, by name: {names}"
+        who = "Whoever has a token and" if plane.rights.look else "Whoever"
+        text = f"  {who} reaches {page.host} may read the page and /metrics: by its address, by name: {names}"
         console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _of(plane: ControlPlane) -> dict[str, Any]:
+    """What a program wants to know of a control plane."""
+    return {
+        "page_url": plane.page_url or None,
+        "page_host": plane.page_address.host if plane.page_url else None,
+        "page_names": list(plane.page_address.names),
+        "operate_token": plane.token_source or None,
+        "reading": "token" if plane.rights.look else "open",
+    }
 
 
 @cli.command()
@@ -201,59 +278,186 @@ def up(  # noqa: PLR0917 - as above
         float, typer.Option(help="Speed of nodes' links that do not tell it (VMs, pods).")
     ] = 0.0,
     ray_metrics: Annotated[bool, typer.Option(help="Publish metrics through Ray's own export, too.")] = True,
+    token_file: TokenFileOption = "",
+    look_token_file: LookTokenFileOption = "",
+    audit_log: AuditLogOption = "",
+    as_json: JsonOption = False,
 ) -> None:
     """Start the control plane on a cluster that runs already."""
+    from serve_app.launch.control_plane import start_control_plane  # noqa: PLC0415 - see above
+
+    given = tokens.given(token_file, look_token_file)
     settings = {"telemetry_log": telemetry_log, "registry": registry, "link_bytes_per_s": link_bytes_per_s}
-    with _connected(address):
-        names = page_allow_host or ()
-        plane = start_control_plane(settings, page_host, page_port, names, ray_metrics=ray_metrics)
-        console.print("Control plane runs.")
-        if plane.page_url:
-            console.print(f"Live page {plane.page_url}, token {plane.token}", highlight=False)
-            _say_who_reaches(plane.page_address)
+    with connected(address):
+        plane = start_control_plane(
+            settings,
+            page_host,
+            page_port,
+            page_allow_host or (),
+            ray_metrics=ray_metrics,
+            given=given,
+            audit_log=audit_log,
+        )
+    if as_json:
+        answer(**_of(plane))
+        return
+    console.print("Control plane runs.")
+    if plane.page_url:
+        token = plane.token_source or "none, it takes no orders"
+        console.print(
+            f"Live page {plane.page_url}; token for orders: {token}", markup=False, highlight=False, soft_wrap=True
+        )
+        _say_who_reaches(plane)
 
 
 @cli.command()
-def down(address: AddressOption = "") -> None:
+def down(address: AddressOption = "", as_json: JsonOption = False) -> None:
     """Stop the control plane; applications go on by power of two choices."""
-    with _connected(address):
-        console.print(f"Stopped {stop_control_plane()} actors.")
+    from serve_app.launch.control_plane import stop_control_plane  # noqa: PLC0415 - see above
+
+    with connected(address):
+        stopped = stop_control_plane()
+    if as_json:
+        answer(stopped=stopped)
+    else:
+        console.print(f"Stopped {stopped} actors.")
 
 
 @cli.command()
 def status(
-    address: AddressOption = "", as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False
+    address: AddressOption = "",
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Again every second, until Ctrl-C.")] = False,
+    wide: WideOption = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Show nodes with current and predicted resources, replicas with state, share and KPIs, and the table's age."""
-    with _connected(address):
-        state = ray.get(running_coordinator().status.remote(), timeout=30)
+    """Show nodes with what is free and will be, replicas with state, share and KPIs, the table's age, and changes."""
+    with connected(address):
+        if watch:
+            _watch(wide=wide, as_json=as_json)
+            return
+        state = _status()
     if as_json:
-        print(json.dumps(_finite(state), indent=2))
-        return
-    console.print(_node_table(state))
-    for what, targets in (
-        ("Kept out until `shadecast release ID`", state.get("holds")),
-        ("Nodes that Ray is about to take away, drained", state.get("leaving")),
-    ):
-        if targets:
-            console.print(f"{what}: {', '.join(targets)}", markup=False, highlight=False)
-    for deployment in state["deployments"]:
-        console.print(_replica_table(deployment))
-    for entry in state["transitions"][-10:]:
-        change = f"{entry['before']} -> {entry['after']}: {entry['reason']}"
-        console.print(f"{entry['ago_s']:7.0f} s ago  {entry['replica_id']}  {change}", markup=False, highlight=False)
+        answer(**state)
+    else:
+        _show(tables.status_view(state, _width(), wide=wide), wide=wide)
+
+
+def _watch(*, wide: bool, as_json: bool) -> None:
+    """Show the status every second until Ctrl-C; while the control plane is away, what it said last."""
+    watching = Watching(time.monotonic)
+    live = console.is_terminal and not as_json
+    with contextlib.suppress(KeyboardInterrupt), console.screen() if live else contextlib.nullcontext() as screen:
+        while True:
+            try:
+                watching.heard(_status(_WATCH_ANSWER_S))
+            except ShadecastError as error:
+                watching.away(str(error))
+            if as_json:
+                answer(**watching.plain())
+            elif screen is not None:
+                screen.update(Group(*watching.view(_width(), wide=wide)))
+            else:
+                _show(watching.view(_width(), wide=wide), wide=wide)
+            time.sleep(_WATCH_S)
+
+
+def _width() -> int:
+    return max(console.width, _LEAST_WIDTH)
 
 
 @cli.command()
-def drain(target: Annotated[str, typer.Argument(help="Replica or node id.")], address: AddressOption = "") -> None:
+def nodes(address: AddressOption = "", wide: WideOption = False, as_json: JsonOption = False) -> None:
+    """Show a row for each node: state, what is free now and expected to be, age of its telemetry, hold, replicas."""
+    with connected(address):
+        state = _status()
+    if as_json:
+        answer(nodes=tables.node_rows(state))
+    else:
+        _show(tables.nodes_view(state, _width(), wide=wide), wide=wide)
+
+
+@cli.command()
+def drain(target: TargetArgument, address: AddressOption = "", as_json: JsonOption = False) -> None:
     """Take a replica, or all replicas of a node, out of traffic; requests under way finish."""
-    _command(address, target, True)
+    told = _order("drain", target, address)
+    if as_json:
+        answer(**told)
+    else:
+        now = f"{told['concerned']} of what runs now"
+        console.print(f"Kept out of traffic until `shadecast release {target}`: {now}.", markup=False, highlight=False)
 
 
 @cli.command()
-def release(target: Annotated[str, typer.Argument(help="Replica or node id.")], address: AddressOption = "") -> None:
+def release(target: TargetArgument, address: AddressOption = "", as_json: JsonOption = False) -> None:
     """Let a drained replica or node back in, through a trial."""
-    _command(address, target, False)
+    told = _order("release", target, address)
+    if as_json:
+        answer(**told)
+    else:
+        console.print(f"Let back in, through a trial: {told['concerned']} of what runs now.", highlight=False)
+
+
+@cli.command()
+def announce(  # noqa: PLR0917 - as above
+    node: Annotated[
+        str, typer.Argument(help="Id of a node, its beginning, or its host name.", autocompletion=ids.complete_nodes)
+    ],
+    from_: Annotated[str, typer.Option("--from", metavar="TIME", help="now, +10m, 14:30, or ISO 8601.")] = "now",
+    to: Annotated[str, typer.Option("--to", metavar="TIME", help="As --from.")] = "",
+    for_: Annotated[str, typer.Option("--for", metavar="DURATION", help="90s, 10m, 1.5h; in place of --to.")] = "",
+    strength: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="Part of the node that is taken; 1: as if it were away.")
+    ] = 1.0,
+    withdraw: Annotated[bool, typer.Option("--withdraw", help="Nothing that was announced for it comes.")] = False,
+    address: AddressOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Tell in advance that a node will be slow or away: a batch job, a pause. Load leaves it in time, and returns."""
+    values: dict[str, Any] = {}
+    if not withdraw:
+        starts_in_s, lasts_s = _interval(from_, to, for_)
+        values = {"starts_in_s": starts_in_s, "lasts_s": lasts_s, "strength": strength}
+    told = _order("withdraw" if withdraw else "announce", node, address, nodes_only=True, **values)
+    if as_json:
+        answer(**told)
+    elif withdraw:
+        console.print(f"Withdrawn for node {told['target'][:16]}: {told['withdrawn']}.", highlight=False)
+    else:
+        starts, ends = (
+            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(told[f"{e}_wall_s"])) for e in ("starts", "ends")
+        )
+        console.print(f"Announced for node {told['target'][:16]}: from {starts} to {ends}.", highlight=False)
+    if not told["told"]:
+        text = "Its forecaster does not answer now; it hears of this when it reports again."
+        problems.print(text, highlight=False)
+
+
+def _interval(from_: str, to: str, for_: str) -> tuple[float, float]:
+    """Seconds until it starts, and how long it lasts. Raises ConfigError."""
+    if bool(to) == bool(for_):
+        raise ConfigError("announce: give one of --to TIME and --for DURATION, or --withdraw")
+    now = datetime.datetime.now().astimezone()
+    starts_in_s = from_now_s(from_, "--from", now)
+    if starts_in_s < 0.0:
+        raise ConfigError(f"--from {from_!r}: lies {-starts_in_s:.0f} s back; give `now` or a time to come")
+    lasts_s = duration_s(for_, "--for") if for_ else from_now_s(to, "--to", now) - starts_in_s
+    if lasts_s <= 0.0:
+        raise ConfigError(f"{'--for' if for_ else '--to'} {for_ or to!r}: must be after --from {from_!r}")
+    return starts_in_s, lasts_s
+
+
+def _order(what: str, given: str, address: str, *, nodes_only: bool = False, **values: Any) -> dict[str, Any]:
+    """Order for the one replica or node that `given` means. Raises OrderError."""
+    from serve_app.launch.control_plane import order  # noqa: PLC0415 - see above
+
+    with connected(address):
+        state = _status()
+        names = ids.node_names(state)
+        known = set(names)
+        if not nodes_only:
+            known |= ids.replica_ids(state) | set(state.get("holds", ()))
+        target = ids.resolve(given, known, names, "node" if nodes_only else "replica or node")
+        return order(what, target, **values)
 
 
 @cli.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
@@ -261,178 +465,3 @@ def train(context: typer.Context) -> None:
     """Retrain the forecaster, as `python -m train` does where no other `train` hides ours; `--help` has the options."""
     sys.argv[1:] = context.args
     runpy.run_module("train", run_name="__main__", alter_sys=True)
-
-
-forecaster = typer.Typer(no_args_is_help=True, help="Versions of the node forecasters' model.")
-cli.add_typer(forecaster, name="forecaster")
-RegistryOption = Annotated[str, typer.Option(help="Folder or URI of the registry; empty: the shipped one.")]
-
-
-def _registry(uri: str) -> Any:
-    from models.registry import SHIPPED, Registry  # noqa: PLC0415 - loads torch, which no other command needs
-
-    return Registry(uri or str(SHIPPED))
-
-
-@forecaster.command("list")
-def forecaster_list(registry: RegistryOption = "") -> None:
-    """List the versions, oldest first, with the champion and what runs in shadow."""
-    versions = _registry(registry)
-    roles = {versions.challenger(): "in shadow", versions.champion(): "champion"}
-    for version in versions.versions():
-        card = versions.card(version)
-        made = time.strftime("%Y-%m-%d %H:%M", time.gmtime(float(card.get("created_wall_s", 0.0))))
-        role = roles.get(version, "")
-        console.print(f"{version:<24} {made} UTC  {card.get('rows', '?')} rows  {role}", highlight=False)
-
-
-@forecaster.command("show")
-def forecaster_show(version: Annotated[str, typer.Argument()], registry: RegistryOption = "") -> None:
-    """Print a version's card: data, schema, metrics against every baseline, code."""
-    print(json.dumps(_registry(registry).card(version), indent=1))
-
-
-@forecaster.command("promote")
-def forecaster_promote(version: Annotated[str, typer.Argument()], registry: RegistryOption = "") -> None:
-    """Make a version the champion; running forecasters load it within 10 s."""
-    _registry(registry).promote(version)
-    console.print(f"Champion is now {version}.", highlight=False)
-
-
-@forecaster.command("shadow")
-def forecaster_shadow(
-    version: Annotated[str, typer.Argument(help="A version, or none, which ends the trial.")],
-    registry: RegistryOption = "",
-) -> None:
-    """Score a version on live telemetry beside the champion, without acting on it; see `shadecast forecaster live`."""
-    _registry(registry).challenge("" if version == "none" else version)
-    console.print(f"In shadow: {version}.", highlight=False)
-
-
-@forecaster.command("live")
-def forecaster_live(address: AddressOption = "") -> None:
-    """Show the versions that every node runs and scores in shadow, with their live skill and what was refused."""
-    with _connected(address):
-        states = forecaster_states()
-    for node, state in states.items():
-        for role, one in state["versions"].items():
-            skill = ", ".join(f"{resource} {_number(value)}" for resource, value in one["skill"].items())
-            console.print(f"{node:<18} {role:<11} {one['version']:<24} {skill}", highlight=False)
-        if state["problem"]:
-            console.print(f"{node:<18} refused: {state['problem']}", markup=False, highlight=False)
-
-
-@forecaster.command("announce")
-def forecaster_announce(
-    node: Annotated[str, typer.Argument(help="Node id, as `shadecast status` shows it.")],
-    starts_in_s: Annotated[float, typer.Argument(help="Seconds from now.")],
-    lasts_s: Annotated[float, typer.Argument(help="Seconds.")],
-    strength: Annotated[float, typer.Option(help="Share of the node that it takes.", min=0.0, max=1.0)] = 1.0,
-    address: AddressOption = "",
-) -> None:
-    """Tell a node's forecaster of a load that is known to come: a batch job, a burst, a scheduled pause."""
-    with _connected(address):
-        told = announce(node, starts_in_s, lasts_s, strength)
-    console.print(f"Announced to {told}.", highlight=False)
-
-
-@forecaster.command("rollback")
-def forecaster_rollback(registry: RegistryOption = "") -> None:
-    """Return to the champion before the present one."""
-    console.print(f"Champion is now {_registry(registry).rollback()}.", highlight=False)
-
-
-def _command(address: str, target: str, out: bool) -> None:
-    with _connected(address):
-        concerned = ray.get(running_coordinator().command.remote(target, out), timeout=30)
-    if not concerned:
-        raise ShadecastError(f"no replica or node {target!r}: see `shadecast status` for those that exist")
-    if out:
-        console.print(f"Kept out of traffic until `shadecast release {target}`: {concerned} of what runs now.")
-    else:
-        console.print(f"Let back in, through a trial: {concerned} of what runs now.")
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows no NaN and no infinity: they become null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(k): _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return value
-
-
-def _percent(value: Any) -> str:
-    return "-" if value is None or not math.isfinite(value) else f"{100 * value:.0f} %"
-
-
-def _number(value: Any, unit: str = "", digits: int = 2) -> str:
-    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}{unit}"
-
-
-def _node_table(state: dict[str, Any]) -> Table:
-    table = Table(title="Nodes: now -> in 5 s (.1 to .9 quantile)", title_justify="left")
-    for heading in ("node", "cpu", "background cpu", "memory", "network", "skill", "model", "age"):
-        table.add_column(heading)
-    for node in state["nodes"]:
-        now, predicted = node["current"], node["predicted"]
-        columns = [_percent(now["cpu_fraction"])]
-        for resource, field in (
-            ("cpu", "cpu_background_fraction"),
-            ("memory", "memory_fraction"),
-            ("network", "network_background_fraction"),
-        ):
-            text = _percent(now[field])
-            if predicted and resource in predicted:
-                low, middle, high = predicted[resource]["5.0"]
-                text += f" -> {_percent(middle)} ({_percent(low)} to {_percent(high)})"
-            columns.append(text)
-        skill = ", ".join(f"{r} {_number(s)}" for r, s in node["skill"].items()) or "-"
-        table.add_row(
-            node["node_id"][:8], *columns, skill, node["model_version"] or "-", _number(node["age_s"], " s", 1)
-        )
-    return table
-
-
-def _replica_table(deployment: dict[str, Any]) -> Table:
-    age = _number(deployment["table_age_s"], " s", 1)
-    levels = ", ".join(sorted({r["level"] for r in deployment["routers"]})) or "no router"
-    panic = ", PANIC" if deployment["panic"] else ""
-    title = f"{deployment['deployment']}: table {deployment['table_version']} ({age} old), routers: {levels}{panic}"
-    if (observed := deployment["observed"])["requests"]:
-        saved = 1.0 - observed["time_ours"] / max(observed["time_taken"], 1e-9)
-        title += f"\nonly observing: of {observed['requests']} requests, Shadecast's choice would have saved "
-        title += f"{saved:.0%} of the time, by its own estimates"
-    table = Table(title=title, title_justify="left")
-    for heading in (
-        "replica",
-        "node",
-        "state",
-        "share",
-        "capacity",
-        "queue",
-        "req/s",
-        "mean",
-        "errors",
-        "mirrored",
-        "",
-    ):
-        table.add_column(heading)
-    for r in deployment["replicas"]:
-        note = r["trial"] or (f"next trial in {r['retry_in_s']:.0f} s" if r["retry_in_s"] > 0 else "")
-        table.add_row(
-            r["replica_id"],
-            r["node_id"][:8],
-            r["state"],
-            _percent(r["share"]),
-            _number(r["capacity"]),
-            _number(r["queue"], digits=0),
-            _number(r["rate_per_s"], digits=1),
-            _number(1000 * r["mean_s"], " ms", 1),
-            _percent(r["error_fraction"]),
-            _percent(r["mirror_fraction"]),
-            note,
-        )
-    return table

@@ -6,21 +6,27 @@ It runs as a job of its own, with this project's packages, apart from the applic
 from __future__ import annotations
 
 import contextlib
-import os
-import secrets
+import getpass
+import logging
+import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from serve_app.coordinator import COORDINATOR, NAMESPACE, find_coordinator
+from serve_app.launch import tokens
 from serve_app.launch.processes import CoordinatorProcess, PageProcess, forecaster_name
 from serve_app.page.address import Address
+from serve_app.page.rights import Rights, Role, digest
+from serve_app.page.watch import one_line
 from serve_app.ray_api import HEAD_NODE_RESOURCE
-from shadecast.errors import ShadecastError
+from shadecast.errors import AwayError, OrderError, ShadecastError
+
+logger = logging.getLogger(__name__)
 
 PAGE = "shadecast-page"
 _ON_THE_HEAD = {HEAD_NODE_RESOURCE: 0.001}
@@ -32,8 +38,8 @@ _DETACHED = {"namespace": NAMESPACE, "lifetime": "detached", "num_cpus": 0, "get
 _PAGE_ANSWER_S = 20.0
 
 
-class ControlPlaneError(ShadecastError):
-    """The control plane is not there, or did not come up."""
+class ControlPlaneError(AwayError):
+    """The control plane is not there, does not answer, or did not come up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +48,10 @@ class ControlPlane:
 
     coordinator: Any
     page_url: str
-    token: str
     page_address: Address
+    rights: Rights = field(default_factory=Rights)
+    token_source: str = ""
+    """Where the token for orders is to be found, such as `the file ...`; empty where the page has none."""
 
 
 def start_control_plane(
@@ -53,41 +61,69 @@ def start_control_plane(
     page_names: Iterable[str] = (),
     *,
     ray_metrics: bool = True,
+    given: tokens.Given | None = None,
+    audit_log: str = "",
 ) -> ControlPlane:
     """Start what is not running yet on the connected cluster; blocks until the coordinator answers.
 
     `page_host`, `page_port` and `page_names` are as in `Address`; port 0 leaves the page out. A page that runs with
-    other ones than are given is started anew, with the same token. `ray_metrics` is for a coordinator that is started.
+    other ones, or other tokens, than are given is started anew; what is not given stays. Without `given`, tokens are
+    from the environment. `ray_metrics` and `audit_log` are for a coordinator that is started.
 
-    Raises ConfigError on a wrong forecaster setting, PageError on a wrong address, before anything is started.
+    Raises ConfigError on a wrong forecaster setting or token, PageError on a wrong address, before anything is started.
     """
     _check(settings or {})
+    given = tokens.given() if given is None else given
+    operate, look = given.operate, given.look
     running = _running_page() if page_port != 0 else None
     before = running.address if running is not None else None
     wanted = (before or Address()).changed(page_host, page_port, page_names)
     if page_port != 0 and wanted != before:
         wanted.check(before)
+    was = running.rights if running is not None else Rights()
+    if operate is None and not was.operate and page_port != 0:
+        operate = _kept_token()
+    rights = Rights(
+        digest(operate.value) if operate is not None else was.operate,
+        digest(look.value) if look is not None else was.look,
+    )
     coordinator = (
         ray.remote(CoordinatorProcess)
         .options(name=COORDINATOR, max_restarts=-1, resources=_ON_THE_HEAD, **_DETACHED)
-        .remote(dict(settings or {}), ray_metrics=ray_metrics)
+        .remote(dict(settings or {}), ray_metrics=ray_metrics, audit_log=audit_log)
     )
-    ray.get(coordinator.status.remote(), timeout=60)
+    _answer(coordinator.status.remote(), 60.0)
     if page_port == 0:
-        return ControlPlane(coordinator, "", "", wanted)
-    token = os.environ.get("SHADECAST_TOKEN") or secrets.token_urlsafe(16)
-    if running is not None and wanted != before:
-        token = os.environ.get("SHADECAST_TOKEN") or running.token
+        return ControlPlane(coordinator, "", wanted)
+    if running is not None and (wanted, rights) != (before, was):
         _stop_page(running.actor)
-    url, token = _start_page(wanted, token)
-    return ControlPlane(coordinator, url, token, wanted)
+    url = _start_page(wanted, rights)
+    return ControlPlane(coordinator, url, wanted, rights, operate.source if operate is not None else _source(rights))
+
+
+def _kept_token() -> tokens.Token | None:
+    """The token of whoever gives none; None where it cannot be kept: the page then takes no orders."""
+    try:
+        return tokens.kept_or_made()
+    except OSError as error:
+        logger.warning("no token for orders can be kept (%s): the page takes none; give one with --token-file", error)
+        return None
+
+
+def _source(rights: Rights) -> str:
+    """Where the token of a page that ran already is, as far as that can be told."""
+    with contextlib.suppress(tokens.TokenError):
+        own = tokens.kept()
+        if own is not None and digest(own.value) == rights.operate:
+            return own.source
+    return "where it was given" if rights.operate else ""
 
 
 @dataclass(frozen=True, slots=True)
 class _RunningPage:
     actor: Any
     address: Address
-    token: str
+    rights: Rights
 
 
 def _running_page() -> _RunningPage | None:
@@ -100,31 +136,32 @@ def _running_page() -> _RunningPage | None:
     except ValueError:
         return None
     try:
-        token = ray.get(actor.token.remote(), timeout=_PAGE_ANSWER_S)
+        has_rights = hasattr(actor, "rights")
+        rights = Rights.of(ray.get((actor.rights if has_rights else actor.token).remote(), timeout=_PAGE_ANSWER_S))
         if not hasattr(actor, "address"):
-            return _RunningPage(actor, Address(), token)
+            return _RunningPage(actor, Address(), rights)
         host, port, names = ray.get(actor.address.remote(), timeout=_PAGE_ANSWER_S)
     except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
         _end(actor)
         return None
-    return _RunningPage(actor, Address(host, port, tuple(names)), token)
+    return _RunningPage(actor, Address(host, port, tuple(names)), rights)
 
 
-def _start_page(address: Address, token: str) -> tuple[str, str]:
-    """URL and token of the page; raises PageError, and leaves none behind, where it cannot listen."""
+def _start_page(address: Address, rights: Rights) -> str:
+    """URL of the page; raises PageError, and leaves none behind, where it cannot listen."""
     here = ray.get_runtime_context().get_node_id()
     only_here = NodeAffinitySchedulingStrategy(here, soft=False)  # the page's address is one of this node's
     page = (
         ray.remote(PageProcess)
         .options(name=PAGE, max_restarts=3, scheduling_strategy=only_here, **_DETACHED)
-        .remote(address.host, address.port, token, address.names)
+        .remote(address.host, address.port, rights.plain(), address.names)
     )
     try:
-        url, token = ray.get([page.start.remote(), page.token.remote()], timeout=60)
+        url: str = ray.get(page.start.remote(), timeout=60)
     except ray.exceptions.RayTaskError as error:
         ray.kill(page, no_restart=True)
         raise error.cause from None
-    return url, token
+    return url
 
 
 def _stop_page(page: Any) -> None:
@@ -172,22 +209,47 @@ def forecaster_states(timeout_s: float = 30.0) -> dict[str, dict[str, Any]]:
     return dict(zip(found, ray.get([a.status.remote() for a in found.values()], timeout=timeout_s), strict=True))
 
 
-def announce(node_id: str, starts_in_s: float, lasts_s: float, strength: float) -> str:
-    """Tell a node's forecaster of a known load. Raises ControlPlaneError without such a node, or on nonsense."""
-    found = {name: actor for name, actor in forecasters().items() if name.startswith(node_id[:16]) and node_id}
-    if len(found) != 1:
-        known = ", ".join(forecasters()) or "none"
-        raise ControlPlaneError(f"node {node_id!r}: fits {len(found)} forecasters; there are {known}")
-    (name,) = found
+def ask_coordinator(method: str, *arguments: Any, timeout_s: float = 30.0) -> Any:
+    """What the coordinator answers to a call. Raises ControlPlaneError where none does."""
+    coordinator = running_coordinator()
+    if not hasattr(coordinator, method):
+        raise ControlPlaneError("the control plane is of an older version: `shadecast down`, then `shadecast up`")
+    return _answer(getattr(coordinator, method).remote(*arguments), timeout_s)
+
+
+def _answer(asked: Any, timeout_s: float) -> Any:
+    """The coordinator's answer. Raises ControlPlaneError where none comes, ShadecastError where it has failed."""
     try:
-        ray.get(found[name].announce.remote(starts_in_s, lasts_s, strength), timeout=30)
+        return ray.get(asked, timeout=timeout_s)
+    except ray.exceptions.GetTimeoutError:
+        raise ControlPlaneError(f"the coordinator did not answer within {timeout_s:g} s") from None
     except ray.exceptions.RayTaskError as error:
-        raise ControlPlaneError(str(error.cause)) from None
-    return name
+        raise ShadecastError(f"the coordinator failed: {one_line(error.cause or error)}") from error
+    except ray.exceptions.RayError as error:
+        raise ControlPlaneError(f"the coordinator is down or restarting ({type(error).__name__})") from None
+
+
+def order(what: str, target: str, **values: Any) -> dict[str, Any]:
+    """Order as somebody who may use the cluster: drain, release, announce, withdraw. Raises OrderError."""
+    asked = {"order": what, "target": target, **values, "who": {"by": "command line", **_user()}}
+    answer: dict[str, Any] = ask_coordinator("order", asked)
+    if "refused" in answer:
+        raise OrderError(str(answer["refused"]))
+    return answer
+
+
+def _user() -> dict[str, str]:
+    """Whoever runs this process, and where; Ray's own token, not one of ours, lets them in."""
+    with contextlib.suppress(OSError, KeyError):
+        return {"role": Role.OPERATE.value, "user": getpass.getuser(), "host": socket.gethostname()}
+    return {"role": Role.OPERATE.value, "host": socket.gethostname()}
 
 
 def stop_control_plane() -> int:
     """Stop coordinator, page and all node forecasters; routers fall back to power of two choices. How many stopped."""
+    with contextlib.suppress(ShadecastError):
+        down = {"order": "down", "who": {"by": "command line", **_user()}, "outcome": "done"}
+        ask_coordinator("write_down", down, timeout_s=5.0)
     stopped = 0
     for entry in ray.util.list_named_actors(all_namespaces=True):
         if entry["namespace"] == NAMESPACE and entry["name"].startswith("shadecast-"):

@@ -19,6 +19,7 @@ import psutil
 import ray
 from ray.cluster_utils import Cluster
 
+from serve_app.launch.own_files import cache_folder
 from shadecast.errors import ShadecastError
 
 _OBJECT_STORE_BYTES = 150_000_000
@@ -30,8 +31,7 @@ class LocalClusterError(ShadecastError):
 
 def address_file() -> Path:
     """Where the address of this user's local cluster is kept while it runs."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "shadecast" / "local.json"
+    return cache_folder() / "local.json"
 
 
 class LocalCluster:

@@ -24,24 +24,31 @@ if TYPE_CHECKING:
 
 _COLLECT_EVERY = 200_000
 """New objects between two collections: ticks and reports of 1,000 replicas keep none, and one takes 30 ms of a tick."""
+_FORECASTER_ANSWER_S = 5.0
 
 
 class CoordinatorProcess:
     """`actors.coordinator.Coordinator` with a supervisor that keeps a forecaster on every node."""
 
-    def __init__(self, settings: Mapping[str, Any], *, ray_metrics: bool = True) -> None:
+    def __init__(self, settings: Mapping[str, Any], *, ray_metrics: bool = True, audit_log: str = "") -> None:
+        """`audit_log`: the file on this node that orders are written to; empty: the usual one."""
         own_installation.put_first()
+        from actors.audit_log import AuditLog  # noqa: PLC0415 - not before our installation is first
         from actors.coordinator import Coordinator  # noqa: PLC0415 - not before our installation is first
         from actors.forecaster_actor import ForecasterFleet  # noqa: PLC0415
 
         fleet = ForecasterFleet(functools.partial(start_forecaster, settings))
         from serve_app import ray_api  # noqa: PLC0415 - as above
+        from serve_app.launch.own_files import audit_file  # noqa: PLC0415 - as above
         from serve_app.launch.ray_metrics import RayMetrics  # noqa: PLC0415 - as above
 
         self._coordinator = Coordinator(
             supervise=fleet,
             deployed=_deployed,
-            holds=ray_api.Holds(NAMESPACE),
+            holds=ray_api.Kept(NAMESPACE, "holds"),
+            announced=ray_api.Kept(NAMESPACE, "announced"),
+            forecasters=NodeForecasters(),
+            audit=AuditLog(audit_log or str(audit_file())),
             draining=ray_api.draining_nodes,
             restarted=ray.get_runtime_context().was_current_actor_reconstructed,
             publish=RayMetrics().publish if ray_metrics else None,
@@ -69,8 +76,16 @@ class CoordinatorProcess:
         """The next table as Shadecast 0.1 asks for it."""
         return await self._coordinator.wait_table(deployment, seen, timeout_s)
 
+    async def order(self, received: Any) -> dict[str, Any]:
+        """Carry out what a person orders, and write it down."""
+        return await self._coordinator.order(received)
+
+    async def write_down(self, entry: Any) -> None:
+        """An order that was refused before it came here."""
+        await self._coordinator.write_down(entry)
+
     async def command(self, target: str, drain: bool) -> int:
-        """Drain or release a replica or a node."""
+        """Drain or release a replica or a node, as older versions order it."""
         return await self._coordinator.command(target, drain)
 
     async def status(self) -> dict[str, Any]:
@@ -95,6 +110,10 @@ class ForecasterProcess:
         """Tell of a load that is known to come to this node."""
         self._forecaster.announce(starts_in_s, lasts_s, strength)
 
+    def withdraw(self) -> None:
+        """What was announced for this node does not come."""
+        self._forecaster.withdraw()
+
     def stop(self) -> None:
         """Stop sampling and write what is left of the log."""
         self._forecaster.stop()
@@ -103,19 +122,19 @@ class ForecasterProcess:
 class PageProcess:
     """`serve_app.page.server.Page` on the starter's node."""
 
-    def __init__(self, host: str, port: int, token: str, names: Sequence[str] = ()) -> None:
+    def __init__(self, host: str, port: int, rights: Mapping[str, str] | str, names: Sequence[str] = ()) -> None:
         own_installation.put_first()
         from serve_app.page.server import Page  # noqa: PLC0415 - not before our installation is first
 
-        self._page = Page(host, port, token, names)
+        self._page = Page(host, port, rights, names)
 
     async def start(self) -> str:
         """Listen, and return the address."""
         return await self._page.start()
 
-    async def token(self) -> str:
-        """What orders need."""
-        return await self._page.token()
+    async def rights(self) -> dict[str, str]:
+        """Digests of the tokens that it takes, by role."""
+        return await self._page.rights()
 
     async def address(self) -> tuple[str, int, tuple[str, ...]]:
         """Host, port and names that it was started with."""
@@ -145,6 +164,21 @@ def _deployed(deployment: str) -> tuple[bool, Any] | None:
 def forecaster_name(node_id: str) -> str:
     """Name of a node's forecaster in the namespace `shadecast`."""
     return f"shadecast-forecaster-{node_id[:16]}"
+
+
+class NodeForecasters:
+    """The running forecasters, as people's orders reach them. Blocks; raises what Ray raises."""
+
+    def announce(self, node_id: str, starts_in_s: float, lasts_s: float, strength: float) -> None:
+        """Tell of a load that is known to come."""
+        ray.get(self._of(node_id).announce.remote(starts_in_s, lasts_s, strength), timeout=_FORECASTER_ANSWER_S)
+
+    def withdraw(self, node_id: str) -> None:
+        """What was told does not come."""
+        ray.get(self._of(node_id).withdraw.remote(), timeout=_FORECASTER_ANSWER_S)
+
+    def _of(self, node_id: str) -> Any:
+        return ray.get_actor(forecaster_name(node_id), NAMESPACE)
 
 
 def start_forecaster(

@@ -1,8 +1,8 @@
-"""The live page of the control plane: HTML, JSON and Prometheus metrics; orders to drain and release with a token.
+"""The live page of the control plane: HTML, JSON and Prometheus metrics; orders with a token (docs/decisions/0080).
 
-Reading is open, so the page binds to loopback unless told otherwise, and answers only to host names of its own: a web
-page elsewhere whose name is made to resolve to this address (DNS rebinding) gets nothing. `/metrics` may be asked by
-any IP address, as Prometheus does with pods: what is made to resolve is always a name.
+Reading is open where no token for it is set, so the page binds to loopback unless told otherwise, and answers only to
+host names of its own: a web page elsewhere whose name is made to resolve to this address (DNS rebinding) gets nothing.
+`/metrics` may be asked by any IP address, as Prometheus does with pods: what is made to resolve is always a name.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ import asyncio
 import base64
 import contextlib
 import hashlib
-import hmac
 import json
 import logging
+import math
 import re
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
 import ray
 import uvicorn
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ray.exceptions import RayActorError
 from starlette.exceptions import HTTPException
@@ -33,6 +33,7 @@ from serve_app.coordinator import COORDINATOR, find_coordinator
 from serve_app.http_guard import App, Receive, Scope, Send, send_error
 from serve_app.page.address import Address, PageError, host_name, is_ip_address, is_name
 from serve_app.page.metrics import prometheus_text
+from serve_app.page.rights import ORDERS_PER_S, WRONG_TOKENS_PER_S, Caller, Limits, Rights, Role, bearer, retry_after_s
 from serve_app.page.watch import ControlPlaneAwayError, Watch, one_line
 from serve_app.protocol_error import ProtocolError
 
@@ -40,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 _MAX_BODY_BYTES = 4096
 _COORDINATOR_ANSWER_S = 3.0
+_SAY_S = 10.0
+"""Refused tokens are told of in the log at most so often."""
 _HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 
 
@@ -51,19 +54,30 @@ class Target(BaseModel):
     target: str = Field(min_length=1, max_length=512)
 
 
+class Announced(Target):
+    """Body of an announcement: something will take a part of a node for some time."""
+
+    starts_in_s: float = Field(default=0.0, allow_inf_nan=False)
+    lasts_s: float = Field(allow_inf_nan=False)
+    strength: float = Field(default=1.0, allow_inf_nan=False)
+
+
+_BODIES: Mapping[str, type[Target]] = {"drain": Target, "release": Target, "announce": Announced, "withdraw": Target}
+
+
 def make_app(
     status: Callable[[], Awaitable[dict[str, Any]]],
-    command: Callable[[str, bool], Awaitable[int]],
-    token: str,
+    order: Callable[[dict[str, Any]], Awaitable[dict[str, Any]]],
+    rights: Rights,
     *,
+    write_down: Callable[[dict[str, Any]], Awaitable[None]] | None = None,
     address: Address | None = None,
     now_s: Callable[[], float] = time.monotonic,
 ) -> FastAPI:
     """The page's application.
 
-    `status()` is the coordinator's status; it may raise anything while that is away. `command(target, drain)`
-    returns the number of connections concerned. Without a `token` no order is taken. `address` says by which names
-    clients may ask.
+    `status()` is the coordinator's status; it may raise anything while that is away. `order` and `write_down` are the
+    coordinator's, too. `address` says by which names clients may ask.
     """
     watch = Watch(status, now_s)
     html = resources.files("serve_app.page").joinpath("page.html").read_text(encoding="utf-8")
@@ -78,7 +92,21 @@ def make_app(
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
-    app = FastAPI(title="Shadecast", lifespan=watching, openapi_url=None, docs_url=None, redoc_url=None)
+    door = _Door(rights, now_s)
+
+    async def may_look(request: Request) -> None:
+        """For every route but the page itself, which knows nothing; orders look at the token themselves."""
+        if request.method != "POST" and request.url.path != "/":
+            door.admit(request, Role.LOOK)
+
+    app = FastAPI(
+        title="Shadecast",
+        lifespan=watching,
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        dependencies=[Depends(may_look)],
+    )
     app.state.watch = watch
     app.add_middleware(_HostGuard, address=address or Address())
 
@@ -111,21 +139,24 @@ def make_app(
             text, content_type = prometheus_text(None, accept)
         return Response(text, headers={**_HEADERS, "Content-Type": content_type})
 
-    async def order(request: Request, drain: bool) -> Response:
-        _authorise(request.headers.get("authorization", ""), token)
-        target = await _read_target(request)
-        concerned = await command(target, drain)
-        if concerned == 0:
-            raise HTTPException(404, f"no replica or node has the id {target!r}; /api/status lists them")
-        return _json({"target": target, "drain": drain, "concerned": concerned})
-
-    @app.post("/api/drain")
-    async def drain(request: Request) -> Response:
-        return await order(request, drain=True)
-
-    @app.post("/api/release")
-    async def release(request: Request) -> Response:
-        return await order(request, drain=False)
+    @app.post("/api/{what}")
+    async def ordered(request: Request, what: str) -> Response:
+        body = _BODIES.get(what)
+        if body is None:
+            raise HTTPException(404, "Not Found")
+        caller = door.admit(request, Role.OPERATE)
+        who = {"role": caller.role.value, "by": "page", "token": caller.fingerprint, "client": _client(request)}
+        if caller.role is not Role.OPERATE:
+            reason = "this token is for looking; orders need the one for operating"
+            if write_down is not None:
+                await write_down({"order": what, "who": who, "outcome": f"refused: {reason}"})
+            raise HTTPException(403, reason)
+        wanted = await _read_body(request, body)
+        answer = await order({"order": what, **wanted.model_dump(), "who": who})
+        if "refused" in answer:
+            hint = "; /api/status lists them" if answer.get("unknown") else ""
+            raise HTTPException(404 if answer.get("unknown") else 422, f"{answer['refused']}{hint}")
+        return _json(answer)
 
     return app
 
@@ -149,31 +180,67 @@ def _content_policy(html: str) -> str:
     )
 
 
-def _authorise(header: str, token: str) -> None:
-    """Raises HTTPException unless the header is `Bearer <token>`, in time that does not depend on where they differ."""
-    if not token:
-        raise HTTPException(403, "this page was started without a token: it shows, and takes no orders")
-    scheme, _, given = header.partition(" ")
-    challenge = {"WWW-Authenticate": "Bearer"}
-    if scheme.lower() != "bearer" or not given.strip():
-        reason = "orders need the header `Authorization: Bearer <token>`; the control plane printed the token at start"
-        raise HTTPException(401, reason, challenge)
-    if not hmac.compare_digest(given.strip().encode(errors="replace"), token.encode(errors="replace")):
-        raise HTTPException(401, "the token is not the one that the control plane printed at start", challenge)
+class _Door:
+    """Looks at tokens, and counts those that are wrong, and orders, of each client."""
+
+    def __init__(self, rights: Rights, now_s: Callable[[], float]) -> None:
+        self._rights, self._now_s = rights, now_s
+        self._limits = Limits()
+        self._refused, self._said_s = 0, -math.inf
+
+    def admit(self, request: Request, role: Role) -> Caller:
+        """Who asks; whoever has a token may look. Raises HTTPException: 401, 403, 429."""
+        if role is Role.LOOK and not self._rights.look:
+            return Caller(Role.LOOK, "")
+        if role is Role.OPERATE and not self._rights.operate:
+            raise HTTPException(403, "this page was started without a token for orders: it shows, and takes none")
+        client = _client(request)
+        caller = self._caller(client, bearer(request.headers.get("authorization", "")), role)
+        if role is Role.OPERATE and not self._limits.orders(client).take(self._now_s()):
+            raise HTTPException(429, "too many orders", {"Retry-After": retry_after_s(ORDERS_PER_S)})
+        return caller
+
+    def _caller(self, client: str, token: str, role: Role) -> Caller:
+        challenge = {"WWW-Authenticate": "Bearer"}
+        if not token:
+            what = "orders need" if role is Role.OPERATE else "reading needs"
+            raise HTTPException(401, f"{what} the header `Authorization: Bearer <token>`", challenge)
+        wrong = self._limits.wrong_tokens(client)
+        if not wrong.take(self._now_s()):
+            self._say(client)
+            raise HTTPException(429, "too many wrong tokens", {"Retry-After": retry_after_s(WRONG_TOKENS_PER_S)})
+        caller = self._rights.caller(token)
+        if caller is None:
+            self._say(client)
+            raise HTTPException(401, "the token is none of this page's", challenge)
+        wrong.give_back()
+        return caller
+
+    def _say(self, client: str) -> None:
+        self._refused += 1
+        if self._now_s() - self._said_s >= _SAY_S:
+            logger.warning("page: requests with a wrong token: %d, the last one from %s", self._refused, client)
+            self._refused, self._said_s = 0, self._now_s()
 
 
-async def _read_target(request: Request) -> str:
+def _client(request: Request) -> str:
+    return request.client.host if request.client is not None else "unknown"
+
+
+async def _read_body(request: Request, kind: type[Target]) -> Target:
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > _MAX_BODY_BYTES:
             raise HTTPException(413, f"the body has more than {_MAX_BODY_BYTES} bytes")
     try:
-        return Target.model_validate_json(bytes(body)).target
+        return kind.model_validate_json(bytes(body))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(map(str, first["loc"])) or "body"
-        raise HTTPException(422, f'{where}: {first["msg"]}. Send {{"target": "<replica or node id>"}}') from error
+        example = {"target": "<node id>" if kind is Announced else "<replica or node id>"}
+        more = {"starts_in_s": 60, "lasts_s": 600} if kind is Announced else {}
+        raise HTTPException(422, f"{where}: {first['msg']}. Send {json.dumps({**example, **more})}") from error
 
 
 class _HostGuard:
@@ -209,13 +276,13 @@ class Page:
         self,
         host: str = "127.0.0.1",
         port: int = 8266,
-        token: str = "",
+        rights: Mapping[str, str] | str = "",
         names: Sequence[str] = (),
         find: Callable[[], Any | None] = find_coordinator,
     ) -> None:
-        """As `Address`. `find` looks the coordinator up; it may block, and returns None for none."""
+        """As `Address` and `Rights.of`. `find` looks the coordinator up; it may block, and returns None for none."""
         self._address = Address(host, port, tuple(names))
-        self._token = token
+        self._rights = Rights.of(rights)
         self._find = find
         self._coordinator: Any = None
         self._running: _Running | None = None
@@ -242,9 +309,9 @@ class Page:
         if self._running is not None:
             await asyncio.shield(self._running.serving)
 
-    async def token(self) -> str:
-        """What orders need, for a starter that found this page running; who can call the actor may order anyway."""
-        return self._token
+    async def rights(self) -> dict[str, str]:
+        """Digests of the tokens that it takes, by role, for a starter that found this page running."""
+        return self._rights.plain()
 
     async def stop(self) -> None:
         """Stop listening, and wait until that is done."""
@@ -255,7 +322,7 @@ class Page:
 
     def _listen(self) -> _Running:
         listener = self._address.listen()
-        app = make_app(self._status, self._command, self._token, address=self._address)
+        app = make_app(self._status, self._order, self._rights, write_down=self._write_down, address=self._address)
         config = uvicorn.Config(
             app,
             log_level="warning",
@@ -272,8 +339,16 @@ class Page:
         status: dict[str, Any] = await self._call("status")
         return status
 
-    async def _command(self, target: str, drain: bool) -> int:
-        return int(await self._call("command", target, drain))
+    async def _order(self, order: dict[str, Any]) -> dict[str, Any]:
+        answer: dict[str, Any] = await self._call("order", order)
+        return answer
+
+    async def _write_down(self, entry: dict[str, Any]) -> None:
+        """It was refused already: what keeps the coordinator from writing that down changes nothing."""
+        try:
+            await self._call("write_down", entry)
+        except ControlPlaneAwayError as error:
+            logger.warning("page: a refused order is not in the audit log: %s", error)
 
     async def _call(self, method: str, *args: Any) -> Any:
         """Ask the coordinator, found anew after it did not answer. Raises ControlPlaneAwayError."""
@@ -284,6 +359,9 @@ class Page:
                 if self._coordinator is None:
                     raise ControlPlaneAwayError(f"no actor {COORDINATOR!r} on this cluster; `shadecast up` starts one")
                 return await getattr(self._coordinator, method).remote(*args)
+        except AttributeError as error:
+            reason = "the coordinator is of an older version: `shadecast down`, then `shadecast up`"
+            raise ControlPlaneAwayError(reason) from error
         except TimeoutError as error:
             self._coordinator = None
             reason = f"the coordinator did not answer within {_COORDINATOR_ANSWER_S:g} s"

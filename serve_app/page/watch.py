@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-from shadecast.errors import ShadecastError
+from shadecast.errors import AwayError
 
 HISTORY_S = 300.0
 NODE_SERIES = (
@@ -32,7 +32,7 @@ _FRESH_S = 0.5
 _ANSWER_S = 5.0
 
 
-class ControlPlaneAwayError(ShadecastError):
+class ControlPlaneAwayError(AwayError):
     """The coordinator does not answer; routers go on without it."""
 
 

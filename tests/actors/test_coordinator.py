@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from actors.coordinator import Coordinator
-from serve_app.launch.commands import _finite
+from serve_app.page.watch import to_json
 from shadecast.calls import Call, Calls, Event
 from shadecast.errors import MessageError
 from shadecast.inbox import node_message
@@ -403,7 +403,7 @@ def test_status_is_plain_and_becomes_json():
         await router.exchange(0.0)
         coordinator.tick(APP, clock.now_s)
         clock.now_s += 2.0
-        status = json.loads(json.dumps(_finite(await coordinator.status())))
+        status = json.loads(json.dumps(to_json(await coordinator.status())))
         (seen,) = status["nodes"]
         assert seen["age_s"] == 2.0
         assert seen["predicted"]["cpu"]["5.0"] == [0.1, 0.2, 0.3]
@@ -554,6 +554,31 @@ def test_holds_outlive_the_coordinator_and_keep_out_whatever_comes_to_a_node_lat
     run(before, holds=kept)
     assert kept.holds == ["c", "node-b"]
     run(after, holds=kept)
+
+
+def test_announcements_are_in_the_status_and_a_forecaster_that_starts_again_hears_them():
+    told = []
+
+    class Forecasters:
+        def announce(self, node_id, *values):
+            told.append((node_id, *values))
+
+    async def scenario(coordinator, clock):
+        async def report(seq):
+            await coordinator.node(node(seq=seq))
+            await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()})
+
+        await report(50)
+        order = {"order": "announce", "target": "node-a", "starts_in_s": 9.0, "lasts_s": 60.0}
+        assert (await coordinator.order(order))["told"]
+        (shown,) = (await coordinator.status())["announced"]
+        assert (shown["node_id"], shown["starts_in_s"], shown["ends_in_s"]) == ("node-a", 9.0, 69.0)
+        await report(51)
+        assert len(told) == 1, "it knows"
+        await report(1)
+        assert told == [("node-a", 9.0, 60.0, 1.0)] * 2
+
+    run(scenario, forecasters=Forecasters(), wall=lambda: 1000.0)
 
 
 def test_a_node_that_ray_is_about_to_take_away_is_drained_before_it_goes():

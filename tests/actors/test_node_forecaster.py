@@ -189,6 +189,18 @@ def test_an_announced_event_reaches_the_model_at_the_horizons_it_covers(
     assert seen[7] is None
 
 
+def test_what_is_withdrawn_counts_no_more(rig: Rig) -> None:
+    rig.ticks(15)
+    rig.forecaster.announce(starts_in_s=0.0, lasts_s=60.0, strength=0.97)
+    told = rig.ticks(1).forecast
+    rig.forecaster.withdraw()
+    after = rig.ticks(1).forecast
+    assert told is not None
+    assert after is not None
+    assert min(row[0] for row in told.quantiles["cpu"]) >= 0.97
+    assert max(row[0] for row in after.quantiles["cpu"]) < 0.97
+
+
 def test_what_is_announced_counts_in_full_whatever_the_models_skill(rig: Rig) -> None:
     calm = rig.ticks(15).forecast
     assert calm is not None

@@ -21,8 +21,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from models.registry import Registry
-from serve_app.launch.control_plane import ControlPlaneError, announce, forecaster_states, start_control_plane
+from serve_app.launch.control_plane import forecaster_states, order, start_control_plane
 from serve_app.launch.local import LocalCluster
+from shadecast.errors import OrderError
 from tests.cluster.conftest import status, wait_for
 from tests.ray_start import started
 
@@ -134,11 +135,13 @@ def test_the_log_has_what_serve_carries_and_a_forecaster_takes_announcements(run
     columns = pq.read_table(newest, columns=["in_flight", "arrivals_per_s"], partitioning=None).to_pydict()
     assert (columns["in_flight"][-1], columns["arrivals_per_s"][-1]) == (0.0, 0.0), "told by the coordinator, not NaN"
     node = status()["nodes"][0]["node_id"]
-    assert node.startswith(announce(node[:12], 5.0, 10.0, 0.8))
-    with pytest.raises(ControlPlaneError, match="fits 0 forecasters; there are"):
-        announce("nowhere", 5.0, 10.0, 0.8)
-    with pytest.raises(ControlPlaneError, match="announce"):
-        announce(node, -1.0, 10.0, 0.8)
+    assert order("announce", node, starts_in_s=5.0, lasts_s=10.0, strength=0.8)["told"]
+    assert [each["node_id"] for each in status()["announced"]] == [node]
+    assert order("withdraw", node)["withdrawn"] == 1
+    with pytest.raises(OrderError, match="no node with the id 'nowhere'"):
+        order("announce", "nowhere", lasts_s=10.0)
+    with pytest.raises(OrderError, match="starts_in_s"):
+        order("announce", node, starts_in_s=-1.0, lasts_s=10.0)
 
 
 def test_a_damaged_or_missing_version_is_refused_while_the_champion_goes_on(running: Any) -> None:

@@ -157,11 +157,11 @@ def test_what_a_refusal_says_to_start_works_on_the_running_cluster(plane: Contro
     )
     assert ran.returncode == 0, ran.stderr
     assert plane.page_url in ran.stdout, "address and port stay"
-    assert plane.token in ran.stdout, "and the token"
+    assert plane.token_source in ran.stdout, "and where the token is"
     assert json.loads(get(page, Host="head.example"))["schema"] == 1
     refused(page, "other.example")
     again = start_control_plane()
-    assert (again.page_url, again.token, again.page_address.names) == (plane.page_url, plane.token, ("head.example",))
+    assert (again.page_url, again.rights, again.page_address.names) == (plane.page_url, plane.rights, ("head.example",))
 
 
 def test_a_host_that_cannot_be_leaves_the_page_that_runs_as_it_is(plane: ControlPlane, cluster: Any) -> None:

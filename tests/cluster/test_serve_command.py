@@ -1,5 +1,6 @@
 """`make serve`, as a stranger runs it: comes up, reads digits, shows its state, stops without a trace."""
 
+import contextlib
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from sklearn.datasets import load_digits
 from tests.cluster.conftest import wait_for
 from tests.ports import free_port
 
+TOKEN = "a-secret-token-of-tests"
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
 
@@ -38,7 +40,8 @@ def serving(tmp_path_factory):
     env = {
         **os.environ,
         "XDG_CACHE_HOME": str(folder),
-        "SHADECAST_TOKEN": "secret-token",
+        "XDG_STATE_HOME": str(folder),
+        "SHADECAST_TOKEN": TOKEN,
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     env.pop("RAY_ADDRESS", None)
@@ -89,6 +92,64 @@ def test_status_shows_nodes_and_replicas(serving):
     assert "default/digits" in shown
 
 
+def run_in(env, *arguments):
+    command = [sys.executable, "-m", "serve_app", *arguments]
+    return subprocess.run(command, env=env, capture_output=True, timeout=60, text=True, check=False)
+
+
+def test_watch_goes_on_until_ctrl_c_and_ends_well(serving, tmp_path):
+    *_, env, _ = serving
+    with (tmp_path / "out").open("w+") as out:
+        command = [sys.executable, "-m", "serve_app", "status", "--watch"]
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=env)
+        wait_for(lambda: (tmp_path / "out").read_text().count("Nodes: ") >= 2, 60, "it shows the status twice")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+    assert "Traceback" not in (tmp_path / "out").read_text()
+
+
+def test_an_order_by_a_short_id_is_written_down_and_an_unknown_one_ends_with_1(serving):
+    *_, env, _ = serving
+    node = next(n for n in json.loads(run_in(env, "nodes", "--json").stdout)["nodes"] if n["replicas"])
+    assert node["state"] == "ok"
+    done = [
+        run_in(env, what, node["node_id"][:12], *more)
+        for what, *more in (["announce", "--for", "9m"], ["announce", "--withdraw"])
+    ]
+    assert [each.returncode for each in done] == [0, 0], [each.stderr for each in done]
+    unknown = run_in(env, "drain", "nowhere")
+    assert unknown.returncode == 1
+    assert len(unknown.stderr.strip().splitlines()) == 1
+    written = [
+        json.loads(line) for line in (Path(env["XDG_STATE_HOME"]) / "shadecast/audit.jsonl").read_text().splitlines()
+    ]
+    assert [(each["order"], each["outcome"]) for each in written[-2:]] == [("announce", "done"), ("withdraw", "done")]
+    assert {each["target"] for each in written[-2:]} == {node["node_id"]}
+    assert {each["who"]["by"] for each in written[-2:]} == {"command line"}
+
+
+def test_no_process_of_the_cluster_has_the_token_and_no_output_shows_it(serving):
+    process, *_, log = serving
+    assert TOKEN not in log.read_text()
+    started = psutil.Process(process.pid).children(recursive=True)
+    assert len(started) > 5
+    for each in started:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            assert TOKEN not in " ".join(each.cmdline())
+            assert TOKEN not in each.environ().values()
+    for file in Path(ray_session(started)).rglob("*"):
+        if file.is_file() and file.stat().st_size < 10_000_000:
+            assert TOKEN.encode() not in file.read_bytes(), file
+
+
+def ray_session(processes):
+    """The folder of Ray's logs, as its own processes name it."""
+    words = [word for each in processes if each.is_running() for word in each.cmdline()]
+    return next(
+        word.partition("=")[2] for word in words if word.startswith(("--log_dir=", "--logs-dir=", "--logs_dir="))
+    )
+
+
 def test_the_page_shows_the_same_and_takes_orders_only_with_the_token(serving):
     _, _, page, *_ = serving
     assert b"<html" in get(page + "/").lower()
@@ -97,14 +158,14 @@ def test_the_page_shows_the_same_and_takes_orders_only_with_the_token(serving):
     with pytest.raises(urllib.error.HTTPError) as refused:
         get(page + "/api/drain", {"target": replica})
     assert refused.value.code == 401
-    get(page + "/api/drain", {"target": replica}, {"Authorization": "Bearer secret-token"})
+    get(page + "/api/drain", {"target": replica}, {"Authorization": f"Bearer {TOKEN}"})
 
     def drained():
         replicas = json.loads(get(page + "/api/status"))["deployments"][0]["replicas"]
         return {r["replica_id"]: r["state"] for r in replicas}[replica] in ("draining", "inactive")
 
     wait_for(drained, 20, "the replica drains")
-    get(page + "/api/release", {"target": replica}, {"Authorization": "Bearer secret-token"})
+    get(page + "/api/release", {"target": replica}, {"Authorization": f"Bearer {TOKEN}"})
 
 
 def test_a_port_that_is_taken_is_one_line():
@@ -131,7 +192,7 @@ def test_a_port_that_is_taken_is_one_line():
 def test_a_wrong_argument_stops_the_start_with_one_line(option, value, words):
     command = [sys.executable, "-m", "serve_app", "serve", option, value]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert ran.returncode != 0
+    assert ran.returncode == 2
     assert len(ran.stderr.strip().splitlines()) == 1, ran.stderr
     for word in words:
         assert word in ran.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import re
 import shutil
@@ -23,15 +24,21 @@ from fastapi import FastAPI
 from ray.exceptions import RayActorError
 
 from serve_app.launch import commands
+from serve_app.page import rights
 from serve_app.page import server as page
 from serve_app.page import watch as page_watch
 from serve_app.page.address import Address, PageError
+from serve_app.page.rights import MOST_CLIENTS, Limits, Rights, digest
 from serve_app.page.server import Page, make_app
 from serve_app.page.watch import ControlPlaneAwayError, Watch
 
 HTML = resources.files("serve_app.page").joinpath("page.html").read_text(encoding="utf-8")
 STATUS = {"schema": 1, "epoch": 1, "uptime_s": 1.5, "nodes": [], "deployments": [], "transitions": []}
-TOKEN = "correct horse"
+TOKEN = "correct-horse-battery"
+LOOK_TOKEN = "staple-for-the-eyes"
+RIGHTS = Rights(operate=digest(TOKEN))
+GUARDED = Rights(operate=digest(TOKEN), look=digest(LOOK_TOKEN))
+LOOK_BEARER = {"Authorization": f"Bearer {LOOK_TOKEN}"}
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
 
 
@@ -40,7 +47,8 @@ class Plane:
 
     def __init__(self) -> None:
         self.asked = 0
-        self.orders: list[tuple[str, bool]] = []
+        self.orders: list[dict[str, Any]] = []
+        self.written: list[dict[str, Any]] = []
         self.error: Exception | None = None
         self.known = {"r1": 1, "node": 3}
 
@@ -51,11 +59,18 @@ class Plane:
             raise self.error
         return {**STATUS, "asked": self.asked}
 
-    async def command(self, target: str, drain: bool) -> int:
+    async def order(self, order: dict[str, Any]) -> dict[str, Any]:
         if self.error is not None:
             raise self.error
-        self.orders.append((target, drain))
-        return self.known.get(target, 0)
+        self.orders.append(order)
+        if order["target"] not in self.known:
+            return {"refused": f"no replica or node has the id {order['target']!r}", "unknown": True}
+        if order.get("lasts_s", 1.0) <= 0.0:
+            return {"refused": "lasts_s must be more", "unknown": False}
+        return {"order": order["order"], "target": order["target"], "concerned": self.known[order["target"]]}
+
+    async def write_down(self, entry: dict[str, Any]) -> None:
+        self.written.append(entry)
 
 
 def ask(app: FastAPI, method: str, path: str, **kwargs: Any) -> httpx.Response:
@@ -71,7 +86,8 @@ def client_of(app: FastAPI) -> httpx.AsyncClient:
 
 
 def app_of(plane: Plane, **kwargs: Any) -> FastAPI:
-    return make_app(plane.status, plane.command, TOKEN, **kwargs)
+    rights = kwargs.pop("rights", RIGHTS)
+    return make_app(plane.status, plane.order, rights, write_down=plane.write_down, **kwargs)
 
 
 # ---------------------------------------------------------------- the file
@@ -171,7 +187,7 @@ def test_a_coordinator_that_hangs_does_not_hang_the_page(monkeypatch: pytest.Mon
         await asyncio.Event().wait()
         return {}
 
-    response = ask(make_app(hang, Plane().command, TOKEN), "GET", "/api/status")
+    response = ask(make_app(hang, Plane().order, RIGHTS), "GET", "/api/status")
     assert response.status_code == 503
     assert "did not answer within" in response.json()["error"]
 
@@ -193,7 +209,7 @@ def test_history_is_collected_while_nobody_looks() -> None:
         return await plane.status()
 
     async def run() -> None:
-        app = make_app(status, plane.command, TOKEN)
+        app = make_app(status, plane.order, RIGHTS)
         async with app.router.lifespan_context(app):
             await asyncio.wait_for(looked.wait(), 10)
         assert len(asyncio.all_tasks()) == 1  # nothing pending at the end
@@ -323,7 +339,7 @@ IPV6 = pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine 
 )
 def test_the_page_answers_at_every_address_that_its_host_stands_for(host: str, shown: str, reached: list[str]) -> None:
     async def run() -> None:
-        served = Page(host, 0, TOKEN, find=lambda: handle_of(Plane()))
+        served = Page(host, 0, RIGHTS.plain(), find=lambda: handle_of(Plane()))
         address = await served.start()
         try:
             assert address.rpartition(":")[0] == shown
@@ -341,13 +357,16 @@ def test_the_page_answers_at_every_address_that_its_host_stands_for(host: str, s
 # ---------------------------------------------------------------- orders
 
 
-@pytest.mark.parametrize(("path", "drain"), [("/api/drain", True), ("/api/release", False)])
-def test_an_order_with_the_token_reaches_the_coordinator(path: str, drain: bool) -> None:
+@pytest.mark.parametrize("order", ["drain", "release", "withdraw"])
+def test_an_order_with_the_token_reaches_the_coordinator_with_who_gave_it(order: str) -> None:
     plane = Plane()
-    response = ask(app_of(plane), "POST", path, json={"target": "node"}, headers=BEARER)
+    response = ask(app_of(plane), "POST", f"/api/{order}", json={"target": "node"}, headers=BEARER)
     assert response.status_code == 200
-    assert response.json() == {"target": "node", "drain": drain, "concerned": 3}
-    assert plane.orders == [("node", drain)]
+    assert response.json() == {"order": order, "target": "node", "concerned": 3}
+    (ordered,) = plane.orders
+    assert ordered["order"] == order
+    assert ordered["target"] == "node"
+    assert ordered["who"] == {"role": "operate", "by": "page", "token": digest(TOKEN)[:8], "client": "127.0.0.1"}
 
 
 @pytest.mark.parametrize(
@@ -359,8 +378,8 @@ def test_an_order_with_the_token_reaches_the_coordinator(path: str, drain: bool)
         "Bearer wrong",
         "Basic " + TOKEN,
         TOKEN,
-        "Bearer correct",
-        "Bearer correct horse 2",
+        "Bearer correct-horse",
+        f"Bearer {TOKEN} 2",
         "Bearer é",
     ],
 )
@@ -378,7 +397,7 @@ def test_an_order_without_the_token_is_refused_before_its_body_is_read(header: s
 @pytest.mark.parametrize("header", ["", "Bearer ", "Bearer x"])
 def test_a_page_without_a_token_takes_no_orders(header: str) -> None:
     plane = Plane()
-    app = make_app(plane.status, plane.command, "")
+    app = app_of(plane, rights=Rights())
     response = ask(app, "POST", "/api/drain", json={"target": "r1"}, headers={"Authorization": header})
     assert response.status_code == 403
     assert plane.orders == []
@@ -421,6 +440,154 @@ def test_an_order_while_the_control_plane_is_away_says_that_it_was_not_carried_o
     assert response.json() == {"error": "control plane away: restarting"}
 
 
+def test_an_announcement_takes_numbers_and_reaches_the_coordinator() -> None:
+    plane = Plane()
+    body = {"target": "node", "starts_in_s": 60, "lasts_s": 600.5, "strength": 0.5}
+    assert ask(app_of(plane), "POST", "/api/announce", json=body, headers=BEARER).status_code == 200
+    assert {key: plane.orders[0][key] for key in body} == body
+    for wrong in ({"target": "node"}, {**body, "lasts_s": "long"}, {**body, "lasts_s": -1}):
+        assert ask(app_of(plane), "POST", "/api/announce", json=wrong, headers=BEARER).status_code == 422
+    assert ask(app_of(plane), "POST", "/api/reboot", json=body, headers=BEARER).status_code == 404
+
+
+# ---------------------------------------------------------------- roles
+
+
+READS = ["/api/status", "/api/history", "/metrics"]
+
+
+def test_what_is_read_is_all_that_the_page_has_to_read() -> None:
+    routes = {route.path for route in app_of(Plane()).routes if "GET" in (getattr(route, "methods", None) or ())}
+    assert routes == {"/", *READS}, "a new one belongs into READS, so that it is tried without a token"
+
+
+@pytest.mark.parametrize("path", READS)
+def test_with_a_token_for_looking_nobody_reads_without_one_of_the_two(path: str) -> None:
+    app = app_of(Plane(), rights=GUARDED)
+    refused = ask(app, "GET", path)
+    assert refused.status_code == 401
+    assert refused.headers["www-authenticate"] == "Bearer"
+    assert ask(app, "GET", path, headers={"Authorization": "Bearer " + "x" * 20}).status_code == 401
+    for headers in (LOOK_BEARER, BEARER):
+        assert ask(app, "GET", path, headers=headers).status_code == 200
+    assert ask(app, "GET", "/").status_code == 200, "the page itself, which knows nothing, asks for the token"
+
+
+@pytest.mark.parametrize("path", READS)
+def test_without_a_token_for_looking_reading_is_open(path: str) -> None:
+    for headers in ({}, {"Authorization": "Bearer wrong"}):
+        assert ask(app_of(Plane()), "GET", path, headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("order", ["drain", "release", "announce", "withdraw"])
+def test_who_may_look_may_not_order_and_the_attempt_is_written_down(order: str) -> None:
+    plane = Plane()
+    body = {"target": "node", "lasts_s": 5}
+    response = ask(app_of(plane, rights=GUARDED), "POST", f"/api/{order}", json=body, headers=LOOK_BEARER)
+    assert response.status_code == 403
+    assert "for looking" in response.json()["error"]
+    assert plane.orders == []
+    (entry,) = plane.written
+    assert entry["order"] == order
+    assert entry["who"]["role"] == "look"
+    assert entry["outcome"].startswith("refused")
+
+
+def test_a_page_that_was_started_by_version_0_2_keeps_its_token() -> None:
+    assert Rights.of(TOKEN) == RIGHTS
+    assert Rights.of("") == Rights()
+
+
+def test_a_client_with_many_wrong_tokens_has_to_wait_and_then_gets_in() -> None:
+    plane, clock = Plane(), [0.0]
+    app = app_of(plane, now_s=lambda: clock[0])
+    wrong = {"Authorization": "Bearer " + "x" * 20}
+
+    def drain(headers: dict[str, str]) -> httpx.Response:
+        return ask(app, "POST", "/api/drain", json={"target": "r1"}, headers=headers)
+
+    assert [drain(wrong).status_code for _ in range(12)] == [401] * 10 + [429] * 2
+    locked = drain(BEARER)
+    assert locked.status_code == 429, "guessing on would be no use: the right token is not looked at either"
+    clock[0] += float(locked.headers["retry-after"])
+    assert drain(BEARER).status_code == 200
+    assert drain(BEARER).status_code == 200, "the right token costs nothing"
+
+
+def test_orders_of_one_client_are_limited_and_others_are_not_concerned() -> None:
+    plane, clock = Plane(), [0.0]
+    app = app_of(plane, now_s=lambda: clock[0])
+
+    async def burst(host: str, times: int) -> list[int]:
+        transport = httpx.ASGITransport(app, client=(host, 1))
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8266") as client:
+            sent = [await client.post("/api/drain", json={"target": "r1"}, headers=BEARER) for _ in range(times)]
+            return [each.status_code for each in sent]
+
+    assert asyncio.run(burst("10.0.0.1", 32)) == [200] * 30 + [429] * 2
+    assert asyncio.run(burst("10.0.0.2", 1)) == [200]
+    clock[0] += 1.0
+    assert asyncio.run(burst("10.0.0.1", 2)) == [200, 429]
+
+
+def test_however_many_clients_there_are_few_are_remembered() -> None:
+    limits = Limits()
+    for number in range(3 * MOST_CLIENTS):
+        limits.orders(f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}").take(0.0)
+    assert len(limits) == MOST_CLIENTS
+
+
+def test_a_client_is_an_address_or_a_network_of_one_machine() -> None:
+    assert rights.client_of("10.0.0.1") == rights.client_of("::ffff:10.0.0.1") == "10.0.0.1"
+    assert rights.client_of("fd00::1") == rights.client_of("fd00::ffff:1%eth0") == "fd00::/64"
+    assert rights.client_of("fd00:0:0:1::1") != rights.client_of("fd00::1")
+    assert rights.client_of("testclient") == "unknown"
+
+
+def test_refused_tokens_are_told_of_in_the_log_now_and_then_without_the_token(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG")
+    clock = [0.0]
+    app = app_of(Plane(), now_s=lambda: clock[0])
+    guess = "guess-that-must-not-be-logged"
+    for _ in range(20):
+        ask(app, "POST", "/api/drain", json={"target": "r1"}, headers={"Authorization": f"Bearer {guess}"})
+    said = [record.getMessage() for record in caplog.records if record.name == page.__name__]
+    assert said == ["page: requests with a wrong token: 1, the last one from 127.0.0.1"]
+    assert guess not in caplog.text
+
+
+def test_no_secret_is_in_what_the_page_logs_answers_or_holds(caplog: pytest.LogCaptureFixture, capfd: Any) -> None:
+    """At the level DEBUG of everything: orders that are done, refused, malformed, and a coordinator that fails."""
+    caplog.set_level("DEBUG")
+    plane = Plane()
+    served = Page("127.0.0.1", 0, GUARDED.plain(), find=lambda: handle_of(plane))
+
+    async def run() -> str:
+        texts = []
+        address = await served.start()
+        async with httpx.AsyncClient(trust_env=False) as client:
+            for headers in (BEARER, LOOK_BEARER, {"Authorization": f"Bearer {TOKEN}x"}):
+                for path in ("/", *READS):
+                    texts.append((await client.get(address + path, headers=headers)).text)
+                for body in (b'{"target": "r1"}', b'{"target": "nobody"}', b"{", b" " * 5000):
+                    sent = await client.post(f"{address}/api/drain", content=body, headers=headers)
+                    texts += [sent.text, str(sent.headers)]
+            plane.error = RuntimeError("the coordinator is broken")
+            with contextlib.suppress(httpx.HTTPError):
+                texts.append((await client.post(f"{address}/api/drain", json={"target": "r1"}, headers=BEARER)).text)
+        await served.stop()
+        return "\n".join(texts)
+
+    shown = asyncio.run(run()) + str(plane.orders) + str(plane.written) + repr(vars(served)) + repr(served._rights)
+    ours = "\n".join(r.getMessage() + str(r.exc_text or "") for r in caplog.records if not r.name.startswith("http"))
+    written = "".join(capfd.readouterr())  # uvicorn's own log goes there
+    ours += written
+    assert "broken" in written, "what went wrong is logged"
+    for secret in (TOKEN, LOOK_TOKEN):
+        assert secret not in shown
+        assert secret not in ours
+
+
 # ---------------------------------------------------------------- the actor, as a plain object
 
 
@@ -432,7 +599,7 @@ class Method:
 
 
 def handle_of(plane: Plane) -> Any:
-    return SimpleNamespace(status=Method(plane.status), command=Method(plane.command))
+    return SimpleNamespace(status=Method(plane.status), order=Method(plane.order), write_down=Method(plane.write_down))
 
 
 async def get(address: str, path: str, **kwargs: Any) -> httpx.Response:
@@ -444,7 +611,7 @@ def test_the_page_listens_serves_and_stops() -> None:
     plane = Plane()
 
     async def run() -> None:
-        served = Page("127.0.0.1", 0, TOKEN, find=lambda: handle_of(plane))
+        served = Page("127.0.0.1", 0, RIGHTS.plain(), find=lambda: handle_of(plane))
         before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
         address = await served.start()
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+", address)
@@ -477,15 +644,21 @@ def test_a_coordinator_that_restarted_is_found_again() -> None:
         return handle_of(old if len(found) == 1 else new)
 
     async def run() -> None:
-        served = Page("127.0.0.1", 0, TOKEN, find=find)
+        served = Page("127.0.0.1", 0, RIGHTS.plain(), find=find)
         for reason in ("down or restarting", "no actor"):
             with pytest.raises(ControlPlaneAwayError, match=reason):
                 await served._status()
         assert (await served._status())["epoch"] == 1
-        assert await served._command("node", False) == 3
+        assert (await served._order({"order": "drain", "target": "node"}))["concerned"] == 3
         assert len(found) == 3  # and kept while it answers
 
     asyncio.run(run())
+
+
+def test_an_order_to_a_coordinator_of_an_older_version_says_what_to_do() -> None:
+    served = Page("127.0.0.1", 0, RIGHTS.plain(), find=lambda: SimpleNamespace(status=Method(Plane().status)))
+    with pytest.raises(ControlPlaneAwayError, match="older version: `shadecast down`, then `shadecast up`"):
+        asyncio.run(served._order({"order": "drain", "target": "node"}))
 
 
 def test_a_coordinator_that_does_not_answer_is_looked_for_anew(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -500,7 +673,7 @@ def test_a_coordinator_that_does_not_answer_is_looked_for_anew(monkeypatch: pyte
         return SimpleNamespace(status=Method(hang))
 
     async def run() -> None:
-        served = Page("127.0.0.1", 0, TOKEN, find=find)
+        served = Page("127.0.0.1", 0, RIGHTS.plain(), find=find)
         for _ in range(2):
             with pytest.raises(ControlPlaneAwayError, match="did not answer within"):
                 await served._status()
@@ -513,7 +686,7 @@ def test_a_taken_port_is_one_error_that_names_it_and_says_what_to_do() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(PageError) as caught:
-            asyncio.run(Page("127.0.0.1", port, TOKEN, find=lambda: None).start())
+            asyncio.run(Page("127.0.0.1", port, RIGHTS.plain(), find=lambda: None).start())
     message = str(caught.value)
     assert f"127.0.0.1:{port}" in message
     assert "another --page-port" in message
@@ -533,7 +706,7 @@ def test_a_taken_port_is_one_error_that_names_it_and_says_what_to_do() -> None:
     ],
 )
 def test_an_address_that_cannot_be_is_refused_by_name(host: str, port: int, reason: str) -> None:
-    for listen in (Address(host, port).check, lambda _: asyncio.run(Page(host, port, TOKEN).start())):
+    for listen in (Address(host, port).check, lambda _: asyncio.run(Page(host, port, RIGHTS.plain()).start())):
         with pytest.raises(PageError, match=reason) as caught:
             listen(None)
         assert f"{host}:{port}" in str(caught.value)
@@ -553,16 +726,16 @@ def test_the_port_of_the_page_that_will_be_replaced_counts_as_free() -> None:
             address.check(None)
 
 
-def test_a_starter_that_finds_the_page_running_learns_its_token_and_where_it_listens() -> None:
-    served = Page("0.0.0.0", 0, TOKEN, ["head"], find=lambda: None)
-    assert asyncio.run(served.token()) == TOKEN
+def test_a_starter_that_finds_the_page_running_learns_its_rights_and_where_it_listens() -> None:
+    served = Page("0.0.0.0", 0, GUARDED.plain(), ["head"], find=lambda: None)
+    assert Rights.of(asyncio.run(served.rights())) == GUARDED
     assert asyncio.run(served.address()) == ("0.0.0.0", 0, ("head",))
 
 
 def test_a_failed_start_may_be_tried_again() -> None:
     async def run() -> None:
         with socket.create_server(("127.0.0.1", 0)) as other:
-            served = Page("127.0.0.1", other.getsockname()[1], TOKEN, find=lambda: handle_of(Plane()))
+            served = Page("127.0.0.1", other.getsockname()[1], RIGHTS.plain(), find=lambda: handle_of(Plane()))
             with pytest.raises(PageError):
                 await served.start()
         assert (await get(await served.start(), "/")).status_code == 200
