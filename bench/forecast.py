@@ -261,8 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--telemetry", type=Path, nargs="+", help="folders of Parquet telemetry to train on")
     parser.add_argument("--judge", type=Path, nargs="+", help="judge on all of these instead of held-out machines")
     parser.add_argument("--champion", action="store_true", help="judge the shipped model, train nothing but baselines")
-    parser.add_argument(
-        "--weights", type=Path, help="judge this version, too: a registry or a version in it")
+    parser.add_argument("--weights", type=Path, help="judge this version, too: a registry or a version in it")
     parser.add_argument("--registry", default=str(SHIPPED), help="where the champion lives")
     parser.add_argument("--start", choices=("champion", "nothing"), default="champion", help="weights to train on from")
     parser.add_argument("--json", type=Path, help=f"result file; without it {DOCS}.json, .md and plots are written")

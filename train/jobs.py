@@ -2,13 +2,14 @@
 
     python jobs.py KIND SEED FOLDER CPUS MEMORY_BYTES < phases.json
 
-`phases.json` is a list of [name, seconds, intensity]; intensity is a share of CPUS. The name of each phase is printed as it
-begins. Real programs do the work where they are installed (cc, tar, gzip, bzip2, xz, sort, find), this interpreter and its
-library otherwise. FOLDER has the files of `prepare`; the job writes its own below it and removes them.
+`phases.json` is a list of [name, seconds, intensity]; intensity is a share of CPUS. The name of each phase is printed as
+it begins. Real programs do the work where they are installed (cc, tar, gzip, bzip2, xz, sort, find), this interpreter
+and its library otherwise. FOLDER has the files of `prepare`; the job writes its own below it and removes them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import heapq
@@ -45,7 +46,9 @@ def prepare(folder: Path, seed: int) -> None:
         (folder / "data" / f"part-{n:02d}.txt").write_text(text)
     bodies = [f"int f{n}(int a){{int s=0;for(int i=0;i<a;i++)s+=(i*{n + 3})^(s>>1);return s;}}" for n in range(60)]
     (folder / "data" / "unit.c").write_text("\n".join(bodies))
-    (folder / "data" / "unit.py").write_text("\n".join(f"def f{n}(a):\n    return [a * {n} for _ in range(3)]" for n in range(99)))
+    (folder / "data" / "unit.py").write_text(
+        "\n".join(f"def f{n}(a):\n    return [a * {n} for _ in range(3)]" for n in range(99))
+    )
 
 
 class Worker:
@@ -289,7 +292,11 @@ def verify(w: Worker) -> Unit:
 
 def run(w: Worker) -> Unit:
     """Short programs over the files, as a job table starts them."""
-    lines = ("sort part-00.txt | uniq -c | wc -l", "find . -name '*.txt' | wc -l", "cat part-*.txt | tr a-f A-F | cksum")
+    lines = (
+        "sort part-00.txt | uniq -c | wc -l",
+        "find . -name '*.txt' | wc -l",
+        "cat part-*.txt | tr a-f A-F | cksum",
+    )
     return lambda: shell(w.rng.choice(lines), w.sources)
 
 
@@ -370,10 +377,8 @@ def spend(seconds: float, cpus: float, unit: Unit) -> None:
 def main(argv: list[str]) -> None:
     """Do one job."""
     seed, folder, cpus, memory_bytes = int(argv[1]), Path(argv[2]), float(argv[3]), int(argv[4])
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("600")  # where memory ends, the job ends and not the machine
-    except OSError:
-        pass
     worker = Worker(seed, folder, memory_bytes)
     try:
         for name, seconds, intensity in json.load(sys.stdin):

@@ -3,8 +3,8 @@
 A pattern takes a numpy Generator and a length and returns a schedule in [0, 1] per second. Parameters are drawn wide on
 purpose: the model has to read a node's habits from its last minutes, not remember these ones.
 
-A machine that is recorded rests for half of the time and runs jobs of some of the `KINDS` (`train.jobs` does their work).
-It has habits: the kinds that it runs, how long their phases take and how much they ask for. Each job differs a little.
+A machine that is recorded rests for half of the time and runs jobs of some of the `KINDS` (`train.jobs` does their
+work). It has habits: the kinds that it runs, how long their phases take and how much they ask for. Each job differs a little.
 """
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ def kinds_of(seed: int, machine: int) -> tuple[str, ...]:
 
 
 def jobs_of(seed: int, machine: int) -> Iterator[Job]:
-    """What one machine does, without end; the same for the same seed and machine. It rests for about half of the time."""
+    """What one machine does, without end, the same for the same seed and machine; it rests for half of the time."""
     rng = np.random.default_rng([seed, machine, 2])
     kinds = kinds_of(seed, machine)
     habits = {

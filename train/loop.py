@@ -78,8 +78,8 @@ class TrainConfig:
 @dataclass(frozen=True, slots=True)
 class Pieces:
     """Training pieces as arrays: `inputs` [piece, time, target, feature] and so on; `cold` [piece, time] whether
-    others' CPU is low and has been for 5 s; `unit` [piece, target] global scale; `weight` [piece] how often a piece is drawn,
-    relative to the others."""
+    others' CPU is low and has been for 5 s; `unit` [piece, target] global scale; `weight` [piece] how often a piece is
+    drawn, relative to the others."""
 
     inputs: Array
     anchors: Array

@@ -1,7 +1,7 @@
-"""One imitated machine of a recording: runs its jobs, and reads its own telemetry once a second. `train.record` starts it.
+"""One imitated machine of a recording: runs its jobs and reads its own telemetry once a second.
 
-It is told what it is in one line of JSON, says "ready" when it has started, begins when it is told "go", and ends with its
-jobs when its input ends, so also when whoever started it is killed.
+`train.record` starts it, and tells it what it is in one line of JSON. It says "ready" when it has started, begins when
+it is told "go", and ends with its jobs when its input ends, so also when whoever started it is killed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import fcntl
 import json
 import math
 import os
+import random
 import socket
 import struct
 import subprocess
@@ -24,7 +25,7 @@ from typing import Any
 from actors.procfs import NAN, TICKS_PER_S, read_fields, read_text
 from actors.telemetry import Sample, Sampler, log_row
 from actors.telemetry_log import LogLimits, TelemetryLog
-from train.jobs import prepare
+from train.jobs import prepare, shell
 from train.loads import Job, jobs_of
 
 PERIOD_S = 1.0
@@ -70,8 +71,9 @@ class _Totals:
 class Processes:
     """Sums up the processes of one machine from /proc.
 
-    A group tells nothing of runnable and waiting processes, of context switches and load, and the host's are those of all
-    machines together. A machine of its own would show its own, so these come from here. Without a group everything does.
+    A group tells nothing of runnable and waiting processes, of context switches and load, and the host's are those of
+    all machines together. A machine of its own would show its own, so these come from here. Without a group everything
+    does.
     """
 
     cpus: float
@@ -92,7 +94,9 @@ class Processes:
         def rate(name: str) -> float:
             return max(0.0, getattr(new, name) - getattr(old, name)) / dt_s if old else NAN
 
-        switches = sum(max(0.0, n - old.switches.get(pid, 0.0)) for pid, n in new.switches.items()) / dt_s if old else NAN
+        switches = (
+            sum(max(0.0, n - old.switches.get(pid, 0.0)) for pid, n in new.switches.items()) / dt_s if old else NAN
+        )
         io_bytes = rate("io_bytes") if math.isnan(sample.io_bytes_per_s) else sample.io_bytes_per_s
         if self.isolated:
             return replace(sample, **gauges, context_switches_per_s=switches, io_bytes_per_s=io_bytes)
@@ -142,7 +146,9 @@ class Processes:
             runnable += words[0] == "R" and int(name) != own  # this process reads: it always runs
             blocked += words[0] == "D"
             status = read_fields(f"{self.proc}/{name}/status")
-            switches[int(name)] = sum(status.get(f"{kind}_ctxt_switches", 0.0) for kind in ("voluntary", "nonvoluntary"))
+            switches[int(name)] = sum(
+                status.get(f"{kind}_ctxt_switches", 0.0) for kind in ("voluntary", "nonvoluntary")
+            )
             moved = read_fields(f"{self.proc}/{name}/io")
             io_bytes += moved.get("read_bytes", 0.0) + moved.get("write_bytes", 0.0)
         return _Totals(now_s, cpu_s, system_s, faults, io_bytes, rss_bytes, runnable, blocked, switches)
@@ -203,6 +209,16 @@ def run_job(spec: Spec, job: Job, stop: threading.Event, began_s: float) -> None
         say(event="end", kind=job.kind, code=code, t_s=round(time.monotonic() - began_s, 2))
 
 
+def rest(spec: Spec, seconds: float, rate_per_s: float, rng: random.Random, stop: threading.Event) -> None:
+    """Nothing but housekeeping: small programs now and then, as on any machine."""
+    until_s = time.monotonic() + seconds
+    while (left_s := until_s - time.monotonic()) > 0.0:
+        if stop.wait(min(left_s, rng.expovariate(rate_per_s))):
+            return
+        if time.monotonic() < until_s:
+            shell("ls data | head -n 3; cat /proc/loadavg", Path(spec.scratch))
+
+
 def say(**words: Any) -> None:
     """Tell whoever started us; nobody may be there any more."""
     try:
@@ -234,8 +250,11 @@ def main() -> None:
     began_s = time.monotonic()
     reader = threading.Thread(target=record, args=(spec, stop, began_s))
     reader.start()
+    rng = random.Random(spec.seed * 1000 + spec.index)
+    rate_per_s = math.exp(rng.uniform(math.log(0.03), math.log(1.0)))
     for job in jobs_of(spec.seed, spec.index):
-        if stop.wait(job.pause_s) or not reader.is_alive():
+        rest(spec, job.pause_s, rate_per_s, rng, stop)
+        if stop.is_set() or not reader.is_alive():
             break
         run_job(spec, job, stop, began_s)
     reader.join()

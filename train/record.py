@@ -1,10 +1,10 @@
 """`python -m train.record`: telemetry of machines side by side that rest for half of the time and run jobs in phases.
 
 Each machine is a group with a CPU quota and a memory limit, with process table and network of its own, where the system
-allows it (root, cgroups, `unshare`); else a session of processes whose use is summed up. It has a seed and habits of its own
-(`train.loads`), runs real work (`train.jobs`), and reads its telemetry with the reader that forecasters have, once a second
-(`train.machine`). OUT becomes a telemetry log, one folder a machine, with `manifest.json`: what each machine ran and when,
-and how many onsets it had. Ctrl-C ends it early and keeps what is there. Everything that it started ends with it.
+allows it (root, cgroups, `unshare`); else a session of processes whose use is summed up. It has a seed and habits of
+its own (`train.loads`), runs real work (`train.jobs`), and reads its telemetry with the reader that forecasters have,
+once a second (`train.machine`). OUT becomes a telemetry log, one folder a machine, with `manifest.json`: what each
+machine ran and when, and how many onsets it had. Ctrl-C ends it early and keeps what is there. Everything that it started ends with it.
 """
 
 from __future__ import annotations
@@ -240,7 +240,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: argparse.Namespace, console: Console) -> int:
-    for name, low, high in (("minutes", 0.05, 10_000), ("machines", 1, 1000), ("seed", 0, 2**31), ("memory_mib", 192, 2**20)):
+    for name, low, high in (
+        ("minutes", 0.05, 10_000),
+        ("machines", 1, 1000),
+        ("seed", 0, 2**31),
+        ("memory_mib", 192, 2**20),
+    ):
         if not low <= getattr(arguments, name) <= high:
             raise ConfigError(f"record.{name} = {getattr(arguments, name)!r}: must be from {low:g} to {high:g}")
     cpus = arguments.cpus or CORES_USED * (os.cpu_count() or 1) / arguments.machines
