@@ -4,7 +4,8 @@ A pattern takes a numpy Generator and a length and returns a schedule in [0, 1] 
 purpose: the model has to read a node's habits from its last minutes, not remember these ones.
 
 A machine that is recorded rests for half of the time and runs jobs of some of the `KINDS` (`train.jobs` does their
-work). It has habits: the kinds that it runs, how long their phases take and how much they ask for. Each job differs a little.
+work). It has habits: the kinds that it runs, how long their phases take and how much they ask for. Each job differs a
+little.
 """
 
 from __future__ import annotations

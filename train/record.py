@@ -4,7 +4,8 @@ Each machine is a group with a CPU quota and a memory limit, with process table 
 allows it (root, cgroups, `unshare`); else a session of processes whose use is summed up. It has a seed and habits of
 its own (`train.loads`), runs real work (`train.jobs`), and reads its telemetry with the reader that forecasters have,
 once a second (`train.machine`). OUT becomes a telemetry log, one folder a machine, with `manifest.json`: what each
-machine ran and when, and how many onsets it had. Ctrl-C ends it early and keeps what is there. Everything that it started ends with it.
+machine ran and when, and how many onsets it had. Ctrl-C ends it early and keeps what is there. Everything that it
+started ends with it.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from train.machine import Spec
 from train.onsets import cold, onsets
 
 ROOT = Path(__file__).resolve().parent.parent
+PREFIX = "shadecast-record-"
 START_S = 180.0
 """Many machines that start on few cores take their time."""
 END_S = 20.0
@@ -98,7 +100,7 @@ def why_not_isolated() -> str:
         probe = Group(version(), f"shadecast-probe-{os.getpid()}")
         probe.make()
         probe.remove()
-        subprocess.run([*_SEPARATE, "true"], check=True, capture_output=True, timeout=20)
+        subprocess.run([*_SEPARATE, "true"], check=True, capture_output=True, timeout=20)  # noqa: S603 - a constant
     except (GroupError, OSError, subprocess.SubprocessError) as error:
         return str(error)
     return ""
@@ -108,9 +110,10 @@ def why_not_isolated() -> str:
 def machines(specs: Sequence[Spec]) -> Iterator[list[Machine]]:
     """Started machines, ready and limited; all of them are gone after."""
     running: list[Machine] = []
-    top = Group(version(), f"shadecast-record-{os.getpid()}") if specs[0].isolated else None
+    top = Group(version(), f"{PREFIX}{os.getpid()}") if specs[0].isolated else None
     try:
         if top is not None:
+            remove_left_behind(top.version)
             top.make()
         for spec in specs:
             running.append(_start(spec, top))
@@ -121,6 +124,7 @@ def machines(specs: Sequence[Spec]) -> Iterator[list[Machine]]:
                 machine.group.set_cpu_quota(machine.spec.cpus)
         yield running
     finally:
+        heard = signal.signal(signal.SIGINT, signal.SIG_IGN)  # who is impatient must not leave groups behind
         until_s = time.monotonic() + END_S
         for machine in running:
             with suppress(OSError):
@@ -130,6 +134,16 @@ def machines(specs: Sequence[Spec]) -> Iterator[list[Machine]]:
             machine.end(until_s)
         if top is not None:
             top.remove()
+        signal.signal(signal.SIGINT, heard)
+
+
+def remove_left_behind(cgroups: int) -> None:
+    """Groups of recordings that were killed; their machines have ended by themselves."""
+    folders = Group(cgroups, "").folders
+    for name in {path.name for folder in folders for path in folder.glob(f"{PREFIX}*")}:
+        pid = name.removeprefix(PREFIX)
+        if pid.isdecimal() and not Path(f"/proc/{pid}").exists():
+            Group(cgroups, name).remove()
 
 
 def _start(spec: Spec, top: Group | None) -> Machine:
@@ -231,12 +245,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--plain", action="store_true", help="sessions of processes even where groups could be had")
     arguments = parser.parse_args(argv)
     console = Console(stderr=True)
-    signal.signal(signal.SIGTERM, lambda *_: _raise_interrupt())
+    heard = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return _main(arguments, console)
     except ShadecastError as error:
         print(f"train.record: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("train.record: ended before anything was recorded", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, heard)
 
 
 def _main(arguments: argparse.Namespace, console: Console) -> int:
@@ -286,10 +305,6 @@ def _main(arguments: argparse.Namespace, console: Console) -> int:
         f"{document['onsets_per_minute']} a minute"
     )
     return 0
-
-
-def _raise_interrupt() -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

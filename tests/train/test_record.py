@@ -23,10 +23,11 @@ from actors.telemetry import Sample
 from models.schema import arrow_schema
 from models.series import read_folder
 from shadecast.types import NodeSnapshot
+from train.cgroups import Group, version
 from train.jobs import WORK, Worker, prepare
 from train.loads import KINDS, SHORTEST_PAUSE_S, Job, jobs_of, kinds_of
 from train.machine import Processes
-from train.record import main, why_not_isolated
+from train.record import PREFIX, main, remove_left_behind, why_not_isolated
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -221,3 +222,18 @@ def test_what_a_process_used_is_its_parents_when_it_has_ended_and_counts_once(tm
     for now_s in (102.0, 103.0):
         sample = isolated.complete(known, now_s)
     assert (sample.system_fraction, sample.io_bytes_per_s) == (0.3, 77.0), "what the group tells stands"
+
+
+def test_groups_that_a_killed_recording_left_behind_go_with_the_next_and_those_of_a_running_one_stay() -> None:
+    if why := why_not_isolated():
+        pytest.skip(f"groups of their own: {why}")
+    stale, running = (Group(version(), f"{PREFIX}{pid}") for pid in (2**22 + 1, os.getpid()))
+    try:
+        for group in (stale, running):
+            group.make()
+        remove_left_behind(version())
+        assert not any(folder.exists() for folder in stale.folders)
+        assert all(folder.exists() for folder in running.folders)
+    finally:
+        for group in (stale, running):
+            group.remove()
