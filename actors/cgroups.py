@@ -85,9 +85,9 @@ class MemoryGroup:
     usage: str
     limit_bytes: float
 
-    def stat(self) -> Mapping[str, float]:
+    def stat(self) -> dict[str, float]:
         """Its memory.stat; empty where unreadable."""
-        return read_fields(self.folder / "memory.stat")
+        return dict(read_fields(self.folder / "memory.stat"))
 
     def used_bytes(self, stat: Mapping[str, float]) -> float:
         """What cannot be reclaimed: usage less the file pages on the reclaim lists and reclaimable slab.

@@ -182,7 +182,7 @@ class Sampler:
         memory: Sequence[cgroups.MemoryGroup] = self._try(
             "memory limits", lambda: cgroups.memory_groups(found, host_bytes), ()
         )
-        stats = {g.folder: self._try("memory of groups", g.stat, {}) for g in memory}
+        stats = {g.folder: self._try("memory of groups", g.stat, dict[str, float]()) for g in memory}
         load = (read_text(roots.proc / "loadavg") or "").split()
         if resolve:
             self._resolved_s, self._own_pids = now_s, own_pids(roots.proc)

@@ -121,7 +121,7 @@ def extended_of(rows: pd.DataFrame) -> Array:
     names = ("process_starts_per_s", "runnable", "blocked", "system_fraction", "io_wait_fraction")
     values = np.stack([_column(rows, n) for n in (*names, "page_faults_per_s", "io_bytes_per_s")], axis=1)
     values[~np.isfinite(values)] = np.nan
-    return np.maximum(values, 0.0).astype(np.float32)
+    return np.asarray(np.maximum(values, 0.0), np.float32)
 
 
 def _column(rows: pd.DataFrame, name: str) -> Array:

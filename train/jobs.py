@@ -3,8 +3,9 @@
     python jobs.py KIND SEED FOLDER CPUS MEMORY_BYTES < phases.json
 
 `phases.json` is a list of [name, seconds, intensity]; intensity is a share of CPUS. The name of each phase is printed
-as it begins. Real programs do the work where they are installed (cc, tar, gzip, bzip2, xz, sort, find), this interpreter
-and its library otherwise. FOLDER has the files of `prepare`; the job writes its own below it and removes them.
+as it begins. Real programs do the work where they are installed (cc, tar, gzip, bzip2, xz, sort, find), this
+interpreter and its library otherwise. FOLDER has the files of `prepare`; the job writes its own below it and removes
+them.
 """
 
 from __future__ import annotations

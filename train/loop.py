@@ -196,7 +196,7 @@ def tensors_of(pieces: Pieces, device: str) -> dict[str, Tensor]:
 def batches(data: dict[str, Tensor], order: NDArray[np.intp], size: int, device: str) -> Iterator[dict[str, Tensor]]:
     """The pieces in this order as batches; what is on the device already is not copied again."""
     index = torch.as_tensor(order, device=data["inputs"].device)
-    for part in index.split(size):
+    for part in torch.split(index, size):
         yield {name: tensor[part].to(device) for name, tensor in data.items()}
 
 

@@ -88,7 +88,7 @@ class Processes:
         new, old = self._sum(now_s), self._last
         self._last = new
         self._load1 = _LOAD_KEEP * self._load1 + (1.0 - _LOAD_KEEP) * (new.runnable + new.blocked)
-        gauges = {"runnable": float(new.runnable), "blocked": float(new.blocked), "load1": self._load1}
+        sample = replace(sample, runnable=float(new.runnable), blocked=float(new.blocked), load1=self._load1)
         dt_s = now_s - old.at_s if old else NAN
 
         def rate(name: str) -> float:
@@ -99,7 +99,7 @@ class Processes:
         )
         io_bytes = rate("io_bytes") if math.isnan(sample.io_bytes_per_s) else sample.io_bytes_per_s
         if self.isolated:
-            return replace(sample, **gauges, context_switches_per_s=switches, io_bytes_per_s=io_bytes)
+            return replace(sample, context_switches_per_s=switches, io_bytes_per_s=io_bytes)
         cpu = min(1.0, rate("cpu_s") / self.cpus) if old else NAN
         snapshot = replace(
             sample.snapshot,
@@ -115,7 +115,6 @@ class Processes:
         )
         return replace(
             sample,
-            **gauges,
             snapshot=snapshot,
             scope="processes",
             context_switches_per_s=switches,
@@ -246,7 +245,12 @@ def main() -> None:
     say(event="ready")
     if not sys.stdin.readline():
         return
-    threading.Thread(target=lambda: (sys.stdin.read(), stop.set()), daemon=True).start()
+
+    def end_with_input() -> None:
+        sys.stdin.read()
+        stop.set()
+
+    threading.Thread(target=end_with_input, daemon=True).start()
     began_s = time.monotonic()
     reader = threading.Thread(target=record, args=(spec, stop, began_s))
     reader.start()

@@ -66,7 +66,7 @@ def chance_above(quantiles: Array, level: float = ONSET_LOAD) -> Array:
     far_below = np.maximum(low - level, 0.0) / below * (t_mid - t_low) / t_low
     far_above = np.maximum(level - high, 0.0) / above * (t_high - t_mid) / (1.0 - t_high)
     chance = np.where(level < low, 1.0 - t_low * np.exp(-far_below), 1.0 - inside)
-    return np.where(level > high, (1.0 - t_high) * np.exp(-far_above), chance)
+    return np.asarray(np.where(level > high, (1.0 - t_high) * np.exp(-far_above), chance))
 
 
 def recall_at_precision(score: Array, came: Array, precision: float = PRECISION) -> float:
@@ -86,7 +86,8 @@ def recall_at_precision(score: Array, came: Array, precision: float = PRECISION)
 
 def log_headroom_of(load: Array) -> Array:
     """`shadecast.capacity.log_headroom` of a whole array; NaN stays."""
-    return np.maximum(np.log1p(-np.clip(np.asarray(load, np.float64), 0.0, 1.0 - 1e-12)), log_headroom(1.0))
+    left: Array = np.log1p(-np.clip(np.asarray(load, np.float64), 0.0, 1.0 - 1e-12))
+    return np.maximum(left, log_headroom(1.0))
 
 
 def headroom_error(quantiles: Array, truth: Array) -> float:
