@@ -252,7 +252,10 @@ def default_folders() -> list[Path]:
     """The project's own recordings, and the public telemetry where it is present."""
     root = Path(__file__).resolve().parent.parent
     public = Path(os.environ.get("SHADECAST_DATA", root / "../shared/data")) / "telemetry"
-    return [OWN, *([public] if public.is_dir() else [])]
+    if not public.is_dir():
+        print(f"no public telemetry at {public} (SHADECAST_DATA): own recordings alone are judged", file=sys.stderr)
+        return [OWN]
+    return [OWN, public]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
