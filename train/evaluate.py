@@ -22,6 +22,8 @@ from shadecast.types import QUANTILES
 from train.loop import SLOW_LOAD, units_of
 from train.onsets import chance_above, cold, onset_within, recall_at_precision
 
+MOST_RESIDUAL = 100.0
+
 
 @dataclass(frozen=True, slots=True)
 class Judged:
@@ -170,7 +172,8 @@ def scaled_baselines(series: Sequence[Series]) -> tuple[tuple[Ridge, ...], Array
             rows.append(np.stack([points, baselines.usual_error(step.scale)]))
         points, usual = np.stack(rows, axis=2)[:, :, LAGS - 1 :]
         truth = truth_of(values[..., :N_TARGETS])[:, LAGS - 1 :, :, None, :N_HORIZONS]
-        ratio = (truth - points) / usual
+        # what was constant so far is usually off by nothing: its first change is no multiple of that
+        ratio = np.clip((truth - points) / usual, -MOST_RESIDUAL, MOST_RESIDUAL)
         collected.append(ratio.reshape(-1, *ratio.shape[2:]))
     ratios = np.concatenate(collected)
     residuals = np.zeros((N_TARGETS, len(NAMES), N_HORIZONS, len(QUANTILES)), np.float32)

@@ -12,12 +12,14 @@ import json
 import math
 import os
 import random
+import shutil
 import socket
 import struct
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,8 @@ from train.loads import Job, jobs_of
 PERIOD_S = 1.0
 FLUSH_S = 10.0
 LINK_BYTES_PER_S = 1.25e9
+CHATTER = ("127.0.0.1", 9)
+"""The discard port: nobody listens there."""
 LONGEST_JOB_S = 180.0
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _SUBREAPER = 36
@@ -165,13 +169,19 @@ def record(spec: Spec, stop: threading.Event, began_s: float) -> None:
     sampler = Sampler(time.monotonic, node_cpus=spec.cpus, link_bytes_per_s=LINK_BYTES_PER_S, count_loopback=True)
     processes = Processes(spec.cpus, spec.memory_bytes, spec.isolated)
     log = TelemetryLog(spec.out, spec.name, f"{spec.name}-{int(time.time())}", LogLimits(flush_s=FLUSH_S))
+    rng = random.Random(spec.seed * 1000 + spec.index + 1)
+    usual_bytes = math.exp(rng.uniform(math.log(100.0), math.log(5000.0)))
+    chatter = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     due_s = time.monotonic()
     while not stop.wait(max(0.0, due_s - time.monotonic())):
         now_s = time.monotonic()
         row = log_row(processes.complete(sampler.read(), now_s), now_s - began_s)
         log.append(row, time.time())
+        with suppress(OSError):  # no machine's network is ever quite silent
+            chatter.sendto(bytes(min(60_000, int(usual_bytes * rng.lognormvariate(0.0, 0.5)))), CHATTER)
         due_s += PERIOD_S * (1 + max(0, int((time.monotonic() - due_s) / PERIOD_S)))
     log.flush(time.time())
+    chatter.close()
 
 
 def run_job(spec: Spec, job: Job, stop: threading.Event, began_s: float) -> None:
@@ -262,6 +272,9 @@ def main() -> None:
             break
         run_job(spec, job, stop, began_s)
     reader.join()
+    shutil.rmtree(spec.scratch, ignore_errors=True)
+    with suppress(OSError):
+        Path(spec.scratch).parent.rmdir()  # the last one does, where whoever started us is gone
     say(event="done")
 
 

@@ -11,7 +11,7 @@ from models.series import Series
 from shadecast.capacity import log_headroom
 from tests.models.conftest import small_model, wave
 from train.backtest import onset_rows
-from train.evaluate import instants, judge, onset_truth
+from train.evaluate import instants, judge, onset_truth, scaled_baselines
 from train.onsets import chance_above, cold, headroom_error, onset_within, onsets, recall_at_precision
 
 LOW, HIGH = 0.1, 0.8
@@ -107,3 +107,12 @@ def test_rows_of_onsets_tell_a_forecast_that_knows_from_one_that_does_not() -> N
     assert {h for _, h in found} == {1.0, 2.0, 3.0, 5.0, 8.0, 10.0}
     assert [found["knows", h] for h in (1.0, 2.0, 3.0)] == [1.0, 1.0, 1.0]
     assert [found["blind", h] for h in (1.0, 2.0, 3.0)] == [0.0, 0.0, 0.0]
+
+
+def test_a_meter_that_stood_still_and_then_moves_does_not_blow_up_the_baselines_residuals() -> None:
+    """A network that is silent for most of the time: its first byte is no multiple of how far off one usually is."""
+    values = wave(400)[0]
+    values[:, 2] = np.where(np.arange(400) % 100 < 85, 0.0, 1e6)
+    _, residuals = scaled_baselines([Series("silent", "m", "0", 1.0, values)])
+    assert np.isfinite(residuals).all()
+    assert np.abs(residuals).max() <= 100.0

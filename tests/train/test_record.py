@@ -158,7 +158,9 @@ def test_a_recording_that_is_ended_early_ends_its_machines_and_keeps_what_it_has
 ) -> None:
     out = tmp_path / "log"
     command = [sys.executable, "-m", "train.record", "--machines", "1", "--minutes", "5", "--seed", "7", "--plain"]
-    process = subprocess.Popen([*command, "--out", str(out)], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    process = subprocess.Popen(
+        [*command, "--out", str(out)], env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    )
     until_s = time.monotonic() + 120.0
     while not list(out.rglob("*.parquet")):
         assert time.monotonic() < until_s, "nothing was written"
@@ -170,6 +172,7 @@ def test_a_recording_that_is_ended_early_ends_its_machines_and_keeps_what_it_has
     process.wait(60)
     _, alive = psutil.wait_procs(started, timeout=30)
     assert not alive
+    assert not list(tmp_path.glob("shadecast-record-*")), "scratch folders are gone, too"
     assert len(read_folder(out)) == 1
     if how is signal.SIGINT:
         assert process.returncode == 0
