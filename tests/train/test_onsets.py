@@ -110,9 +110,9 @@ def test_rows_of_onsets_tell_a_forecast_that_knows_from_one_that_does_not() -> N
 
 
 def test_a_meter_that_stood_still_and_then_moves_does_not_blow_up_the_baselines_residuals() -> None:
-    """A network that is silent for most of the time: its first byte is no multiple of how far off one usually is."""
-    values = wave(400)[0]
-    values[:, 2] = np.where(np.arange(400) % 100 < 85, 0.0, 1e6)
+    """A network that was silent at first: its first byte is no multiple of how far off one usually is."""
+    values = wave(100)[0]
+    values[:, 2] = np.where(np.arange(100) < 75, 0.0, 1e6)
     _, residuals = scaled_baselines([Series("silent", "m", "0", 1.0, values)])
     assert np.isfinite(residuals).all()
     assert np.abs(residuals).max() <= 100.0
