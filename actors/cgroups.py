@@ -85,15 +85,18 @@ class MemoryGroup:
     usage: str
     limit_bytes: float
 
-    def used_bytes(self) -> float:
+    def stat(self) -> dict[str, float]:
+        """Its memory.stat; empty where unreadable."""
+        return dict(read_fields(self.folder / "memory.stat"))
+
+    def used_bytes(self, stat: Mapping[str, float]) -> float:
         """What cannot be reclaimed: usage less the file pages on the reclaim lists and reclaimable slab.
 
         These are what MemAvailable of /proc/meminfo counts as available. tmpfs and shared memory (on the anonymous
         lists), mlocked pages (on the unevictable one), kernel memory and sockets stay in. Dirty pages do not: reclaim
         writes them out, and the kernel slows whoever makes more. Anonymous memory stays in even where there is swap: a
-        model that is swapped out does not answer. NaN without memory.stat: usage alone may be mostly cache.
+        model that is swapped out does not answer. NaN without `stat`, memory.stat: usage alone may be mostly cache.
         """
-        stat = read_fields(self.folder / "memory.stat")
         total = "total_" if "total_inactive_file" in stat or "total_active_file" in stat else ""
         lists = [stat.get(total + name, 0.0) for name in ("active_file", "inactive_file", "slab_reclaimable")]
         return max(0.0, read_number(self.folder / self.usage) - sum(lists)) if stat else NAN

@@ -10,16 +10,16 @@ import logging
 import math
 import threading
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from actors.procfs import read_text
-from actors.telemetry import Sample
+from actors.telemetry import Sample, log_row
 from models.forecaster import Model, OnlineForecaster, forecast_of
-from models.grid import CHANNELS, STEPS
+from models.grid import CHANNELS, EXTENDED, STEPS
 from models.recurrence import Event, Recurrence
 from shadecast.types import Forecast, NodeReport, NodeSnapshot
 
@@ -199,7 +199,7 @@ class NodeForecaster:
 
 
 def channel_values(sample: Sample) -> np.ndarray[Any, Any]:
-    """What the model sees of a sample, [1, channel]: the exogenous load, not ours."""
+    """What a model may see of a sample, [1, channel]: the exogenous load, not ours; behind it the further channels."""
     snapshot = sample.snapshot
     known = {
         "cpu": snapshot.cpu_background_fraction,
@@ -208,14 +208,15 @@ def channel_values(sample: Sample) -> np.ndarray[Any, Any]:
         "context_switches": sample.context_switches_per_s,
         "load": sample.load1,
         "disk_busy": sample.disk_busy_fraction,
+        "process_starts": sample.process_starts_per_s,
+        "runnable": sample.runnable,
+        "blocked": sample.blocked,
+        "system": sample.system_fraction,
+        "io_wait": sample.io_wait_fraction,
+        "page_faults": sample.page_faults_per_s,
+        "io_bytes": sample.io_bytes_per_s,
     }
-    return np.asarray([[known[name] for name in CHANNELS]], np.float32)
-
-
-def log_row(sample: Sample, t_s: float) -> dict[str, Any]:
-    """One line of the telemetry log, columns as in `models.schema`."""
-    extra = ("disk_busy_fraction", "load1", "context_switches_per_s", "runnable", "replicas")
-    return {"t_s": t_s, **asdict(sample.snapshot), **{name: getattr(sample, name) for name in extra}}
+    return np.asarray([[known[name] for name in CHANNELS + EXTENDED]], np.float32)
 
 
 def own_rss_bytes() -> int:

@@ -11,9 +11,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 TICKS_PER_S = float(os.sysconf("SC_CLK_TCK"))
 NAN = float("nan")
+SECTOR_BYTES = 512
+"""What the kernel counts disks in, whatever their own sectors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,36 +78,46 @@ def read_fields(path: Path | str) -> Mapping[str, float]:
 class HostStat:
     """Cumulative counters of /proc/stat. CPU in seconds; `busy_s` over all cores, `cores` one by one.
 
-    Busy includes stolen time; idle and iowait are not busy, guest time is already inside user time.
+    Busy includes stolen time; idle and iowait are not busy, guest time is already inside user time. `system_s` includes
+    interrupts. `starts` counts threads, too; `runnable` and `blocked` are threads of this moment.
     """
 
     busy_s: float = NAN
     context_switches: float = NAN
     runnable: float = NAN
+    blocked: float = NAN
+    starts: float = NAN
+    system_s: float = NAN
+    io_wait_s: float = NAN
     cores: Mapping[int, float] = field(default_factory=dict)
 
 
 def host_stat(proc: Path) -> HostStat:
     """Read /proc/stat; lines that are malformed are left out."""
-    busy_s = switches = runnable = NAN
+    busy_s = switches = runnable = blocked = starts = system_s = io_wait_s = NAN
     cores: dict[int, float] = {}
     for line in (read_text(proc / "stat") or "").splitlines():
         words = line.split()
         try:
             if line.startswith("cpu"):
-                user, nice, system, _idle, _iowait, irq, softirq, steal = (number(w) for w in words[1:9])
+                user, nice, system, _idle, waiting, irq, softirq, steal = (number(w) for w in words[1:9])
                 used_s = (user + nice + system + irq + softirq + steal) / TICKS_PER_S
                 if words[0] == "cpu":
                     busy_s = used_s
+                    system_s, io_wait_s = (system + irq + softirq) / TICKS_PER_S, waiting / TICKS_PER_S
                 else:
                     cores[int(words[0][3:])] = used_s
             elif line.startswith("ctxt"):
                 switches = number(words[1])
             elif line.startswith("procs_running"):
                 runnable = number(words[1])
+            elif line.startswith("procs_blocked"):
+                blocked = number(words[1])
+            elif line.startswith("processes"):
+                starts = number(words[1])
         except (IndexError, ValueError):
             continue
-    return HostStat(busy_s, switches, runnable, cores)
+    return HostStat(busy_s, switches, runnable, blocked, starts, system_s, io_wait_s, cores)
 
 
 def memory_fraction(info: Mapping[str, float]) -> float:
@@ -137,9 +150,16 @@ def pressure_total_s(text: str | None, kind: str = "some") -> float:
     return NAN
 
 
-def disk_busy_s(proc: Path) -> Mapping[str, float]:
-    """Cumulative seconds each whole disk was busy (loop, ram and partitions left out)."""
-    out: dict[str, float] = {}
+class DiskUse(NamedTuple):
+    """Cumulative: seconds in which the disk was busy, bytes that it has read and written."""
+
+    busy_s: float
+    moved_bytes: float
+
+
+def disk_use(proc: Path) -> Mapping[str, DiskUse]:
+    """What each whole disk has done (loop, ram and partitions left out)."""
+    out: dict[str, DiskUse] = {}
     for line in (read_text(proc / "diskstats") or "").splitlines():
         words = line.split()
         if len(words) < 13 or words[2].startswith(("loop", "ram", "zram")):
@@ -148,7 +168,8 @@ def disk_busy_s(proc: Path) -> Mapping[str, float]:
         if any(name != disk and name.startswith(disk) for disk in out):
             continue
         try:
-            out[name] = number(words[12]) / 1000.0
+            moved_bytes = (number(words[5]) + number(words[9])) * SECTOR_BYTES
+            out[name] = DiskUse(number(words[12]) / 1000.0, moved_bytes)
         except ValueError:
             continue
     return out

@@ -25,6 +25,9 @@ Network is the fullest device, the greater direction over its link speed; `actor
 kernel does not account network by process, so the background is the total less what `serving_bytes_per_s` says our own
 requests moved (default 0).
 
+Starts, waits, page faults, input and output are those of the scope (`actors.activity`), NaN where several raylets
+share it.
+
 Readers are independent: what one of them cannot read is NaN, and the others go on.
 """
 
@@ -34,25 +37,29 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TypeVar
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
 
 from actors import cgroups, network
+from actors.activity import Activity, group_activity, host_activity, own_pids
 from actors.gpu import GpuReader
 from actors.procfs import (
     NAN,
     TICKS_PER_S,
+    DiskUse,
     HostStat,
     RayTrees,
     Roots,
     TreeUse,
-    disk_busy_s,
+    disk_use,
     host_stat,
     memory_fraction,
+    number,
     pressure_total_s,
     raylet_above,
     read_fields,
-    read_number,
     read_text,
 )
 from shadecast.types import NodeSnapshot
@@ -75,7 +82,33 @@ class Sample:
     load1: float = NAN
     context_switches_per_s: float = NAN
     runnable: float = NAN
+    blocked: float = NAN
+    process_starts_per_s: float = NAN
+    system_fraction: float = NAN
+    io_wait_fraction: float = NAN
+    page_faults_per_s: float = NAN
+    io_bytes_per_s: float = NAN
     replicas: int = 0
+
+
+def log_row(sample: Sample, t_s: float) -> dict[str, Any]:
+    """One line of the telemetry log, columns as in `models.schema`."""
+    return {"t_s": t_s, **asdict(sample.snapshot), **{name: getattr(sample, name) for name in _LOGGED}}
+
+
+_LOGGED = (
+    "disk_busy_fraction",
+    "load1",
+    "context_switches_per_s",
+    "runnable",
+    "blocked",
+    "process_starts_per_s",
+    "system_fraction",
+    "io_wait_fraction",
+    "page_faults_per_s",
+    "io_bytes_per_s",
+    "replicas",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +126,8 @@ class _Counters:
     stalled_cpu_s: float
     stalled_memory_s: float
     network: Mapping[str, tuple[float, float]]
-    disks: Mapping[str, float]
+    disks: Mapping[str, DiskUse]
+    activity: Activity
 
 
 @dataclass(slots=True)
@@ -123,6 +157,8 @@ class Sampler:
     _links: dict[str, float] = field(default_factory=dict)
     """Speed of each network device that counts."""
     _devices: frozenset[str] = frozenset()
+    _own_pids: bool = False
+    """Whether the last pid of /proc/loadavg is that of our own container."""
     _resolved_s: float = -math.inf
     _last: _Counters | None = None
     _told: set[tuple[str, str]] = field(default_factory=set)
@@ -146,13 +182,15 @@ class Sampler:
         memory: Sequence[cgroups.MemoryGroup] = self._try(
             "memory limits", lambda: cgroups.memory_groups(found, host_bytes), ()
         )
+        stats = {g.folder: self._try("memory of groups", g.stat, dict[str, float]()) for g in memory}
+        load = (read_text(roots.proc / "loadavg") or "").split()
         if resolve:
-            self._resolved_s = now_s
+            self._resolved_s, self._own_pids = now_s, own_pids(roots.proc)
             self._try("processes", lambda: self._look_around(scope), None)
         uses = self._try("processes", self._trees.scan, dict[int, TreeUse]())
         seen = self._raylet in uses if self._raylet else bool(self._trees.known)
         use = uses.get(self._raylet, TreeUse())
-        new, old = self._count(now_s, host, scope, memory), self._last
+        new, old = self._count(now_s, host, scope, memory, stats, load[-1:]), self._last
         self._last = new
         if resolve or self._devices != new.network.keys():
             self._try("network devices", lambda: self._look_at_devices(frozenset(new.network)), None)
@@ -183,7 +221,7 @@ class Sampler:
         snapshot = NodeSnapshot(
             cpu_fraction=_fraction(cpus / limit),
             cpu_background_fraction=_fraction(background / limit),
-            memory_fraction=self._memory_fraction(info, memory),
+            memory_fraction=self._memory_fraction(info, memory, stats),
             network_fraction=_fraction(carried),
             network_background_fraction=_fraction(carried * (1.0 - serving)),
             net_rx_bytes_per_s=rx,
@@ -193,16 +231,24 @@ class Sampler:
             gpu_fraction=gpu,
             gpu_memory_fraction=gpu_memory,
         )
-        busiest = [_rate(old.disks[d], new.disks[d], dt_s) for d in new.disks if d in old.disks]
+        busiest = [_rate(old.disks[d].busy_s, new.disks[d].busy_s, dt_s) for d in new.disks if d in old.disks]
+        did, does = old.activity, new.activity
+        did_dt_s = dt_s if did.source == does.source else NAN
         return Sample(
             snapshot=snapshot,
             scope="tree" if len(self._sharing) > 1 else "cgroup" if scope.group else "host",
             cpu_limit=limit,
             memory_limit_bytes=memory[0].limit_bytes if memory else NAN,
             disk_busy_fraction=_fraction(_greatest(busiest)),
-            load1=read_number(roots.proc / "loadavg"),
+            load1=_number(load[:1]),
             context_switches_per_s=_rate(old.host.context_switches, host.context_switches, dt_s),
-            runnable=host.runnable,
+            runnable=does.runnable,
+            blocked=does.blocked,
+            process_starts_per_s=_rate(did.starts, does.starts, did_dt_s),
+            system_fraction=_fraction(_rate(did.system_s, does.system_s, did_dt_s) / limit),
+            io_wait_fraction=_fraction(_rate(did.io_wait_s, does.io_wait_s, did_dt_s)),
+            page_faults_per_s=_rate(did.page_faults, does.page_faults, did_dt_s),
+            io_bytes_per_s=_rate(did.io_bytes, does.io_bytes, did_dt_s),
             replicas=use.replicas,
         )
 
@@ -240,8 +286,14 @@ class Sampler:
         others = (pid for pid in raylets if pid != self._raylet and self._shares(scope, pid))
         self._sharing = (self._raylet, *others) if self._raylet else ()
 
-    def _count(
-        self, now_s: float, host: HostStat, scope: cgroups.CpuScope, memory: Sequence[cgroups.MemoryGroup]
+    def _count(  # noqa: PLR0917 - what has been read so far
+        self,
+        now_s: float,
+        host: HostStat,
+        scope: cgroups.CpuScope,
+        memory: Sequence[cgroups.MemoryGroup],
+        stats: Mapping[Path, Mapping[str, float]],
+        last_pid: Sequence[str],
     ) -> _Counters:
         proc = self.roots.proc
         group, limited = scope.group, memory[0] if memory else None
@@ -252,6 +304,15 @@ class Sampler:
         def stalled_memory_s() -> float:
             return limited.stalled_s() if limited else pressure_total_s(read_text(proc / "pressure/memory"), "full")
 
+        def activity() -> Activity:
+            if len(self._sharing) > 1:
+                return Activity()
+            if group:
+                stat = stats[limited.folder] if limited else {}
+                return group_activity(group, self._found, stat, _number(last_pid) if self._own_pids else NAN)
+            return host_activity(proc, host, disks) if scope.whole_host else Activity()
+
+        disks: Mapping[str, DiskUse] = self._try("disks", lambda: disk_use(proc), {})
         return _Counters(
             at_s=now_s,
             host=host,
@@ -261,7 +322,8 @@ class Sampler:
             stalled_cpu_s=self._try("CPU pressure", stalled_cpu_s, NAN),
             stalled_memory_s=self._try("memory pressure", stalled_memory_s, NAN),
             network=self._try("network", lambda: network.network_bytes(proc), {}),
-            disks=self._try("disks", lambda: disk_busy_s(proc), {}),
+            disks=disks,
+            activity=self._try("activity", activity, Activity()),
         )
 
     def _cpus(self, old: _Counters, new: _Counters, scope: cgroups.CpuScope, use: TreeUse, dt_s: float) -> float:
@@ -278,9 +340,16 @@ class Sampler:
         told = scope.whole_host or around or not math.isnan(new.group_s)
         return total if told or not use.processes else use.tree_s / dt_s
 
-    def _memory_fraction(self, info: Mapping[str, float], groups: Sequence[cgroups.MemoryGroup]) -> float:
+    def _memory_fraction(
+        self,
+        info: Mapping[str, float],
+        groups: Sequence[cgroups.MemoryGroup],
+        stats: Mapping[Path, Mapping[str, float]],
+    ) -> float:
         host = self._try("memory", lambda: memory_fraction(info), NAN)
-        used = [self._try("memory of groups", group.used_bytes, NAN) / group.limit_bytes for group in groups]
+        used = [
+            self._try("memory of groups", partial(g.used_bytes, stats[g.folder]), NAN) / g.limit_bytes for g in groups
+        ]
         return _fraction(_greatest([host, *used]))
 
     def _network(self, old: _Counters, new: _Counters, dt_s: float) -> tuple[float, float, float]:
@@ -305,6 +374,13 @@ class Sampler:
 def _rate(old: float, new: float, dt_s: float) -> float:
     """What a counter gained a second; NaN where it went back: it was reset or has wrapped, and nobody knows which."""
     return (new - old) / dt_s if new >= old else NAN
+
+
+def _number(words: Sequence[str]) -> float:
+    try:
+        return number(words[0])
+    except (IndexError, ValueError):
+        return NAN
 
 
 def _greatest(values: Sequence[float]) -> float:

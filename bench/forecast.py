@@ -37,9 +37,10 @@ from shadecast.errors import ShadecastError
 from shadecast.types import QUANTILES
 from train.backtest import backtest, mean_of
 from train.dataset import data_hash, pieces, split_machines, split_recordings
-from train.evaluate import Instants, instants, judge, prior_skill, scaled_baselines
+from train.evaluate import Instants, horizon_indices, instants, judge, onset_truth, prior_skill, scaled_baselines
 from train.job import WARM_LEARNING_RATE
-from train.loop import TrainConfig, fit
+from train.loop import TrainConfig, device_of, fit
+from train.onsets import onsets
 from train.plots import bands_png
 
 OWN = SHIPPED.parent / "data"
@@ -87,9 +88,9 @@ def train_model(train: Sequence[Series], config: TrainConfig, made_up: int, star
         net.load_state_dict(start.net.state_dict())
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task(f"training on {len(data)} pieces", total=config.epochs)
-        fit(net, data, config, None, lambda _: bar.advance(task))
+        fit(net, data, config, None, lambda _: bar.advance(task), device=device_of("auto"))
     ridge, residuals = scaled_baselines(fitted)
-    model = Model("bench", net.eval(), ridge, residuals, np.full((N_TARGETS, N_HORIZONS), np.nan, np.float32))
+    model = Model("bench", net.cpu().eval(), ridge, residuals, np.full((N_TARGETS, N_HORIZONS), np.nan, np.float32))
     return replace(model, prior_skill=prior_skill(judge(model, check)))
 
 
@@ -101,8 +102,9 @@ def models_of(
     Training goes on from the shipped weights, unless these were trained on one of the machines to be judged.
     """
     registry = Registry(arguments.registry)
+    given = {"retrained": version_of(arguments.weights, held)} if arguments.weights else {}
     if arguments.champion:
-        return {"lstm": registry.load(registry.champion())}, None
+        return {"lstm": registry.load(registry.champion()), **given}, None
     start = None
     if arguments.start == "champion":
         start = registry.load(registry.champion())
@@ -116,7 +118,32 @@ def models_of(
         seed=arguments.seed,
     )
     trained = train_model(train, config, arguments.made_up, start)
-    return {"lstm": trained} | ({"shipped": start} if start else {}), config
+    return {"lstm": trained} | ({"shipped": start} if start else {}) | given, config
+
+
+def version_of(path: Path, held: Sequence[Series]) -> Model:
+    """The version in this folder, or the champion of the registry that it is; says so where it knows what is judged."""
+    registry = Registry(str(path if (path / "champion.json").exists() else path.parent))
+    version = registry.champion() if (path / "champion.json").exists() else path.name
+    seen = set(registry.card(version).get("trained_on", [])) & {f"{s.source}/{s.machine}" for s in held}
+    if seen:
+        print(f"{version} was trained on {', '.join(sorted(seen))}, which are judged here", file=sys.stderr)
+    return registry.load(version)
+
+
+def onset_counts(held: Sequence[Series]) -> dict[str, dict[str, Any]]:
+    """By source: onsets in all, instants after 5 s of quiet, and the share of these before an onset by each horizon."""
+    found: dict[str, dict[str, Any]] = {}
+    for source in sorted({s.source for s in held}):
+        mine = [s for s in held if s.source == source]
+        calm, came = onset_truth(mine)
+        share = {}
+        for index, horizon_s in horizon_indices(mine[0].period_s):
+            known = came[calm & np.isfinite(came[:, index]), index]
+            share[f"{horizon_s:g}"] = round(float(known.mean()), 4) if len(known) else None
+        onsets_in_all = sum(int(onsets(s.values[:, 0]).sum()) for s in mine)
+        found[source] = {"onsets": onsets_in_all, "instants": int(calm.sum()), "share": share}
+    return found
 
 
 def draw(folder: Path, model: Model, held: Sequence[Series]) -> list[Path]:
@@ -156,6 +183,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "trained_machines": sorted({f"{s.source}/{s.machine}" for s in train}),
         "judged_machines": sorted({f"{s.source}/{s.machine}" for s in held}),
         "sources_without_own_baselines": sorted({s.source for s in held} - {s.source for s in train}),
+        "onsets": onset_counts(held),
         "train_s": round(trained_s, 1),
         "wall_s": round(time.time() - started_s, 1),
         "machine": {"cpus": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version()},
@@ -173,6 +201,8 @@ def show(document: dict[str, Any], console: Console) -> None:
     for name in dict.fromkeys(row["model"] for row in document["rows"]):
         table.add_row(name, *(f"{mean_of(document['rows'], name, metric):.3f}" for metric in names))
     console.print(table)
+    for source in dict.fromkeys(row["source"] for row in document["rows"]):
+        console.print(onset_table(document, source))
     detail = Table(title="skill over last value / ridge-60, coverage")
     for column in ("source", "target", "horizon", "lstm", "lstm_gated", "gate open"):
         detail.add_column(column)
@@ -189,11 +219,43 @@ def show(document: dict[str, Any], console: Console) -> None:
     console.print(detail)
 
 
+def onset_table(document: dict[str, Any], source: str) -> Table:
+    """Onset recall and headroom error of every model on one source."""
+    counts = document["onsets"][source]
+    table = Table(
+        title=f"{source}: recall of onsets after 5 s of quiet at precision .7 / error of the expected log headroom "
+        f"({counts['onsets']} onsets, {counts['instants']} instants)"
+    )
+    cells: dict[str, dict[float, dict[str, float]]] = {}
+    for row in document["rows"]:
+        is_ours = (row["source"], row["target"]) == (source, "cpu")
+        if is_ours and row["metric"] in ("onset_recall_p70", "headroom_error"):
+            by_horizon = cells.setdefault(row["model"], {}).setdefault(row["horizon_s"], {})
+            by_horizon[row["metric"]] = row["value"]
+    horizons = sorted({h for by in cells.values() for h in by})
+    table.add_column("model")
+    for h in horizons:
+        share = counts["share"].get(f"{h:g}")
+        table.add_column(f"{h:g} s" + (f" ({share:.3f})" if share is not None else ""))
+    for model, by in cells.items():
+        pairs = [by.get(h, {}) for h in horizons]
+        table.add_row(model, *(f"{_shown(p, 'onset_recall_p70')} / {_shown(p, 'headroom_error')}" for p in pairs))
+    return table
+
+
+def _shown(values: dict[str, float], name: str) -> str:
+    value = values.get(name)
+    return "-" if value is None else f"{value:.3f}"
+
+
 def default_folders() -> list[Path]:
     """The project's own recordings, and the public telemetry where it is present."""
     root = Path(__file__).resolve().parent.parent
     public = Path(os.environ.get("SHADECAST_DATA", root / "../shared/data")) / "telemetry"
-    return [OWN, *([public] if public.is_dir() else [])]
+    if not public.is_dir():
+        print(f"no public telemetry at {public} (SHADECAST_DATA): own recordings alone are judged", file=sys.stderr)
+        return [OWN]
+    return [OWN, public]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -202,6 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--telemetry", type=Path, nargs="+", help="folders of Parquet telemetry to train on")
     parser.add_argument("--judge", type=Path, nargs="+", help="judge on all of these instead of held-out machines")
     parser.add_argument("--champion", action="store_true", help="judge the shipped model, train nothing but baselines")
+    parser.add_argument("--weights", type=Path, help="judge this version, too: a registry or a version in it")
     parser.add_argument("--registry", default=str(SHIPPED), help="where the champion lives")
     parser.add_argument("--start", choices=("champion", "nothing"), default="champion", help="weights to train on from")
     parser.add_argument("--json", type=Path, help=f"result file; without it {DOCS}.json, .md and plots are written")

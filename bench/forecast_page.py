@@ -49,6 +49,11 @@ def page(document: dict[str, Any], pictures: Sequence[str]) -> str:
         "## By source, target and horizon",
         "Skill over last value / skill over ridge-60 / coverage of the .1-.9 interval.",
         details(rows),
+        "## Onsets",
+        "An onset: CPU of others rises above .4 and stays for two samples or more. Recall at a precision of .7 among "
+        "the instants after 5 s of quiet, of an onset by then / mean absolute error of the expected log headroom of "
+        "CPU.",
+        onset_page(rows),
         "## The gate",
         gate_table(rows),
         "## Overload (cpu and memory beyond 90 %, network beyond the 90 % quantile of the training machines)",
@@ -126,6 +131,21 @@ def overload(rows: Sequence[Row]) -> str:
         return " / ".join(f"{sum(v) / len(v):.2f}" if v else "-" for v in values)
 
     return table(("source", "target", *(f"`{m}`" for m in shown)), ([*p, *(cell(p, m) for m in shown)] for p in pairs))
+
+
+def onset_page(rows: Sequence[Row]) -> str:
+    """Recall and headroom error of every model by source; "-" where nothing came or the horizon is not judged."""
+    recall, error = cells(rows, "onset_recall_p70"), cells(rows, "headroom_error")
+    horizons = (1.0, 2.0, 3.0, 5.0, 10.0)
+
+    def cell(source: str, model: str, ahead_s: float) -> str:
+        key = (source, "cpu", ahead_s)
+        values = (by.get(key, {}).get(model) for by in (recall, error))
+        return " / ".join("-" if v is None else f"{v:.2f}" for v in values)
+
+    pairs = dict.fromkeys((k[0], model) for k in sorted(error) if k[1] == "cpu" for model in error[k])
+    header = ("source", "model", *(f"{h:g} s" for h in horizons))
+    return table(header, ([s, f"`{m}`", *(cell(s, m, h) for h in horizons)] for s, m in pairs))
 
 
 def losses(rows: Sequence[Row]) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.adaptive import AdaptiveRidge
-from models.grid import CHANNELS, LONGEST, N_HORIZONS, N_TARGETS, STEPS, Array
+from models.grid import CHANNELS, EXTENDED, LONGEST, N_HORIZONS, N_TARGETS, STEPS, Array
 from models.running import HALF_LIFE, Running
 
 SHORT_HALF_LIFE = 5.0
@@ -33,11 +33,15 @@ _COMPARED = [0, 3, 5]
 """Horizons whose anchor errors are inputs: nearest, middle, farthest."""
 _OTHERS = np.array([[c for c in np.roll(np.arange(len(CHANNELS)), -t - 1) if c != t] for t in range(N_TARGETS)])
 """Per target the other channels, [target, channel - 1]."""
-_IS_FRACTION = np.arange(len(CHANNELS)) < 2
+_IS_FRACTION = np.array([*(c < 2 for c in range(len(CHANNELS))), *(n in ("system", "io_wait") for n in EXTENDED)])
 _AHEAD = np.asarray(STEPS, np.float32)
 _IDENTITY = np.eye(N_TARGETS, dtype=np.float32)
 
 N_FEATURES = 7 + 3 * (len(CHANNELS) - 1) + 4 + N_TARGETS + len(_COMPARED) * (N_ANCHORS - 1) + N_LAGS + N_HORIZONS
+
+
+N_EXTENDED_FEATURES = N_FEATURES + 4 * len(EXTENDED)
+"""With the further channels: level, change and trend of each, and whether it is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +67,13 @@ _HALF_LIVES = (HALF_LIFE, SHORT_HALF_LIFE, HALF_LIFE, SHORT_HALF_LIFE, DRIFT_HAL
 
 @dataclass(slots=True)
 class Features:
-    """Running features of `series` nodes. Feed one row per sample; NaN means missing."""
+    """Running features of `series` nodes. Feed one row per sample; NaN means missing.
+
+    `extended` also makes inputs of the further channels, behind the others; without it rows may have them or not.
+    """
 
     series: int
+    extended: bool = False
     _level: Array = field(init=False)
     _seen: Array = field(init=False)
     _means: Running = field(init=False)
@@ -75,7 +83,7 @@ class Features:
     _peak: Array = field(init=False)
 
     def __post_init__(self) -> None:
-        s, c = self.series, len(CHANNELS)
+        s, c = self.series, len(CHANNELS) + len(EXTENDED) * self.extended
         self._level = np.zeros((s, c), np.float32)
         self._seen = np.zeros((s, c), np.float32)
         self._means = Running((len(_HALF_LIVES), s, c), _HALF_LIVES)
@@ -86,7 +94,7 @@ class Features:
 
     def step(self, values: Array, announced: Array | None = None) -> Step:
         """Take one sample [series, channel]; `announced` [series, horizon] is the known strength of events ahead."""
-        values = np.asarray(values, np.float32)
+        values = self._seen_of(np.asarray(values, np.float32))
         present = np.isfinite(values)
         filled = np.where(present, np.clip(values, -LARGEST, LARGEST), self._level)
         again = present & (self._seen > 0)
@@ -100,7 +108,8 @@ class Features:
         self._peak = np.maximum(self._peak * np.float32(0.9995), np.abs(filled))
 
         means = self._means.mean()
-        floor = np.where(_IS_FRACTION, np.float32(FLOOR), FLOOR * np.abs(means[_LEVEL]) + np.float32(1e-12))
+        fraction = _IS_FRACTION[: values.shape[1]]
+        floor = np.where(fraction, np.float32(FLOOR), FLOOR * np.abs(means[_LEVEL]) + np.float32(1e-12))
         spread = np.maximum(np.sqrt(means[_SQUARE]), floor)
         slow = np.maximum(means[_ROUGH], floor)
         fast = np.maximum(means[_ROUGH_SHORT], 0.1 * floor)
@@ -108,7 +117,7 @@ class Features:
             np.stack([(filled - means[_LEVEL]) / spread, (means[_SHORT] - means[_LEVEL]) / spread, jump / slow])
         )
         rough_now, burst = _squash(np.log(np.stack([slow / spread, fast / slow])))
-        level = filled / np.where(_IS_FRACTION, np.float32(1), np.maximum(self._peak, np.float32(1e-9)))
+        level = filled / np.where(fraction, np.float32(1), np.maximum(self._peak, np.float32(1e-9)))
 
         t = slice(0, N_TARGETS)
         self._judge_anchors(np.where(present, filled, np.nan)[:, t])
@@ -132,9 +141,20 @@ class Features:
             np.broadcast_to(_IDENTITY, (self.series, N_TARGETS, N_TARGETS)),
             np.broadcast_to(ahead[:, None], (self.series, N_TARGETS, N_HORIZONS)),
         ]
+        if self.extended:
+            more = np.stack([z * known, d * known, trend * known, known])[:, :, len(CHANNELS) :]
+            flat = np.moveaxis(more, 0, 1).reshape(self.series, 1, -1)
+            columns.append(np.broadcast_to(flat, (self.series, N_TARGETS, flat.shape[-1])))
         inputs = np.concatenate(columns, axis=-1, dtype=np.float32)
         unit = np.concatenate([best, best.mean(axis=-1, keepdims=True), best[..., -1:]], axis=-1)
         return Step(inputs, anchors, unit, scale, present[:, t])
+
+    def _seen_of(self, values: Array) -> Array:
+        """The channels that count here: further ones that are not wanted are cut off, wanted ones that lack are NaN."""
+        lacking = self._level.shape[1] - values.shape[1]
+        if lacking <= 0:
+            return values[:, : self._level.shape[1]]
+        return np.concatenate([values, np.full((len(values), lacking), np.nan, np.float32)], axis=1)
 
     def _anchors(self, means: Array, last: Array, spread: Array) -> Array:
         """Simple predictions [series, target, head, anchor]; those of the horizons are remembered to be judged."""

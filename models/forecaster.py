@@ -87,7 +87,7 @@ class OnlineForecaster:
         self._drift = Running((self.series,), 20.0)
         self._memory = np.full(self.series, np.nan, np.float32)
         self._samples = np.zeros((self.series, N_TARGETS), np.float32)
-        self._features = Features(self.series)
+        self._features = Features(self.series, self.model.net.config.extended)
         self._baselines = Baselines(self.series, self.model.ridge)
         self._start_scoring()
 
@@ -102,6 +102,8 @@ class OnlineForecaster:
 
     def swap(self, model: Model) -> None:
         """Go on with another version: what was learned about the node stays, what was learned about the model goes."""
+        if model.net.config.extended != self.model.net.config.extended:
+            self._features = Features(self.series, model.net.config.extended)  # of other channels: it starts anew
         self.model = model
         self._baselines.ridge = model.ridge
         self._start_scoring()

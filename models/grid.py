@@ -14,6 +14,8 @@ Array = NDArray[Any]
 TARGETS = RESOURCES
 COVARIATES: tuple[str, ...] = ("context_switches", "load", "disk_busy")
 CHANNELS: tuple[str, ...] = TARGETS + COVARIATES
+EXTENDED: tuple[str, ...] = ("process_starts", "runnable", "blocked", "system", "io_wait", "page_faults", "io_bytes")
+"""Further channels, which a net of extended inputs sees behind `CHANNELS`. Meters that lack them are masked."""
 N_TARGETS = len(TARGETS)
 STEPS = tuple(int(h) for h in HORIZONS_S)
 """Horizons in samples; the models count in samples, at 1 Hz these are seconds."""

@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from models.features import N_ANCHORS, N_FEATURES
+from models.features import N_ANCHORS, N_EXTENDED_FEATURES, N_FEATURES
 from models.grid import N_HEADS
 from shadecast.errors import ConfigError
 from shadecast.types import QUANTILES
@@ -39,6 +39,11 @@ class LstmConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or not 1 <= value <= 1024:
                 raise ConfigError(f"lstm.{name} = {value!r}: must be a whole number from 1 to 1024")
+
+    @property
+    def extended(self) -> bool:
+        """Whether the net sees the further channels."""
+        return self.features == N_EXTENDED_FEATURES
 
     @classmethod
     def from_mapping(cls, values: dict[str, Any]) -> Self:

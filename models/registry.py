@@ -26,9 +26,9 @@ import safetensors.torch
 import torch
 
 from models.baselines import LAGS, NAMES, Ridge
-from models.features import N_ANCHORS, N_FEATURES
+from models.features import N_ANCHORS, N_EXTENDED_FEATURES, N_FEATURES
 from models.forecaster import Model
-from models.grid import CHANNELS, N_HORIZONS, N_TARGETS, TARGETS
+from models.grid import CHANNELS, EXTENDED, N_HORIZONS, N_TARGETS, TARGETS
 from models.lstm import ForecastNet, LstmConfig
 from shadecast.errors import ConfigError, ShadecastError
 from shadecast.types import HORIZONS_S, QUANTILES
@@ -95,7 +95,7 @@ class Registry:
         expected = {
             "card_schema": CARD_SCHEMA,
             "targets": list(TARGETS),
-            "channels": list(CHANNELS),
+            "channels": _channels(bool((card.get("lstm") or {}).get("features") == N_EXTENDED_FEATURES)),
             "horizons_s": list(HORIZONS_S),
             "quantiles": list(QUANTILES),
         }
@@ -138,7 +138,7 @@ class Registry:
             "version": model.version,
             "card_schema": CARD_SCHEMA,
             "targets": list(TARGETS),
-            "channels": list(CHANNELS),
+            "channels": _channels(model.net.config.extended),
             "horizons_s": list(HORIZONS_S),
             "quantiles": list(QUANTILES),
             "lstm": {
@@ -219,10 +219,14 @@ class Registry:
 def _fitting(shape: Mapping[str, Any]) -> LstmConfig:
     """The card's shape; raises ConfigError where its inputs are not what this code's features make."""
     config = LstmConfig.from_mapping(dict(shape))
-    for name, made in (("features", N_FEATURES), ("anchors", N_ANCHORS)):
-        if getattr(config, name) != made:
-            raise ConfigError(f"lstm.{name} = {getattr(config, name)}: this code makes {made}")
+    for name, made in (("features", (N_FEATURES, N_EXTENDED_FEATURES)), ("anchors", (N_ANCHORS,))):
+        if getattr(config, name) not in made:
+            raise ConfigError(f"lstm.{name} = {getattr(config, name)}: this code makes {' or '.join(map(str, made))}")
     return config
+
+
+def _channels(extended: bool) -> list[str]:
+    return [*CHANNELS, *EXTENDED] if extended else list(CHANNELS)
 
 
 def _tensors(model: Model) -> dict[str, torch.Tensor]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from models.grid import CHANNELS, Array
+from models.grid import CHANNELS, EXTENDED, Array
 from models.schema import REQUIRED_COLUMNS
 from shadecast.errors import ShadecastError
 
@@ -29,6 +30,7 @@ class TelemetryError(ShadecastError, ValueError):
 class Series:
     """One uninterrupted recording: `values` [time, channel] on a grid of `period_s`, NaN where missing.
 
+    `extended` [time, channel] are the further channels, None where the recording has none of them.
     `began_wall_s` is the calendar time of its first row, NaN where the file does not tell.
     """
 
@@ -38,6 +40,13 @@ class Series:
     period_s: float
     values: Array
     began_wall_s: float = math.nan
+    extended: Array | None = None
+
+    @property
+    def all_values(self) -> Array:
+        """[time, channel]: `values`, and behind them the further channels, NaN where there are none."""
+        missing = np.full((len(self.values), len(EXTENDED)), np.nan, np.float32)
+        return np.concatenate([self.values, missing if self.extended is None else self.extended], axis=1)
 
     @property
     def ended_wall_s(self) -> float:
@@ -59,7 +68,7 @@ def series_of(frame: pd.DataFrame, source: str) -> Iterator[Series]:
             continue
         period_s = sampling_period_s(t_s)
         slot = np.round((t_s - t_s[0]) / period_s).astype(np.int64)
-        values = channels_of(rows)
+        values = np.concatenate([channels_of(rows), extended_of(rows)], axis=1)
         wall_s = rows["wall_s"].to_numpy(np.float64) if "wall_s" in rows.columns else None
         fresh = np.concatenate([[True], np.diff(slot) > 0])
         slot, values = slot[fresh], values[fresh]
@@ -67,10 +76,12 @@ def series_of(frame: pd.DataFrame, source: str) -> Iterator[Series]:
         if wall_s is not None:
             breaks |= np.abs(np.diff((wall_s - t_s)[fresh])) > CLOCK_STEP_S
         for part in np.split(np.arange(len(slot)), np.flatnonzero(breaks) + 1):
-            grid = np.full((slot[part[-1]] - slot[part[0]] + 1, len(CHANNELS)), np.nan, np.float32)
+            grid = np.full((slot[part[-1]] - slot[part[0]] + 1, values.shape[1]), np.nan, np.float32)
             grid[slot[part] - slot[part[0]]] = values[part]
             began_wall_s = float(wall_s[fresh][part[0]]) if wall_s is not None else math.nan
-            yield Series(source, str(machine), str(recording), period_s, grid, began_wall_s)
+            usual, more = np.ascontiguousarray(grid[:, : len(CHANNELS)]), grid[:, len(CHANNELS) :]
+            extended = more if np.isfinite(more).any() else None
+            yield Series(source, str(machine), str(recording), period_s, usual, began_wall_s, extended)
 
 
 def sampling_period_s(t_s: NDArray[np.float64]) -> float:
@@ -82,10 +93,7 @@ def sampling_period_s(t_s: NDArray[np.float64]) -> float:
 def channels_of(rows: pd.DataFrame) -> Array:
     """Values [time, channel]: the exogenous parts where the log has them, else totals; greater network direction."""
 
-    def column(name: str) -> Array:
-        if name not in rows.columns:
-            return np.full(len(rows), np.nan, np.float32)
-        return pd.to_numeric(rows[name], errors="coerce").to_numpy(np.float32)
+    column = partial(_column, rows)
 
     def first_known(*options: Array) -> Array:
         return next((o for o in options if np.isfinite(o).any()), options[-1])
@@ -106,6 +114,20 @@ def channels_of(rows: pd.DataFrame) -> Array:
     )
     values[~np.isfinite(values)] = np.nan
     return values.astype(np.float32)
+
+
+def extended_of(rows: pd.DataFrame) -> Array:
+    """The further channels [time, channel], in the order of `EXTENDED`; NaN where the table lacks them."""
+    names = ("process_starts_per_s", "runnable", "blocked", "system_fraction", "io_wait_fraction")
+    values = np.stack([_column(rows, n) for n in (*names, "page_faults_per_s", "io_bytes_per_s")], axis=1)
+    values[~np.isfinite(values)] = np.nan
+    return np.asarray(np.maximum(values, 0.0), np.float32)
+
+
+def _column(rows: pd.DataFrame, name: str) -> Array:
+    if name not in rows.columns:
+        return np.full(len(rows), np.nan, np.float32)
+    return pd.to_numeric(rows[name], errors="coerce").to_numpy(np.float32)
 
 
 def source_of(path: Path, folder: Path) -> str:

@@ -41,8 +41,11 @@ def truth_of(values: Array) -> Array:
     return truth
 
 
-def batch_of(values: Sequence[Array], announced: Sequence[Array] | None = None) -> Batch:
-    """Featurise arrays [time, channel] side by side; shorter ones are padded with missing rows."""
+def batch_of(values: Sequence[Array], announced: Sequence[Array] | None = None, extended: bool = False) -> Batch:
+    """Featurise arrays [time, channel] side by side; shorter ones are padded with missing rows.
+
+    `extended` makes inputs of the further channels, too.
+    """
     longest = max(len(v) for v in values)
     table = np.full((len(values), longest, values[0].shape[1]), np.nan, np.float32)
     events = np.zeros((len(values), longest, len(STEPS)), np.float32)
@@ -50,7 +53,7 @@ def batch_of(values: Sequence[Array], announced: Sequence[Array] | None = None) 
         table[i, : len(v)] = v
         if announced is not None:
             events[i, : len(v)] = announced[i]
-    features = Features(len(values))
+    features = Features(len(values), extended)
     steps = [features.step(table[:, t], events[:, t]) for t in range(longest)]
     targets = table[..., :N_TARGETS]
     return Batch(

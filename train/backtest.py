@@ -17,9 +17,22 @@ from models.baselines import Ridge, fit_dlinear, fit_ridge, residual_quantiles
 from models.forecaster import Model
 from models.grid import N_HORIZONS, N_TARGETS, TARGETS, Array
 from models.series import Series
-from train.evaluate import Instants, Judged, horizon_indices, instants, judge, metrics, with_residuals
+from train.evaluate import (
+    Instants,
+    Judged,
+    horizon_indices,
+    instants,
+    judge,
+    metrics,
+    onset_metrics,
+    onset_truth,
+    with_residuals,
+)
+from train.onsets import headroom_error
 
 OVERLOAD_FRACTION = 0.9
+VIEWS: Mapping[str, str] = {"": "quantiles", "_gated": "gated"}
+"""What of `Judged` appears as a forecast of its own: suffix of the model's name -> field of quantiles."""
 Row = dict[str, Any]
 
 
@@ -88,9 +101,9 @@ def backtest_source(
     judged: dict[str, Judged] = {name: judge(model, held) for name, model in models.items()}
     quantiles = quantiles_of(fit_points(train), seen)
     for name, one in judged.items():
-        quantiles |= {name: one.quantiles, f"{name}_gated": one.gated}
+        quantiles |= {f"{name}{suffix}": getattr(one, view) for suffix, view in VIEWS.items()}
     usual = instants(train).truth
-    rows: list[Row] = []
+    rows = onset_rows(source, held, quantiles)
     for t, target in enumerate(TARGETS):
         limit = OVERLOAD_FRACTION
         if target == "network":
@@ -99,6 +112,9 @@ def backtest_source(
         for index, horizon_s in horizon_indices(held[0].period_s):
             truth = seen.truth[:, t, index]
             results = {name: metrics(q[:, t, index], truth, limit) for name, q in quantiles.items()}
+            if target != "network":  # of which the public sources tell no fraction
+                for name in [n for n, found in results.items() if found]:
+                    results[name]["headroom_error"] = headroom_error(quantiles[name][:, t, index], truth)
             if extra is not None and horizon_s in (5.0, 10.0) and np.isfinite(truth).any():
                 results["gradient_boosting"] = metrics(extra(seen, t, index), truth, limit)
             rows += _rows(source, target, horizon_s, results)
@@ -108,6 +124,19 @@ def backtest_source(
                     key = {"source": source, "target": target, "horizon_s": horizon_s, "model": f"{name}_gated"}
                     rows.append({**key, "metric": "gate_mean", "value": float(gate.mean())})
                     rows.append({**key, "metric": "gate_open", "value": float((gate > 0).mean())})
+    return rows
+
+
+def onset_rows(source: str, held: Sequence[Series], quantiles: Mapping[str, Array]) -> list[Row]:
+    """How many onsets of CPU load after 5 s of quiet each model warns of, at a precision of .7, by each horizon."""
+    calm, came = onset_truth(held)
+    rows: list[Row] = []
+    for name, each in quantiles.items():
+        recalls = onset_metrics(each[:, 0], calm, came)
+        for index, horizon_s in horizon_indices(held[0].period_s):
+            if not math.isnan(recalls[index]):
+                row = {"source": source, "target": TARGETS[0], "horizon_s": horizon_s, "model": name}
+                rows.append({**row, "metric": "onset_recall_p70", "value": recalls[index]})
     return rows
 
 

@@ -94,7 +94,8 @@ def parts(series: Sequence[Series], from_s: float, to_s: float) -> list[Series]:
         inside = np.flatnonzero((at_s >= from_s) & (at_s < to_s))
         if len(inside):
             low, high = int(inside[0]), int(inside[-1]) + 1
-            found.append(replace(s, values=s.values[low:high], began_wall_s=float(at_s[low])))
+            more = None if s.extended is None else s.extended[low:high]
+            found.append(replace(s, values=s.values[low:high], began_wall_s=float(at_s[low]), extended=more))
     return found
 
 
@@ -114,20 +115,21 @@ def _shuffled(name: str, seed: int) -> str:
     return hashlib.sha256(f"{seed}/{name}".encode()).hexdigest()
 
 
-def real_pieces(series: Sequence[Series], length: int) -> list[Pieces]:
+def real_pieces(series: Sequence[Series], length: int, *, extended: bool = False) -> list[Pieces]:
     """Pieces of recorded series; each source has its own global unit of loss."""
     parts = []
     for source in sorted({s.source for s in series}):
         mine = [s for s in series if s.source == source and len(s.values) > 2 * WARM_UP]
         if mine:
-            parts.append(pieces_of(mine, units_of(mine), length))
+            parts.append(pieces_of(mine, units_of(mine), length, extended=extended))
     return parts
 
 
-def made_up_pieces(count: int, length: int, seed: int, first: int = 0) -> list[Pieces]:
+def made_up_pieces(count: int, length: int, seed: int, first: int = 0, *, extended: bool = False) -> list[Pieces]:
     """Pieces of the made-up series `first` to `first + count`; each series is its own world and has its own unit.
 
-    A series depends on the seed and its number only, however the work is shared out.
+    A series depends on the seed and its number only, however the work is shared out. They have no further channels: of
+    them a net learns to do without.
     """
     parts = []
     for start in range(first, first + count, 64):
@@ -135,15 +137,15 @@ def made_up_pieces(count: int, length: int, seed: int, first: int = 0) -> list[P
         drawn = [made_up(np.random.default_rng([seed, 7, i]), MADE_UP_LENGTH, f"made-up-{i}") for i in numbers]
         group = [s for s, _ in drawn]
         units = np.stack([units_of([s]) for s in group])
-        parts.append(pieces_of(group, units, length, [a for _, a in drawn]))
+        parts.append(pieces_of(group, units, length, [a for _, a in drawn], extended=extended))
     return parts
 
 
-def pieces(series: Sequence[Series], made_up_count: int, length: int, seed: int) -> Pieces:
+def pieces(series: Sequence[Series], made_up_count: int, length: int, seed: int, *, extended: bool = False) -> Pieces:
     """Everything one training run sees; raises TelemetryError where that is nothing."""
-    parts = real_pieces(series, length)
+    parts = real_pieces(series, length, extended=extended)
     if made_up_count:
-        parts.append(join(made_up_pieces(made_up_count, length, seed)))
+        parts.append(join(made_up_pieces(made_up_count, length, seed, extended=extended)))
     if not parts:
         raise TelemetryError("no series of at least 20 samples to train on; record more, or allow made-up series")
     largest = max(len(p) for p in parts)

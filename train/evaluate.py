@@ -20,6 +20,9 @@ from models.series import Series
 from models.windows import truth_of
 from shadecast.types import QUANTILES
 from train.loop import SLOW_LOAD, units_of
+from train.onsets import chance_above, cold, onset_within, recall_at_precision
+
+MOST_RESIDUAL = 100.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,7 @@ def judge(model: Model, series: Sequence[Series]) -> Judged:
 
 
 def _judge_group(model: Model, group: Sequence[Series]) -> Judged:
-    values = padded(group)
+    values = padded(group, extended=model.net.config.extended)
     bytes_too = (1.0, 1.0, np.inf)
     forecaster = OnlineForecaster(model, series=len(group), ceiling=bytes_too)
     collected: list[tuple[Array, ...]] = []
@@ -169,7 +172,8 @@ def scaled_baselines(series: Sequence[Series]) -> tuple[tuple[Ridge, ...], Array
             rows.append(np.stack([points, baselines.usual_error(step.scale)]))
         points, usual = np.stack(rows, axis=2)[:, :, LAGS - 1 :]
         truth = truth_of(values[..., :N_TARGETS])[:, LAGS - 1 :, :, None, :N_HORIZONS]
-        ratio = (truth - points) / usual
+        # what was constant so far is usually off by nothing: its first change is no multiple of that
+        ratio = np.clip((truth - points) / usual, -MOST_RESIDUAL, MOST_RESIDUAL)
         collected.append(ratio.reshape(-1, *ratio.shape[2:]))
     ratios = np.concatenate(collected)
     residuals = np.zeros((N_TARGETS, len(NAMES), N_HORIZONS, len(QUANTILES)), np.float32)
@@ -188,12 +192,43 @@ def prior_skill(judged: Judged) -> Array:
     return np.where(np.isfinite(skill), skill, np.nan).astype(np.float32)
 
 
-def padded(group: Sequence[Series]) -> Array:
+def padded(group: Sequence[Series], *, extended: bool = False) -> Array:
     """Series side by side [series, time, channel], NaN after the end of the shorter ones."""
-    values = np.full((len(group), max(len(s.values) for s in group), group[0].values.shape[1]), np.nan, np.float32)
-    for i, s in enumerate(group):
-        values[i, : len(s.values)] = s.values
+    tables = [s.all_values if extended else s.values for s in group]
+    values = np.full((len(group), max(map(len, tables)), tables[0].shape[1]), np.nan, np.float32)
+    for i, table in enumerate(tables):
+        values[i, : len(table)] = table
     return values
+
+
+def onset_truth(series: Sequence[Series]) -> tuple[Array, Array]:
+    """Row for row the instants of `judge`: whether they are cold [n], and whether an onset begins by each horizon
+    [n, horizon], NaN where nobody knows."""
+    quiet, came = [np.zeros(0, bool)], [np.zeros((0, N_HORIZONS), np.float32)]
+    for group in groups(series):
+        if len(group[-1].values) <= LAGS:
+            continue
+        values = padded(group)
+        _, keep = _judged_truth(values[..., :N_TARGETS])
+        load = values[..., 0]
+        periods = np.array([s.period_s for s in group])
+        calm = np.empty(load.shape, bool)
+        for period_s in np.unique(periods):
+            calm[periods == period_s] = cold(load[periods == period_s], float(period_s))
+        ahead = np.stack([onset_within(load, step) for step in STEPS], axis=-1)
+        quiet.append(calm[:, LAGS - 1 :][keep])
+        came.append(ahead[:, LAGS - 1 :][keep])
+    return np.concatenate(quiet), np.concatenate(came)
+
+
+def onset_metrics(quantiles: Array, cold_now: Array, came: Array) -> list[float]:
+    """Onset recall at a precision of .7 by each horizon [horizon]; `quantiles` [n, horizon, quantile] of CPU.
+
+    An onset by a horizon is as likely as the likeliest of the horizons up to it says.
+    """
+    chances = np.maximum.accumulate(chance_above(quantiles), axis=1)
+    known = cold_now[:, None] & np.isfinite(came) & np.isfinite(chances)
+    return [recall_at_precision(chances[k, i], came[k, i]) for i, k in enumerate(known.T)]
 
 
 def with_residuals(points: Array, residuals: Array) -> Array:

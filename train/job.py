@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from models.features import N_EXTENDED_FEATURES, N_FEATURES
 from models.forecaster import Model
 from models.grid import N_HORIZONS, N_TARGETS
 from models.lstm import ForecastNet, LstmConfig
@@ -33,9 +34,10 @@ from shadecast.errors import ShadecastError
 from train.backtest import Row, backtest, mean_of
 from train.dataset import Split, data_hash, pieces, split_machines, split_recordings
 from train.evaluate import alarm_precision, judge, prior_skill, scaled_baselines
-from train.loop import Progress, TrainConfig, fit
+from train.loop import Progress, TrainConfig, device_of, fit
 from train.plots import bands_png
 from train.snapshot import snapshot
+from train.timing import show, time_rows
 
 OWN_DATA = SHIPPED.parent / "data"
 DEFAULTS = TrainConfig()
@@ -73,6 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     arguments = _parser().parse_args(argv)
     try:
+        if arguments.time_rows:
+            show(time_rows(arguments.time_rows, arguments.device, extended=arguments.channels == "extended"))
+            return 0
         run(arguments)
     except ShadecastError as error:
         print(f"train: {error}", file=sys.stderr)
@@ -94,7 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=DEFAULTS.seed)
     parser.add_argument("--workers", type=int, default=1, help="Ray Train workers")
     parser.add_argument("--address", default=os.environ.get("RAY_ADDRESS", "local"), help="Ray cluster; default: own")
-    parser.add_argument("--gpu", action="store_true", help="one GPU per worker")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="cuda: one GPU per worker")
+    parser.add_argument("--channels", choices=("standard", "extended"), default="standard", help="what the net sees")
+    parser.add_argument("--time-rows", type=int, default=0, metavar="N", help="time N rows on each device here instead")
     parser.add_argument("--local", action="store_true", help="same loop in this process, without Ray")
     parser.add_argument("--storage", type=Path, default=Path(".shadecast/train"), help="checkpoints of running jobs")
     parser.add_argument("--promote", choices=("auto", "always", "never"), default="auto")
@@ -108,12 +115,15 @@ def run(arguments: argparse.Namespace) -> str:
 
 
 def _run(arguments: argparse.Namespace, telemetry: Path) -> str:
-    shape = LstmConfig(hidden=arguments.hidden)
+    extended = arguments.channels == "extended"
+    shape = LstmConfig(features=N_EXTENDED_FEATURES if extended else N_FEATURES, hidden=arguments.hidden)
     registry = Registry(arguments.registry)
     champion = _champion(registry)
     start = champion if champion and arguments.start == "champion" and champion.net.config == shape else None
     rate = WARM_LEARNING_RATE if start else DEFAULTS.learning_rate
-    config = TrainConfig(epochs=arguments.epochs, steps=arguments.steps, learning_rate=rate, seed=arguments.seed)
+    config = TrainConfig(
+        epochs=arguments.epochs, steps=arguments.steps, learning_rate=rate, seed=arguments.seed, extended=extended
+    )
     started_s = time.time()
     series = read_folder(telemetry)
     split = split_machines(series, arguments.hold_out, arguments.seed)
@@ -191,7 +201,7 @@ def _train(  # noqa: PLR0917 - what a run consists of
             name,
             str(arguments.storage.absolute()),
             workers=arguments.workers,
-            use_gpu=arguments.gpu,
+            device=arguments.device,
             made_up=arguments.made_up,
             address=arguments.address,
         )
@@ -208,7 +218,8 @@ def _train_here(  # noqa: PLR0917 - what a run consists of
     folder: Path,
     start: Mapping[str, Any] | None,
 ) -> ForecastNet:
-    data = pieces(split.train, arguments.made_up, config.piece, config.seed)
+    device = device_of(arguments.device)
+    data = pieces(split.train, arguments.made_up, config.piece, config.seed, extended=config.extended)
     config = config.for_pieces(len(data))
     torch.manual_seed(config.seed)
     net = ForecastNet(shape)
@@ -223,8 +234,8 @@ def _train_here(  # noqa: PLR0917 - what a run consists of
         progress.save(saved)
         print(f"epoch {progress.epoch}/{config.epochs} loss {progress.loss:.4f}", flush=True)
 
-    fit(net, data, config, done, report)
-    return net.eval()
+    fit(net, data, config, done, report, device=device)
+    return net.cpu().eval()
 
 
 def _champion(registry: Registry) -> Model | None:

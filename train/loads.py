@@ -1,12 +1,17 @@
-"""Load patterns of shared machines as schedules in [0, 1] per second; recorded for real and imitated in augmentation.
+"""What shared machines do: patterns of load for made-up series, and jobs in phases for recordings.
 
-Every generator takes a numpy Generator and a length and returns one value per second. Parameters are drawn wide on
+A pattern takes a numpy Generator and a length and returns a schedule in [0, 1] per second. Parameters are drawn wide on
 purpose: the model has to read a node's habits from its last minutes, not remember these ones.
+
+A machine that is recorded rests for half of the time and runs jobs of some of the `KINDS` (`train.jobs` does their
+work). It has habits: the kinds that it runs, how long their phases take and how much they ask for. Each job differs a
+little.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -137,3 +142,124 @@ def mixture(rng: Rng, length: int) -> Array:
     if rng.random() < 0.4:
         out = out + rng.uniform(0.1, 0.7) * PATTERNS[str(rng.choice(names))](rng, length)
     return np.clip(out, 0.0, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseLaw:
+    """Bounds of one phase over all machines: how long it takes, and which share of the machine's CPU it asks for."""
+
+    name: str
+    seconds: tuple[float, float]
+    intensity: tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """One phase of one job."""
+
+    name: str
+    seconds: float
+    intensity: float
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a machine does next: nothing for `pause_s`, then these phases."""
+
+    pause_s: float
+    kind: str
+    seed: int
+    phases: tuple[Phase, ...]
+
+
+_CALM, _HARD = (0.05, 0.3), (0.75, 1.0)
+KINDS: Mapping[str, tuple[PhaseLaw, ...]] = {
+    "mapreduce": (
+        PhaseLaw("read", (1.5, 5.0), _CALM),
+        PhaseLaw("sort", (2.0, 8.0), _HARD),
+        PhaseLaw("shuffle", (1.5, 5.0), (0.3, 0.8)),
+        PhaseLaw("reduce", (2.0, 8.0), (0.6, 1.0)),
+    ),
+    "compile": (
+        PhaseLaw("configure", (1.5, 5.0), _CALM),
+        PhaseLaw("compile", (4.0, 15.0), _HARD),
+        PhaseLaw("link", (1.0, 3.0), (0.5, 1.0)),
+    ),
+    "model_load": (
+        PhaseLaw("download", (2.0, 6.0), _CALM),
+        PhaseLaw("load", (1.5, 4.0), (0.4, 0.9)),
+        PhaseLaw("warm_up", (2.5, 6.0), _HARD),
+        PhaseLaw("serve", (3.0, 8.0), _CALM),
+    ),
+    "checkpoint": (
+        PhaseLaw("gather", (1.0, 4.0), _CALM),
+        PhaseLaw("serialise", (2.5, 7.0), _HARD),
+        PhaseLaw("write", (1.0, 4.0), (0.2, 0.6)),
+    ),
+    "compaction": (
+        PhaseLaw("scan", (1.5, 5.0), _CALM),
+        PhaseLaw("merge", (3.0, 10.0), _HARD),
+        PhaseLaw("vacuum", (1.5, 5.0), (0.4, 0.9)),
+    ),
+    "garbage_collection": (
+        PhaseLaw("fill", (3.0, 9.0), (0.1, 0.35)),
+        PhaseLaw("collect", (2.5, 5.0), (0.8, 1.0)),
+    ),
+    "backup": (
+        PhaseLaw("list", (1.0, 4.0), _CALM),
+        PhaseLaw("archive", (3.0, 12.0), (0.6, 1.0)),
+        PhaseLaw("verify", (1.0, 4.0), (0.3, 0.7)),
+    ),
+    "cron": (PhaseLaw("run", (2.5, 5.0), (0.6, 1.0)),),
+    "service": (
+        PhaseLaw("morning", (4.0, 10.0), (0.05, 0.35)),
+        PhaseLaw("noon", (5.0, 15.0), (0.6, 0.95)),
+        PhaseLaw("evening", (4.0, 8.0), (0.05, 0.35)),
+    ),
+    "training": (
+        PhaseLaw("load_data", (1.5, 4.0), _CALM),
+        PhaseLaw("steps", (6.0, 18.0), _HARD),
+        PhaseLaw("evaluate", (2.0, 5.0), (0.4, 0.8)),
+    ),
+}
+SHORTEST_PAUSE_S = 6.0
+"""An onset counts after 5 s of quiet."""
+
+
+def kinds_of(seed: int, machine: int) -> tuple[str, ...]:
+    """The kinds of job that one machine runs: four to seven of all."""
+    rng = np.random.default_rng([seed, machine, 1])
+    return tuple(sorted(rng.choice(list(KINDS), int(rng.integers(4, 8)), replace=False).tolist()))
+
+
+def jobs_of(seed: int, machine: int) -> Iterator[Job]:
+    """What one machine does, without end, the same for the same seed and machine; it rests for half of the time."""
+    rng = np.random.default_rng([seed, machine, 2])
+    kinds = kinds_of(seed, machine)
+    habits = {
+        law: (float(np.exp(rng.uniform(*np.log(law.seconds)))), float(rng.uniform(*law.intensity)))
+        for kind in kinds
+        for law in KINDS[kind]
+    }
+    often = rng.dirichlet(np.full(len(kinds), 2.0))
+    busy_s = float(sum(p * sum(habits[law][0] for law in KINDS[k]) for p, k in zip(often, kinds, strict=True)))
+    spread = float(rng.choice([0.15, 0.3, 0.5]))
+    regular = rng.random() < 0.3  # a machine whose jobs come at an interval
+    while True:
+        kind = str(rng.choice(kinds, p=often))
+        rest_s = max(busy_s - SHORTEST_PAUSE_S, 1.0)
+        extra_s = rest_s * float(rng.lognormal(-0.005, 0.1) if regular else rng.exponential())
+        yield Job(SHORTEST_PAUSE_S + extra_s, kind, int(rng.integers(2**31)), _phases(rng, KINDS[kind], habits, spread))
+
+
+def _phases(
+    rng: Rng, laws: tuple[PhaseLaw, ...], habits: Mapping[PhaseLaw, tuple[float, float]], spread: float
+) -> tuple[Phase, ...]:
+    """A job of these habits: durations vary by `spread` around them, intensities a little."""
+    drawn = []
+    for law in laws:
+        usual_s, usual = habits[law]
+        seconds = usual_s * float(rng.lognormal(-(spread**2) / 2, spread))
+        intensity = float(np.clip(usual + 0.05 * rng.standard_normal(), *law.intensity))
+        drawn.append(Phase(law.name, round(max(seconds, 0.5), 2), round(intensity, 3)))
+    return tuple(drawn)

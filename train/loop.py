@@ -24,11 +24,14 @@ from models.lstm import pinball
 from models.series import Series
 from models.windows import batch_of
 from shadecast.errors import ConfigError
+from train.onsets import cold
 
 SLOW_LOAD = 0.4
 WARM_UP = 10
 LEAST_LOCAL = 0.05
 MOST_WEIGHT = 8.0
+MOST_OF_DEVICE = 0.7
+"""Of an accelerator's free memory, that the data may take; the rest is for the net at work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,10 @@ class TrainConfig:
     weight_decay: float = 1e-2
     clip_norm: float = 1.0
     slow_weight: float = 0.2
+    cold_weight: float = 4.0
+    """Of instants at which others' CPU has been below .4 for 5 s: there an onset may begin."""
+    extended: bool = False
+    """Whether the net sees the further channels."""
     local: float = 0.5
     """Share of the node's own spread in the loss's unit; 1 is local only, 0 global only."""
     seed: int = 1
@@ -55,6 +62,7 @@ class TrainConfig:
             "piece": (LONGEST + WARM_UP + 1, 100_000),
             "batch": (1, 100_000),
             "learning_rate": (1e-6, 1.0),
+            "cold_weight": (1.0, 1000.0),
             "seed": (0, 2**31),
         }
         for name, (low, high) in bounds.items():
@@ -69,14 +77,16 @@ class TrainConfig:
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """Training pieces as arrays: `inputs` [piece, time, target, feature] and so on; `unit` [piece, target] global
-    scale; `weight` [piece] how often a piece is drawn, relative to the others."""
+    """Training pieces as arrays: `inputs` [piece, time, target, feature] and so on; `cold` [piece, time] whether
+    others' CPU is low and has been for 5 s; `unit` [piece, target] global scale; `weight` [piece] how often a piece is
+    drawn, relative to the others."""
 
     inputs: Array
     anchors: Array
     spread: Array
     truth: Array
     known: Array
+    cold: Array
     unit: Array
     weight: Array
 
@@ -95,20 +105,29 @@ def units_of(series: Sequence[Series]) -> Array:
     return np.where(mean > 0, mean, 1.0).astype(np.float32)
 
 
-def pieces_of(series: Sequence[Series], unit: Array, length: int, announced: Sequence[Array] | None = None) -> Pieces:
+def pieces_of(
+    series: Sequence[Series],
+    unit: Array,
+    length: int,
+    announced: Sequence[Array] | None = None,
+    *,
+    extended: bool = False,
+) -> Pieces:
     """Featurise series whole and cut them into pieces of `length`; the rest of a piece is padded as unknown.
 
-    `unit` [target] for all, or [series, target].
+    `unit` [target] for all, or [series, target]. `extended` also featurises the further channels.
     """
     order = sorted(range(len(series)), key=lambda i: len(series[i].values))
     parts: list[Pieces] = []
     for start in range(0, len(order), 64):
         group = order[start : start + 64]
-        batch = batch_of([series[i].values for i in group], [announced[i] for i in group] if announced else None)
+        tables = [series[i].all_values if extended else series[i].values for i in group]
+        batch = batch_of(tables, [announced[i] for i in group] if announced else None, extended)
         late = np.arange(batch.values.shape[1])[None, :, None] >= WARM_UP
         truth = np.where((np.isfinite(batch.values) & late)[..., None], batch.truth, np.nan)
         for row, i in enumerate(group):
             size = len(series[i].values)
+            quiet = cold(series[i].values[:, 0], series[i].period_s)
             for low in range(0, max(size - WARM_UP, 1), length):
                 high = min(low + length, size)
                 pad = length - (high - low)
@@ -123,6 +142,7 @@ def pieces_of(series: Sequence[Series], unit: Array, length: int, announced: Seq
                         part(batch.spread),
                         part(np.nan_to_num(truth)),
                         part(np.isfinite(truth)),
+                        np.pad(quiet[low:high], (0, pad))[None],
                         (unit if unit.ndim == 1 else unit[i])[None],
                         np.ones(1, np.float32),
                     )
@@ -153,12 +173,31 @@ def drawn(weight: Array, rng: np.random.Generator) -> NDArray[np.intp]:
     return rng.permutation(np.minimum(np.searchsorted(edges, at), len(weight) - 1))
 
 
-def batches(pieces: Pieces, size: int, rng: np.random.Generator) -> Iterator[dict[str, Array]]:
-    """Shuffled batches of pieces for one epoch."""
-    order = drawn(pieces.weight, rng)
-    for start in range(0, len(order), size):
-        index = order[start : start + size]
-        yield {n: getattr(pieces, n)[index] for n in ("inputs", "anchors", "spread", "truth", "known", "unit")}
+def device_of(name: str) -> str:
+    """The device for "auto", "cpu" or "cuda": auto is an accelerator where there is one. Raises ConfigError."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"train.device = {name!r}: must be auto, cpu or cuda")
+    found = torch.cuda.is_available()
+    if name == "cuda" and not found:
+        raise ConfigError("train.device = 'cuda': torch finds no CUDA device here; use auto or cpu, or a CUDA build")
+    return "cuda" if found and name != "cpu" else "cpu"
+
+
+def tensors_of(pieces: Pieces, device: str) -> dict[str, Tensor]:
+    """All that the loss needs, on the device for the whole run; where that does not fit, in this machine's memory."""
+    arrays = {f.name: getattr(pieces, f.name) for f in fields(Pieces) if f.name != "weight"}
+    where = device
+    if device.startswith("cuda"):
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+        where = device if sum(a.nbytes for a in arrays.values()) < MOST_OF_DEVICE * free_bytes else "cpu"
+    return {name: torch.as_tensor(array).to(where) for name, array in arrays.items()}
+
+
+def batches(data: dict[str, Tensor], order: NDArray[np.intp], size: int, device: str) -> Iterator[dict[str, Tensor]]:
+    """The pieces in this order as batches; what is on the device already is not copied again."""
+    index = torch.as_tensor(order, device=data["inputs"].device)
+    for part in torch.split(index, size):
+        yield {name: tensor[part].to(device) for name, tensor in data.items()}
 
 
 def loss_of(net: torch.nn.Module, batch: dict[str, Tensor], config: TrainConfig) -> Tensor:
@@ -174,7 +213,8 @@ def loss_of(net: torch.nn.Module, batch: dict[str, Tensor], config: TrainConfig)
     units = torch.maximum(local, LEAST_LOCAL * unit).pow(config.local) * unit.pow(1 - config.local)
     per_head = pinball(heads.quantiles, truth).mean(-1) / units
     per_head = torch.where(known, per_head, 0.0)
-    loss = per_head.sum() / known.sum().clamp_min(1)
+    weight = (1.0 + (config.cold_weight - 1.0) * batch["cold"]).repeat_interleave(N_TARGETS, dim=0)[..., None]
+    loss = (weight * per_head).sum() / (weight * known).sum().clamp_min(1)
     slow = batch["truth"][:, :, 0, WINDOW_MAX] > SLOW_LOAD
     judged = batch["known"][:, :, 0, WINDOW_MAX]
     logit = heads.slow_logit.unflatten(0, (-1, N_TARGETS))[:, 0]
@@ -186,24 +226,28 @@ def train_epoch(
     net: torch.nn.Module,
     optimiser: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
-    epoch: Iterable[dict[str, Array]],
+    epoch: Iterable[dict[str, Tensor]],
     config: TrainConfig,
     *,
     device: str = "cpu",
 ) -> float:
-    """One pass; returns the mean loss."""
+    """One pass; returns the mean loss. On an accelerator matrices are multiplied in bfloat16.
+
+    Nothing in it waits for the accelerator: the loss is read at the end.
+    """
     net.train()
-    total, count = 0.0, 0
+    total, count = torch.zeros((), dtype=torch.float64, device=device), 0
+    kind = torch.device(device).type
     for batch in epoch:
-        tensors = {k: torch.as_tensor(v).to(device) for k, v in batch.items()}
         optimiser.zero_grad(set_to_none=True)
-        loss = loss_of(net, tensors, config)
+        with torch.autocast(kind, torch.bfloat16, enabled=kind != "cpu"):
+            loss = loss_of(net, batch, config)
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip_norm)
         optimiser.step()
         schedule.step()
-        total, count = total + float(loss.detach()), count + 1
-    return total / max(count, 1)
+        total, count = total + loss.detach(), count + 1
+    return float(total) / max(count, 1)
 
 
 def optimiser_of(
@@ -237,7 +281,7 @@ class Progress:
     def load(cls, path: Path) -> Progress:
         """Read without unpickling code; raises ConfigError on a file that is not one."""
         try:
-            return cls(**torch.load(path, weights_only=True))
+            return cls(**torch.load(path, map_location="cpu", weights_only=True))
         except (OSError, RuntimeError, TypeError, pickle.UnpicklingError) as error:
             raise ConfigError(f"{path}: no training checkpoint ({error}); delete it to start over") from None
 
@@ -260,6 +304,8 @@ def fit(
     """
     if device == "cpu":
         torch.set_num_threads(1)  # these matrices are small: a second thread took eight times the CPU and was slower
+    net.to(device)
+    data = tensors_of(pieces, device)
     optimiser, schedule = optimiser_of(net, config, -(-len(pieces) // config.batch))
     if done is not None:
         net.load_state_dict(done.net)
@@ -267,7 +313,6 @@ def fit(
         schedule.load_state_dict(done.schedule)
     for epoch in range(done.epoch if done else 0, config.epochs):
         rng = np.random.default_rng([config.seed, epoch])
-        loss = train_epoch(
-            wrapped or net, optimiser, schedule, batches(pieces, config.batch, rng), config, device=device
-        )
+        epoch_data = batches(data, drawn(pieces.weight, rng), config.batch, device)
+        loss = train_epoch(wrapped or net, optimiser, schedule, epoch_data, config, device=device)
         on_epoch(Progress(epoch + 1, loss, net.state_dict(), optimiser.state_dict(), schedule.state_dict()))

@@ -40,7 +40,8 @@ class RayRun:
     name: str
     storage: str
     workers: int = 1
-    use_gpu: bool = False
+    device: str = "auto"
+    """cuda: one GPU per worker; auto: the same where the cluster has as many."""
     made_up: int = 0
     address: str = "local"
     """Cluster to train on: "local" starts one for this job, "auto" is the one on this machine."""
@@ -63,7 +64,7 @@ def piece_dataset(folder: Path, split: Split, made_up: int, config: TrainConfig)
     def recording(frame: pd.DataFrame) -> dict[str, Any]:
         source = str(frame["source"].iloc[0])
         found = parts(list(series_of(frame, source)), -math.inf, until_wall_s.get(source, math.inf))
-        return columns_of([s for s in found if len(s.values) > 2 * WARM_UP], length)
+        return columns_of([s for s in found if len(s.values) > 2 * WARM_UP], length, extended=config.extended)
 
     recordings = log.map_batches(named, batch_format="pandas").groupby(["source", "machine", "recording"])
     pieces = recordings.map_groups(recording, batch_format="pandas")
@@ -72,21 +73,22 @@ def piece_dataset(folder: Path, split: Split, made_up: int, config: TrainConfig)
 
         def invent(row: Mapping[str, Any]) -> list[dict[str, Any]]:
             first = int(row["id"]) * BLOCK
-            invented = made_up_pieces(min(BLOCK, made_up - first), length, config.seed, first)
+            count = min(BLOCK, made_up - first)
+            invented = made_up_pieces(count, length, config.seed, first, extended=config.extended)
             return [r for part in invented for r in rows_of(part, f"~{first:08d}", "made_up")]
 
         pieces = pieces.union(blocks.flat_map(invent))
     return pieces
 
 
-def columns_of(series: Sequence[Series], length: int) -> dict[str, Any]:
+def columns_of(series: Sequence[Series], length: int, *, extended: bool = False) -> dict[str, Any]:
     """Pieces of series as table columns; empty columns where there is nothing."""
     rows: list[dict[str, Any]] = []
     for s in series:
         change = np.abs(s.values[LONGEST:, :N_TARGETS] - s.values[:-LONGEST, :N_TARGETS])
         # float64 as in the rows of made-up series: blocks of two types cannot be put together
         moved, counted = np.nansum(change, axis=0, dtype=np.float64), np.isfinite(change).sum(axis=0)
-        part = pieces_of([s], np.ones(N_TARGETS, np.float32), length)
+        part = pieces_of([s], np.ones(N_TARGETS, np.float32), length, extended=extended)
         share = 1.0 / len(part)
         for row in rows_of(part, f"{s.source}/{s.machine}/{s.recording}", s.source):
             rows.append({**row, "moved": moved * share, "counted": counted * share})
@@ -132,6 +134,8 @@ def train_on_ray(
 ) -> ForecastNet:
     """Train on a materialised piece dataset and return the net; raises what Ray Train raises when retries end."""
     units, weights = units_and_weights(dataset)
+    enough = ray.cluster_resources().get("GPU", 0.0) >= run.workers
+    use_gpu = run.device == "cuda" or (run.device == "auto" and enough)
     plan = {
         "net": asdict(net),
         "train": asdict(config.for_pieces(-(-dataset.count() // run.workers))),
@@ -142,7 +146,7 @@ def train_on_ray(
     trainer = ray.train.torch.TorchTrainer(
         worker,
         train_loop_config=plan,
-        scaling_config=ray.train.ScalingConfig(num_workers=run.workers, use_gpu=run.use_gpu),
+        scaling_config=ray.train.ScalingConfig(num_workers=run.workers, use_gpu=use_gpu),
         run_config=ray.train.RunConfig(
             name=run.name,
             storage_path=run.storage,

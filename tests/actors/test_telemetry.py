@@ -307,7 +307,7 @@ READERS = {
 }
 
 
-@pytest.mark.parametrize("broken", [*READERS, "disk_busy_s", "cgroups.memory_groups", "gpu"])
+@pytest.mark.parametrize("broken", [*READERS, "disk_use", "cgroups.memory_groups", "gpu"])
 def test_no_reader_takes_another_down_and_each_failure_is_told_once(
     host: FakeHost, clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: str
 ) -> None:

@@ -61,6 +61,37 @@ def test_all_of_the_judge_folder_is_judged_and_the_champion_is_not_trained(tmp_p
     assert document["model_version"] == Registry().champion()
 
 
+def test_onsets_and_headroom_are_told_for_every_model_also_a_version_that_is_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    registry = Registry(str(tmp_path / "r"))
+    registry.save(small_model("mine"), {"trained_on": ["waves/m5"]})
+    registry.promote("mine")
+    train, held = telemetry(tmp_path / "t", "waves", 2), telemetry(tmp_path / "j", "waves", 2, first=5)
+    folders = ["--telemetry", str(train), "--judge", str(held), "--champion"]
+    for weights in (tmp_path / "r", tmp_path / "r" / "mine"):
+        document = run(tmp_path, *folders, "--weights", str(weights))
+        assert "mine was trained on waves/m5" in capsys.readouterr().err
+        rows: list[dict[str, object]] = document["rows"]  # type: ignore[assignment]
+        for metric in ("onset_recall_p70", "headroom_error"):
+            cpu = [r for r in rows if r["metric"] == metric and r["target"] == "cpu"]
+            assert {r["model"] for r in cpu} == MODELS | {"nlinear", "retrained", "retrained_gated"}
+            assert {r["horizon_s"] for r in cpu} == {1.0, 2.0, 3.0, 5.0, 8.0, 10.0}
+            assert all(0.0 <= float(str(r["value"])) <= 1.0 for r in cpu)
+    counts = document["onsets"]["waves"]  # type: ignore[index, call-overload]
+    assert counts["onsets"] > 5
+    assert 0.0 < counts["share"]["1"] < counts["share"]["10"] <= 1.0
+    flat = [r["value"] for r in rows if r["metric"] == "onset_recall_p70" and r["model"] == "mean10"]
+    assert len(flat) == 6
+
+
+def test_a_version_that_is_not_there_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = telemetry(tmp_path / "t", "waves", 2)
+    arguments = ["--telemetry", str(folder), "--champion", "--json", str(tmp_path / "x.json")]
+    assert main([*arguments, "--weights", str(tmp_path / "r/none")]) == 2
+    assert "no version 'none'" in capsys.readouterr().err
+
+
 def test_training_never_goes_on_from_a_version_that_saw_a_judged_machine(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from models.features import ANCHORS, N_ANCHORS, N_FEATURES, Features, Running, Step
-from models.grid import CHANNELS, N_HEADS, N_HORIZONS, N_TARGETS, STEPS, Array
+from models.features import ANCHORS, N_ANCHORS, N_EXTENDED_FEATURES, N_FEATURES, Features, Running, Step
+from models.grid import CHANNELS, EXTENDED, N_HEADS, N_HORIZONS, N_TARGETS, STEPS, Array
 from tests.models.conftest import wave
 
 
@@ -22,6 +22,21 @@ def test_shapes_are_as_documented() -> None:
     assert step.scale.shape == (3, N_TARGETS, N_HORIZONS)
     assert step.spread.shape == (3, N_TARGETS, N_HEADS)
     assert step.ready.shape == (3, N_TARGETS)
+
+
+def test_further_channels_stand_behind_the_others_and_change_none_of_them() -> None:
+    values = wave(40)[0]
+    more = np.random.default_rng(0).random((40, len(EXTENDED))).astype(np.float32)
+    more[:, 2] = np.nan
+    usual, wide, without = Features(1), Features(1, extended=True), Features(1, extended=True)
+    for now, further in zip(values, more, strict=True):
+        row = np.concatenate([now, further])[None]
+        a, b, c = usual.step(row).inputs, wide.step(row).inputs, without.step(now[None]).inputs
+    assert b.shape == (1, N_TARGETS, N_EXTENDED_FEATURES)
+    assert np.array_equal(a, b[..., :N_FEATURES])
+    assert b[0, 0, -len(EXTENDED) :].tolist() == [1, 1, 0, 1, 1, 1, 1], "what is missing is masked"
+    assert not c[..., N_FEATURES:].any()
+    assert np.isfinite(b).all()
 
 
 def test_a_later_value_never_changes_an_earlier_feature() -> None:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from models.features import N_EXTENDED_FEATURES
+from models.forecaster import OnlineForecaster
+from models.grid import CHANNELS, EXTENDED
+from models.lstm import ForecastNet, LstmConfig
 from models.registry import SHIPPED, Registry, RegistryError
 from shadecast.errors import ConfigError
-from tests.models.conftest import small_model
+from tests.models.conftest import small_model, wave
 
 
 @pytest.fixture
@@ -36,6 +41,23 @@ def test_a_version_comes_back_exactly(registry: Registry) -> None:
     assert np.array_equal(saved.residuals, loaded.residuals)
     assert loaded.version == "b"
     assert np.isnan(loaded.prior_skill).all()
+
+
+def test_a_version_with_further_channels_comes_back_and_runs_beside_one_without(registry: Registry) -> None:
+    wide = replace(
+        small_model("wide"), net=ForecastNet(LstmConfig(features=N_EXTENDED_FEATURES, hidden=8, mlp=8)).eval()
+    )
+    registry.save(wide, {})
+    assert registry.card("wide")["channels"] == [*CHANNELS, *EXTENDED]
+    forecaster = OnlineForecaster(small_model("usual"))
+    rows = np.concatenate([wave(40)[0], np.ones((40, len(EXTENDED)), np.float32)], axis=1)
+    for at, row in enumerate(rows):
+        if at == 20:
+            forecaster.swap(registry.load("wide"))
+        prediction = forecaster.step(row[None])
+    assert np.isfinite(prediction.quantiles).all()
+    forecaster.swap(small_model("usual"))
+    assert np.isfinite(forecaster.step(rows[0][None]).quantiles).all()
 
 
 def test_versions_are_listed_oldest_first_and_the_champion_is_the_last_promoted(registry: Registry) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from models.schema import COMMON_COLUMNS, REQUIRED_COLUMNS
+from models.grid import CHANNELS, EXTENDED
+from models.schema import COMMON_COLUMNS, NEW_COLUMNS, REQUIRED_COLUMNS, VERSION_KEY, arrow_schema
 from models.series import TelemetryError, read_folder, series_of, source_of
 
 
@@ -93,3 +97,23 @@ def test_a_source_is_the_first_part_of_the_file_name_and_a_log_is_own() -> None:
     root = Path("/data")
     assert source_of(root / "lumos_1s.parquet", root) == "lumos"
     assert source_of(root / "node=a" / "hour=20250101T00" / "r.parquet", root) == "own"
+
+
+def test_a_log_of_version_1_has_no_further_channels_and_one_of_version_2_has(tmp_path: Path) -> None:
+    """A log that was written before the further columns were there is read as ever."""
+    old = pa.schema([f for f in arrow_schema() if f.name not in NEW_COLUMNS], {VERSION_KEY: b"1"})
+    new = arrow_schema()
+    for name, schema in (("old", old), ("new", new)):
+        rows = {
+            f.name: [name] * 20 if pa.types.is_string(f.type) else [0.25 + (f.name == "t_s") * t for t in range(20)]
+            for f in schema
+        }
+        if name == "old":
+            rows["runnable"] = [math.nan] * 20
+        pq.write_table(pa.table(rows, schema=schema), tmp_path / f"{name}_1s.parquet")
+    first, second = sorted(read_folder(tmp_path), key=lambda s: s.machine, reverse=True)
+    assert first.extended is None
+    assert np.isnan(first.all_values[:, len(CHANNELS) :]).all()
+    assert second.extended is not None
+    assert second.extended == pytest.approx(np.full((20, len(EXTENDED)), 0.25))
+    assert np.array_equal(first.values, second.values)

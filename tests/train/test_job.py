@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
+from models.grid import CHANNELS, EXTENDED
 from models.registry import Registry
 from models.schema import COMMON_COLUMNS
 from models.series import read_folder
@@ -52,6 +54,24 @@ def test_a_first_training_saves_a_version_with_card_backtest_and_plot(
     assert (tmp_path / "r" / "one" / "backtest.png").read_bytes().startswith(b"\x89PNG")
     assert "epoch 2/2" in capsys.readouterr().out
     assert not list((tmp_path / "s").iterdir()), "nothing is left behind to resume from"
+
+
+def test_a_net_of_extended_channels_is_trained_saved_and_judged_beside_a_champion_without_them(tmp_path: Path) -> None:
+    assert main(arguments(tmp_path, "--version", "usual", "--promote", "always")) == 0
+    assert main(arguments(tmp_path, "--version", "wide", "--channels", "extended", "--promote", "always")) == 0
+    registry = Registry(str(tmp_path / "r"))
+    card = registry.card("wide")
+    assert card["channels"] == [*CHANNELS, *EXTENDED]
+    assert card["started_from"] is None, "weights of other inputs are nothing to go on from"
+    assert {"challenger", "champion"} <= {r["model"] for r in card["backtest"]}
+    assert registry.load("wide").net.config.extended
+
+
+def test_a_device_that_is_not_there_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    assert main(arguments(tmp_path, "--device", "cuda")) == 2
+    assert "train.device = 'cuda': torch finds no CUDA device" in capsys.readouterr().err
 
 
 def test_a_killed_training_goes_on_where_it_was(

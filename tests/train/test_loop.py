@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from models.features import N_EXTENDED_FEATURES
+from models.grid import EXTENDED
 from models.lstm import ForecastNet, LstmConfig
 from models.series import Series
 from shadecast.errors import ConfigError
 from tests.models.conftest import wave
 from train.dataset import Split, made_up_pieces, parts, pieces, split_machines, split_recordings
-from train.loop import WARM_UP, Pieces, Progress, TrainConfig, drawn, fit, loss_of, pieces_of, source_weight
+from train.loop import (
+    WARM_UP,
+    Pieces,
+    Progress,
+    TrainConfig,
+    batches,
+    device_of,
+    drawn,
+    fit,
+    join,
+    loss_of,
+    pieces_of,
+    source_weight,
+    tensors_of,
+)
+from train.timing import show, time_rows
 
 SHAPE = LstmConfig(hidden=8, mlp=8)
 CONFIG = TrainConfig(epochs=3, piece=60, batch=4)
@@ -195,3 +213,88 @@ def test_a_larger_log_takes_fewer_epochs_not_more_steps() -> None:
 def test_a_setting_out_of_bounds_is_refused(bad: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=rf"train\.{next(iter(bad))} = "):
         TrainConfig(**bad)  # type: ignore[arg-type]
+
+
+def resting(machine: str, load: float, seed: int = 0) -> Series:
+    one = series(machine, seed=seed)
+    one.values[:, 0] = load
+    return one
+
+
+def test_cold_instants_weigh_four_times_in_the_loss() -> None:
+    """Two pieces, one of rest and one of work: the loss is their mean, the cold one counted four times."""
+    assert TrainConfig().cold_weight == 4.0
+    rest = pieces_of([resting("a", 0.1)], np.ones(3, np.float32), 150)
+    work = pieces_of([resting("b", 0.9, seed=1)], np.ones(3, np.float32), 150)
+    assert rest.cold[0, 4:150].all()
+    assert not rest.cold[0, :4].any(), "there were not 5 s of quiet yet"
+    assert not work.cold.any()
+    torch.manual_seed(0)
+    net = ForecastNet(SHAPE)
+
+    def loss(part: Pieces, weight: float) -> float:
+        data = tensors_of(part, "cpu")
+        config = TrainConfig(cold_weight=weight)
+        return float(loss_of(net, data, config).detach())
+
+    known = [part.known.sum(axis=(2, 3))[0] for part in (rest, work)]
+    weights = [float((known[0] * np.where(rest.cold[0], 4.0, 1.0)).sum()), float(known[1].sum())]
+    alone = [loss(rest, 4.0), loss(work, 4.0)]
+    assert loss(join([rest, work]), 4.0) == pytest.approx(np.average(alone, weights=weights), rel=1e-4)
+    assert loss(work, 4.0) == pytest.approx(loss(work, 1.0)), "where nothing is cold the weight changes nothing"
+    assert weights[0] > 3.5 * weights[1]
+
+
+def test_a_net_of_extended_channels_trains_on_recordings_with_and_without_them() -> None:
+    one = series("a")
+    more = np.random.default_rng(0).random((150, len(EXTENDED))).astype(np.float32)
+    both = [replace(one, extended=more), series("b", seed=1)]
+    data = pieces(both, 2, 60, 1, extended=True)
+    assert data.inputs.shape[-1] == N_EXTENDED_FEATURES
+    known = data.inputs[:, :, 0, N_EXTENDED_FEATURES - len(EXTENDED) :]
+    assert {True, False} == {bool(piece.any()) for piece in known}, "what a recording lacks is masked"
+    torch.manual_seed(1)
+    net, seen = ForecastNet(LstmConfig(features=N_EXTENDED_FEATURES, hidden=8, mlp=8)), list[Progress]()
+    fit(net, data, TrainConfig(epochs=2, piece=60, batch=4, extended=True), None, seen.append)
+    assert all(np.isfinite(p.loss) for p in seen)
+
+
+def test_the_device_is_chosen_by_name_and_one_that_is_not_there_is_refused() -> None:
+    assert device_of("cpu") == "cpu"
+    assert device_of("auto") == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(ConfigError, match=r"train\.device = 'tpu': must be auto, cpu or cuda"):
+        device_of("tpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match=r"train\.device = 'cuda': torch finds no CUDA device"):
+            device_of("cuda")
+
+
+def test_the_data_of_a_run_are_laid_down_once_and_batches_are_cut_from_them(data: Pieces) -> None:
+    laid = tensors_of(data, "cpu")
+    assert laid["inputs"].data_ptr() == torch.as_tensor(data.inputs).data_ptr(), "on a CPU nothing is copied"
+    order = np.array([3, 0, 2, 1])
+    first, second = batches(laid, order, 2, "cpu")
+    assert np.array_equal(first["truth"].numpy(), data.truth[[3, 0]])
+    assert np.array_equal(second["cold"].numpy(), data.cold[[2, 1]])
+    assert sum(len(b["inputs"]) for b in batches(laid, np.arange(5) % len(data), 4, "cpu")) == 5
+
+
+def test_in_bfloat16_the_loss_is_the_same_but_for_rounding(data: Pieces) -> None:
+    torch.manual_seed(0)
+    net, laid = ForecastNet(SHAPE), tensors_of(data, "cpu")
+    exact = float(loss_of(net, laid, CONFIG).detach())
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = loss_of(net, laid, CONFIG)
+    assert rounded.dtype == torch.float32
+    assert float(rounded.detach()) == pytest.approx(exact, rel=0.02)
+    torch.autograd.backward(rounded)
+    assert all(torch.isfinite(p.grad).all() for p in net.parameters() if p.grad is not None)
+
+
+def test_rows_are_timed_on_every_device_here(capsys: pytest.CaptureFixture[str]) -> None:
+    featurised_per_s, timings = time_rows(2_000)
+    assert featurised_per_s > 0
+    assert len(timings) == 1 + torch.cuda.is_available()
+    assert all(t.rows == 9 * 240 and t.rows_per_s > 0 for t in timings), "whole pieces of 240 rows"
+    show((featurised_per_s, timings))
+    assert ("No accelerator is present" in capsys.readouterr().out) == (not torch.cuda.is_available())
