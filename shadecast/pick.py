@@ -158,6 +158,12 @@ class PickTable:
         score = (cost[at] if at < len(cost) else cost[-1]) * self._inverse[i]
         return score if queue < self._limit[i] and not self._ejected[i] else score + _FULL
 
+    def score_within(self, i: int) -> float:
+        """The same of a request that is there already."""
+        queue = self._base[i] + self._routers * self.in_flight[i]
+        at = min(int(queue - 0.5), len(self._cost) - 1) if queue > 1.0 else 0
+        return self._cost[at] * self._inverse[i]
+
     def pick(
         self, random: Callable[[], float], choices: int = 4, without: int = -1, pool: Sequence[int] | None = None
     ) -> int:

@@ -101,6 +101,8 @@ class Scenario:
     session_turns: int = 0
     think_s: float = 3.0
     move_cost_s: float = 0.0
+    beginning_s: float = 0.1
+    """Work that a stream costs which goes on from another replica: a prompt of 1,000 tokens."""
     quality: ForecastQuality = field(default_factory=ForecastQuality)
     announced: bool = False
     """The disturbances are scheduled and known to the forecaster exactly (`perfect` and `realistic` alike)."""

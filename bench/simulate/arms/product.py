@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from bench.simulate.arms.base import Arm
@@ -18,6 +19,7 @@ from bench.simulate.workload import TOKEN_S
 from shadecast.balancer import Balancer, TickInput
 from shadecast.calls import Call, Calls, Event
 from shadecast.config import CHOICES, LOCAL_ONLY_AGE_S, REPORT_S, TABLE_TTL_S, TICK_JITTER, Config
+from shadecast.handover import SLOW, HandOver, Running
 from shadecast.inbox import Inbox
 from shadecast.ledger import Ledger
 from shadecast.pick import PickTable, cost_table, table_scores
@@ -55,8 +57,22 @@ class _Forecaster(Protocol):
 class _Call(Call):
     """A call of the product's book, and the simulated request that it is of."""
 
+    paid_s = 0.0
+
     def __init__(self, request: Request) -> None:
         self.request = request
+
+
+@dataclass(slots=True)
+class _Beginning:
+    """A stream that is about to go on elsewhere."""
+
+    router: _Router
+    first: _Call
+    second: _Call
+    had: int
+    score: float
+    """Of the replica that it goes to, when it was chosen."""
 
 
 class _Router:
@@ -83,6 +99,7 @@ class _Router:
         self.very_slow: frozenset[str] = frozenset()
         self.streams: dict[int, tuple[Request, int, float]] = {}
         """Live streams: request, items counted, since when the next is waited for."""
+        self.hand_over = HandOver()
 
     def take_table(self, table: RoutingTable) -> None:
         """Use a newer table; older ones are ignored."""
@@ -96,6 +113,8 @@ class _Router:
         self.very_slow = frozenset(slow_replicas(table, VERY_SLOW)) if slow else frozenset()
         if slow:
             self.arm.rescue(self, table, slow)
+        if self.arm.hands_over and (slow := slow_replicas(table, SLOW)):
+            self.arm.hand_over(self, slow)
 
     def lay_out(self) -> None:
         """Precompute the picks for the present members and table."""
@@ -147,7 +166,9 @@ class Product(Arm):
         self._settings = dict(settings or {})
         self.transitions: list[Transition] = []
         self._mirrored = 0
-        self._rescued = 0
+        self._rescued = self._handed_over = self._kept = 0
+        self._beginnings: dict[int, _Beginning] = {}
+        """By the stream's number."""
         self._starting = False
 
     def start(self, sim: Simulation, world: World, rng: random.Random) -> None:
@@ -163,6 +184,7 @@ class Product(Arm):
         trial = {"copy_methods": ["*"], **self._settings.get("trial", {})}
         self.config = Config.from_mapping({**self._settings, "balance": balance, "trial": trial})
         self.with_sessions = scenario.session_turns > 0
+        self.hands_over = bool(self.config.balance.resume)
         self.ids: dict[int, str] = {}
         self.member_of: dict[str, int] = {}
         self.made_s: dict[int, float] = {}
@@ -202,11 +224,21 @@ class Product(Arm):
         """What `serve_app.routing.reading` sees of streams: items since the last report and the time they took."""
         now_s = self.sim.now_s
         for number, (request, items, since_s) in router.streams.items():
-            got = int(self.sim.replicas[request.replica].received_s(request) / TOKEN_S)
-            if got >= 1:
+            got = self._items(request)
+            if got >= 1 and number not in self._beginnings:  # then its reader waits for another one's item
                 if items >= 1:
-                    router.ledger.pace(self.ids[request.replica], got - items, now_s - since_s)
+                    self._paced(router, request, got - items, now_s - since_s)
                 router.streams[number] = (request, got, now_s)
+
+    def _items(self, request: Request) -> int:
+        return int(self.sim.replicas[request.replica].received_s(request) / TOKEN_S + 1e-6)
+
+    def _paced(self, router: _Router, request: Request, items: int, seconds: float) -> None:
+        replica_id = self.ids[request.replica]
+        router.ledger.pace(replica_id, items, seconds)
+        i = router.picks.index.get(replica_id)
+        if self.hands_over and i is not None:
+            router.hand_over.item.add(items, seconds, router.picks.score_within(i))
 
     def _report(self, router: _Router) -> None:
         self._pace(router)
@@ -299,6 +331,8 @@ class Product(Arm):
         router.rescue_budget.request()
         if request.items:
             router.streams[request.id] = (request, 0, now_s)
+            if self.hands_over:
+                self.sim.replicas[request.replica].mark(request, TOKEN_S, self._first_item, request)
         router.count(replica_id)
         i = router.picks.index.get(replica_id)
         if i is not None:
@@ -318,8 +352,12 @@ class Product(Arm):
         router = self._routers[request.router]
         replica_id = self.ids[request.replica]
         stream = router.streams.pop(request.id, None)
-        if stream is not None and stream[1] >= 1 and ok:
-            router.ledger.pace(replica_id, max(request.items - stream[1], 0), self.sim.now_s - stream[2])
+        if (beginning := self._beginnings.pop(request.id, None)) is not None:
+            self._stay(beginning)
+        elif stream is not None and stream[1] >= 1 and ok:
+            self._paced(router, request, max(request.items - stream[1], 0), self.sim.now_s - stream[2])
+        if stream is not None and ok:
+            router.hand_over.lengths.add(request.items)
         call = router.open.pop(request.id)
         router.calls.handle(call, Event.END, self.sim.now_s, ok=ok)
         router.ledger.record(call)
@@ -351,6 +389,94 @@ class Product(Arm):
             router.count(call.replica_id)
             self._rescued += 1
             self.sim.move(request, router.by_index[i])
+
+    # ------------------------------------------------------------------ hand-over
+
+    def _first_item(self, request: Request) -> None:
+        router = self._routers[request.router]
+        i = router.picks.index.get(self.ids[request.replica])
+        if i is not None and request.open:
+            score, hand_over = router.picks.score_within(i), router.hand_over
+            hand_over.beginnings.add(1.0, 0, self.sim.now_s - request.sent_s, score, hand_over.item.seconds)
+
+    def hand_over(self, router: _Router, slow: Collection[str]) -> None:
+        """As `serve_app.routing.second_attempts`: let one stream go on elsewhere, if that pays."""
+        picks = router.picks
+        i = picks.pick(self.rng.random, CHOICES)
+        if i < 0 or picks.ids[i] in slow:
+            return
+        here = {replica_id: picks.score_within(picks.index[replica_id]) for replica_id in slow & picks.index.keys()}
+        held = [call for replica_id in here for call in router.calls.running(replica_id)]
+        running = [
+            Running(call, items, 1.0, call.paid_s)
+            for call in held
+            if call.request.items and call.request.id not in self._beginnings and (items := self._items(call.request))
+        ]
+        score = picks.score(i)
+        move = router.hand_over.best(running, here, score)
+        if move is None:
+            return
+        request, had = move.stream.call.request, move.stream.items
+        left_s = max(request.work_s - had * TOKEN_S, 0.5 * TOKEN_S) + self.world.scenario.beginning_s
+        chosen, now_s = router.by_index[i], self.sim.now_s
+        begun = self.sim.begin_elsewhere(request, chosen, left_s, self._beginning_ended)
+        if begun is None:
+            return
+        second = _Call(begun)
+        router.calls.handle(second, Event.CHOOSE, now_s, replica_id=picks.ids[i])
+        router.calls.handle(second, Event.SEND, now_s)
+        router.calls.handle(second, Event.ACCEPT, now_s, others=float(begun.others))
+        router.count(picks.ids[i])
+        self._beginnings[request.id] = beginning = _Beginning(router, move.stream.call, second, had, score)
+        first_item_s = min(self.world.scenario.beginning_s + TOKEN_S, 0.999 * left_s)
+        self.sim.replicas[chosen].mark(begun, first_item_s, self._take_over, beginning)
+        self.sim.at(now_s + move.patience_s, self._too_late, beginning)
+
+    def _take_over(self, beginning: _Beginning) -> None:
+        request, now_s = beginning.first.request, self.sim.now_s
+        if self._beginnings.get(request.id) is not beginning or not beginning.second.request.open:
+            return
+        del self._beginnings[request.id]
+        self._handed_over += 1
+        router, first, second = beginning.router, beginning.first, beginning.second
+        took_s = now_s - second.since_s
+        self._learn(beginning, took_s)
+        if request.id in self._pairs and "primary_s" not in self._pairs[request.id][1]:
+            self._half(request.id, primary_s=None, primary_ok=True)
+        self.sim.take_over(request, second.request)
+        second.request, second.paid_s = request, first.paid_s + took_s
+        router.open[request.id] = second
+        router.calls.handle(first, Event.MOVE, now_s)
+        router.calls.handle(first, Event.DROP, now_s)
+        router.count(first.replica_id)
+        router.streams[request.id] = (request, beginning.had + 1, now_s)
+
+    def _learn(self, beginning: _Beginning, took_s: float) -> None:
+        hand_over = beginning.router.hand_over
+        hand_over.beginnings.add(1.0, beginning.had, took_s, beginning.score, hand_over.item.seconds)
+
+    def _too_late(self, beginning: _Beginning) -> None:
+        request = beginning.first.request
+        if self._beginnings.get(request.id) is beginning:
+            del self._beginnings[request.id]
+            self._learn(beginning, self.sim.now_s - beginning.second.since_s)
+            self._stay(beginning)
+            beginning.router.streams[request.id] = (request, self._items(request), self.sim.now_s)
+
+    def _beginning_ended(self, begun: Request, ok: bool) -> None:
+        """It was lost with its replica."""
+        beginning = self._beginnings.pop(begun.id)
+        self.sim.mine[begun.router][begun.replica] -= 1
+        self._forget(beginning)
+
+    def _stay(self, beginning: _Beginning) -> None:
+        self.sim.drop_beginning(beginning.second.request)
+        self._forget(beginning)
+
+    def _forget(self, beginning: _Beginning) -> None:
+        self._kept += 1
+        beginning.router.calls.handle(beginning.second, Event.DROP, self.sim.now_s)
+        beginning.router.count(beginning.second.replica_id)
 
     # ------------------------------------------------------------------ copies
 
@@ -412,6 +538,8 @@ class Product(Arm):
         return {
             "mirrored_requests": float(self._mirrored),
             "rescued_requests": float(self._rescued),
+            "handed_over": float(self._handed_over),
+            "handed_over_in_vain": float(self._kept),
             "trials": float(trials),
             "refused": float(refused),
             "transitions": float(len(self.transitions)),
