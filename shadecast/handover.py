@@ -13,19 +13,23 @@ a slow replica pays, at 1 s few do: the test of the cost is what makes hand-over
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Generic, TypeVar
 
-from shadecast.calls import Call
+from shadecast.calls import Call, Calls
+from shadecast.pick import PickTable
+from shadecast.rescue import slow_replicas
+from shadecast.types import RoutingTable
 
 C = TypeVar("C", bound=Call)
 
-SLOW = 0.6
+_SLOW = 0.6
 """Of the median capacity: streams are handed over from slower replicas only."""
 _BETTER = 2.0
 """Times the score here over the score there: less is within what queues and estimates are off by."""
-_MARGIN = 2.0
+_MARGIN = 8.0
 """What a beginning costs its own reader, and once more for those on the replica that it is added to."""
 _LEAST_PATIENCE_S = 0.25
 _PATIENCE = 3.0
@@ -50,6 +54,7 @@ class Move(Generic[C]):
     """A stream that is worth handing over."""
 
     stream: Running[C]
+    target: str
     cost_s: float
     """Until its next item there."""
     gain_s: float
@@ -69,8 +74,30 @@ class HandOver:
     def __init__(self) -> None:
         self.lengths, self.beginnings, self.item = Lengths(), Beginnings(), ItemTime()
 
-    def best(self, running: Iterable[Running[C]], here: Mapping[str, float], there: float) -> Move[C] | None:
-        """The stream that gains most by going on at a score of `there`; None if none is worth its cost.
+    def begun(self, prompt: float, had: int, first_item_s: float, score: float) -> None:
+        """A stream has given its first item; see `Beginnings.add`."""
+        self.beginnings.add(prompt, had, first_item_s, score, self.item.seconds)
+
+    def choose(
+        self,
+        table: RoutingTable,
+        picks: PickTable,
+        calls: Calls[C],
+        pick: Callable[[], int],
+        look: Callable[[C], Running[C] | None],
+    ) -> Move[C] | None:
+        """The one stream that moves by a new table; `look` tells of a call whether it may, `pick` where new ones go."""
+        slow = {r: score for r in slow_replicas(table, _SLOW) if (score := picks.score_within(r)) > 0.0}
+        i = pick() if slow else -1
+        if i < 0 or picks.ids[i] in slow:
+            return None
+        found = (look(call) for replica_id in slow for call in calls.running(replica_id))
+        return self.best((stream for stream in found if stream is not None), slow, picks.ids[i], picks.score(i))
+
+    def best(
+        self, running: Iterable[Running[C]], here: Mapping[str, float], target: str, there: float
+    ) -> Move[C] | None:
+        """The stream that gains most by going on on `target`, at a score of `there`; None if none is worth its cost.
 
         `here` are the scores of the slow replicas for a stream that they hold.
         """
@@ -84,7 +111,7 @@ class HandOver:
             cost_s = self.beginnings.seconds(stream.prompt, stream.items, item_s) * there
             over_s = gain_s - _MARGIN * cost_s - stream.paid_s
             if over_s > 0.0 and (found is None or over_s > found[0]):
-                found = over_s, Move(stream, cost_s, gain_s)
+                found = over_s, Move(stream, target, cost_s, gain_s)
         return found[1] if found is not None else None
 
 
@@ -168,6 +195,8 @@ _KEEP_BEGUN = 0.98
 """Of a beginning's weight after the next one: about fifty of them count."""
 _ENOUGH = 5
 """Moved streams whose beginnings were seen, before their cost counts as known."""
+_LARGEST = 1e9
+"""Seconds, units of a prompt or items that can be true."""
 _OUTLIER = 4.0
 """Times what is expected: a longer beginning counts as so long, lest one that was unlucky decide."""
 
@@ -195,9 +224,9 @@ class Beginnings:
 
         For one that was given up meanwhile, how long it was waited for.
         """
-        if not (0.0 <= first_item_s < math.inf and 0.0 < score < math.inf and 0.0 <= prompt < math.inf and had >= 0):
+        at_one_s = first_item_s / score if score > 0.0 else math.nan
+        if not (0.0 <= at_one_s < _LARGEST and 0.0 <= prompt < _LARGEST and 0 <= had < _LARGEST):
             return
-        at_one_s = first_item_s / score
         if not had:
             limit_s = _OUTLIER * self._new.predict((1.0, prompt)) if self._new.count >= _ENOUGH else math.inf
             self._new.add((1.0, prompt), min(at_one_s, limit_s))
@@ -219,17 +248,18 @@ class Beginnings:
 
 
 class _Fit:
-    """Least squares without negative parts, of observations that fade: a cost has parts that only add.
+    """Least squares without negative parts, of observations that fade: the parts of a cost only add.
 
-    Solved when asked, part by part, each with the others held (coordinate descent; it ends where non-negative least
-    squares do, since the error is convex: Lawson and Hanson 1974).
+    Two or three parts are so few that all choices of those that are not 0 are tried (Lawson and Hanson 1974 choose them
+    step by step). Solved when asked.
     """
 
-    __slots__ = ("_across", "_along", "_parts", "_solved", "count")
+    __slots__ = ("_across", "_along", "_choices", "_parts", "_solved", "count")
 
     def __init__(self, parts: int) -> None:
         self._across = [[0.0] * parts for _ in range(parts)]
         self._along = [0.0] * parts
+        self._choices = [of for size in range(parts, 0, -1) for of in combinations(range(parts), size)]
         self._parts, self._solved, self.count = [0.0] * parts, True, 0
 
     def add(self, of: Sequence[float], seen: float) -> None:
@@ -248,20 +278,32 @@ class _Fit:
         return sum(part * x for part, x in zip(self._parts, of, strict=True))
 
     def _solve(self) -> None:
-        parts, across = self._parts, self._across
-        for _ in range(_SWEEPS):
-            moved = 0.0
-            for i, row in enumerate(across):
-                if row[i] > 0.0:
-                    others = sum(a * part for a, part in zip(row, parts, strict=True)) - row[i] * parts[i]
-                    new = max((self._along[i] - others) / row[i], 0.0)
-                    moved = max(moved, abs(new - parts[i]) * math.sqrt(row[i]))
-                    parts[i] = new
-            if moved < _EXACT * math.sqrt(across[0][0]):
-                break
-        self._solved = True
+        self._parts, self._solved, best = [0.0] * len(self._along), True, 0.0
+        for choice in self._choices:
+            found = _solution([[*(self._across[i][j] for j in choice), self._along[i]] for i in choice])
+            explained = sum(part * self._along[i] for part, i in zip(found, choice, strict=False))
+            if found and min(found) >= 0.0 and explained > best * (1.0 + _SAME):
+                best = explained
+                for i in range(len(self._parts)):
+                    self._parts[i] = found[choice.index(i)] if i in choice else 0.0
 
 
-_SWEEPS = 200
-_EXACT = 1e-5
-"""Seconds."""
+_SAME = 1e-9
+"""Parts that cannot be told from one another, since they always came together, have no solution."""
+
+
+def _solution(rows: list[list[float]]) -> list[float]:
+    """Of symmetric equations [coefficients, value], by elimination; empty where there is none, or more than one."""
+    scales = [row[k] for k, row in enumerate(rows)]
+    for k, row in enumerate(rows):
+        if not row[k] > _SAME * scales[k]:
+            return []
+        for other in rows[k + 1 :]:
+            factor = other[k] / row[k]
+            for j in range(k, len(row)):
+                other[j] -= factor * row[j]
+    found: list[float] = []
+    for k in range(len(rows) - 1, -1, -1):
+        known = sum(rows[k][k + 1 + j] * part for j, part in enumerate(found))
+        found.insert(0, (rows[k][-1] - known) / rows[k][k])
+    return found

@@ -380,7 +380,7 @@ class Simulation:
         if replica.running >= replica.max_active:
             return None
         beginning = Request(stream.id, self.now_s, left_s, stream.router)
-        beginning.on_copy_end = on_end
+        beginning.items, beginning.on_copy_end = stream.items, on_end
         replica.submit(beginning)
         self.mine[stream.router][chosen] += 1
         return beginning

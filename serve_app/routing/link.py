@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import math
 import os
@@ -22,11 +21,10 @@ from serve_app.ray_api import shared_secret
 from shadecast.config import REPORT_S, TICK_S
 from shadecast.errors import MessageError
 from shadecast.messages import SCHEMA, check, message
-from shadecast.tables import read_table
+from shadecast.tables import unpack_table
 
 if TYPE_CHECKING:
     from serve_app.routing.request_router import Router
-    from shadecast.types import RoutingTable
 
 logger = logging.getLogger("ray.serve")
 
@@ -151,19 +149,11 @@ class Link:
             self._absence.warn("refused", str(answer["refused"]))
         if answer.get("table") is not None:
             router.use_settings(bool(answer.get("observing")), answer.get("settings"))
-            table = self.read_table(answer["table"], router.table)
+            table = unpack_table(answer["table"], router.table)
             self._builds_on_ours = table is not None
             if table is not None:
                 router.take_table(table)
         return _FAST_S
-
-    def read_table(self, packed: bytes, held: RoutingTable | None) -> RoutingTable | None:
-        """The table that a packed message makes of the one held; None if it builds on another one."""
-        try:
-            received = json.loads(packed)
-        except (TypeError, ValueError) as error:
-            raise MessageError(f"a table cannot be unpacked: {error!r}") from None
-        return read_table(received, held)
 
 
 def _cluster_secret() -> bytes:

@@ -18,13 +18,14 @@ from bench.simulate.forecasts import Kind, NodeForecaster
 from bench.simulate.workload import TOKEN_S
 from shadecast.balancer import Balancer, TickInput
 from shadecast.calls import Call, Calls, Event
-from shadecast.config import CHOICES, LOCAL_ONLY_AGE_S, REPORT_S, TABLE_TTL_S, TICK_JITTER, Config
-from shadecast.handover import SLOW, HandOver, Running
+from shadecast.config import CHOICES, REPORT_S, TICK_JITTER, Config
+from shadecast.handover import HandOver, Running
 from shadecast.inbox import Inbox
 from shadecast.ledger import Ledger
-from shadecast.pick import PickTable, cost_table, table_scores
+from shadecast.pick import PickTable, ToldQueues, copied_to, cost_table
 from shadecast.rescue import VERY_SLOW, budget, slow_replicas, worth_moving
 from shadecast.sessions import SessionMap
+from shadecast.tables import level
 from shadecast.types import (
     Forecast,
     NodeReport,
@@ -42,8 +43,6 @@ if TYPE_CHECKING:
 
 _DEPLOYMENT = "sim/model"
 _TELEMETRY_S = 1.0
-_TOLD_S = 1.5
-"""As `serve_app.routing.routes`: how long a queue length that a replica told is better than a table's."""
 _TELEMETRY_NOISE = 0.02
 _SHADOW_ITEMS = 32
 """Streams are compared over their first items, then the copy is cancelled (design section 7)."""
@@ -71,8 +70,6 @@ class _Beginning:
     first: _Call
     second: _Call
     had: int
-    score: float
-    """Of the replica that it goes to, when it was chosen."""
 
 
 class _Router:
@@ -91,7 +88,7 @@ class _Router:
         self.picks = PickTable((), None, {}, {}, self.cost)
         self.counted: dict[str, int] = {}
         self.by_index: list[int] = []
-        self.told: dict[str, tuple[float, int, float]] = {}
+        self.told = ToldQueues()
         self.mirrored: list[tuple[str, float]] = []
         self.copies: dict[str, int] = {}
         self.sessions = SessionMap(arm.config.session, secret, arm.config.trial.drain_s)
@@ -113,8 +110,8 @@ class _Router:
         self.very_slow = frozenset(slow_replicas(table, VERY_SLOW)) if slow else frozenset()
         if slow:
             self.arm.rescue(self, table, slow)
-        if self.arm.hands_over and (slow := slow_replicas(table, SLOW)):
-            self.arm.hand_over(self, slow)
+        if self.arm.hands_over:
+            self.arm.hand_over(self, table)
 
     def lay_out(self) -> None:
         """Precompute the picks for the present members and table."""
@@ -124,8 +121,7 @@ class _Router:
             self.cost = cost_table(*self.cost_key)
         self.by_index = list(self.arm.sim.members)
         ids = [self.arm.ids[member] for member in self.by_index]
-        oldest_s = self.arm.sim.now_s - _TOLD_S
-        told = {key: (queue, mine) for key, (queue, mine, at_s) in self.told.items() if at_s >= oldest_s}
+        told = self.told.at(self.arm.sim.now_s)
         self.picks = PickTable(ids, table, self.calls.all_in_flight(), self.counted, self.cost, seen=told)
         rows = table.rows if table is not None else ()
         alive = self.picks.index
@@ -133,21 +129,11 @@ class _Router:
             (row.replica_id, row.mirror_fraction) for row in rows if row.mirror_fraction > 0 and row.replica_id in alive
         ]
         if self.arm.with_sessions:
-            known = {row.replica_id: row for row in rows}
-            open_ids = [(i, replica_id) for i, replica_id in enumerate(ids) if self.picks.share[i] > 0.0]
-            weights = {r: known[r].session_weight if r in known else 1.0 for _, r in open_ids}
-            scores = table_scores(table) if table is not None else {}
-            draining = [row.replica_id for row in rows if row.state is State.DRAINING and row.replica_id in alive]
-            self.sessions.update(weights, scores, self.arm.sim.now_s, draining)
+            self.sessions.take(self.picks, table, self.arm.sim.now_s)
 
     def level(self) -> str:
         """The rung of the fail-open ladder, as `Routes.level`."""
-        if self.table is None:
-            return "power_of_two"
-        age_s = self.arm.sim.now_s - self.table_s
-        if age_s > LOCAL_ONLY_AGE_S:
-            return "power_of_two"
-        return "table" if age_s <= TABLE_TTL_S else "stale_table"
+        return level(self.table, self.arm.sim.now_s - self.table_s)
 
     def count(self, replica_id: str) -> None:
         """The number of calls on a replica has changed."""
@@ -236,9 +222,7 @@ class Product(Arm):
     def _paced(self, router: _Router, request: Request, items: int, seconds: float) -> None:
         replica_id = self.ids[request.replica]
         router.ledger.pace(replica_id, items, seconds)
-        i = router.picks.index.get(replica_id)
-        if self.hands_over and i is not None:
-            router.hand_over.item.add(items, seconds, router.picks.score_within(i))
+        router.hand_over.item.add(items, seconds, router.picks.score_within(replica_id))
 
     def _report(self, router: _Router) -> None:
         self._pace(router)
@@ -337,15 +321,11 @@ class Product(Arm):
         i = router.picks.index.get(replica_id)
         if i is not None:
             router.picks.note(i, request.others + 1.0)
-            router.told[replica_id] = (request.others + 1.0, router.picks.in_flight[i], self.sim.now_s)
+            router.told.note(replica_id, request.others + 1.0, router.picks.in_flight[i], self.sim.now_s)
         if router.mirrored:
-            draw = self.rng.random()
-            for candidate_id, fraction in router.mirrored:
-                draw -= fraction
-                if draw < 0.0:
-                    if candidate_id != replica_id:
-                        self._copy(router, request, candidate_id)
-                    return
+            candidate_id = copied_to(router.mirrored, self.rng.random())
+            if candidate_id and candidate_id != replica_id:
+                self._copy(router, request, candidate_id)
 
     def on_done(self, request: Request, ok: bool) -> None:
         """The request has ended or was lost."""
@@ -394,28 +374,25 @@ class Product(Arm):
 
     def _first_item(self, request: Request) -> None:
         router = self._routers[request.router]
-        i = router.picks.index.get(self.ids[request.replica])
-        if i is not None and request.open:
-            score, hand_over = router.picks.score_within(i), router.hand_over
-            hand_over.beginnings.add(1.0, 0, self.sim.now_s - request.sent_s, score, hand_over.item.seconds)
+        if request.open:
+            score = router.picks.score_within(self.ids[request.replica])
+            router.hand_over.begun(1.0, 0, self.sim.now_s - request.sent_s, score)
 
-    def hand_over(self, router: _Router, slow: Collection[str]) -> None:
+    def _running(self, call: _Call) -> Running[_Call] | None:
+        request = call.request
+        if not request.items or request.id in self._beginnings or not (items := self._items(request)):
+            return None
+        return Running(call, items, 1.0, call.paid_s)
+
+    def hand_over(self, router: _Router, table: RoutingTable) -> None:
         """As `serve_app.routing.second_attempts`: let one stream go on elsewhere, if that pays."""
         picks = router.picks
-        i = picks.pick(self.rng.random, CHOICES)
-        if i < 0 or picks.ids[i] in slow:
-            return
-        here = {replica_id: picks.score_within(picks.index[replica_id]) for replica_id in slow & picks.index.keys()}
-        held = [call for replica_id in here for call in router.calls.running(replica_id)]
-        running = [
-            Running(call, items, 1.0, call.paid_s)
-            for call in held
-            if call.request.items and call.request.id not in self._beginnings and (items := self._items(call.request))
-        ]
-        score = picks.score(i)
-        move = router.hand_over.best(running, here, score)
+        move = router.hand_over.choose(
+            table, picks, router.calls, lambda: picks.pick(self.rng.random, CHOICES), self._running
+        )
         if move is None:
             return
+        i = picks.index[move.target]
         request, had = move.stream.call.request, move.stream.items
         left_s = max(request.work_s - had * TOKEN_S, 0.5 * TOKEN_S) + self.world.scenario.beginning_s
         chosen, now_s = router.by_index[i], self.sim.now_s
@@ -427,7 +404,7 @@ class Product(Arm):
         router.calls.handle(second, Event.SEND, now_s)
         router.calls.handle(second, Event.ACCEPT, now_s, others=float(begun.others))
         router.count(picks.ids[i])
-        self._beginnings[request.id] = beginning = _Beginning(router, move.stream.call, second, had, score)
+        self._beginnings[request.id] = beginning = _Beginning(router, move.stream.call, second, had)
         first_item_s = min(self.world.scenario.beginning_s + TOKEN_S, 0.999 * left_s)
         self.sim.replicas[chosen].mark(begun, first_item_s, self._take_over, beginning)
         self.sim.at(now_s + move.patience_s, self._too_late, beginning)
@@ -452,8 +429,8 @@ class Product(Arm):
         router.streams[request.id] = (request, beginning.had + 1, now_s)
 
     def _learn(self, beginning: _Beginning, took_s: float) -> None:
-        hand_over = beginning.router.hand_over
-        hand_over.beginnings.add(1.0, beginning.had, took_s, beginning.score, hand_over.item.seconds)
+        score = beginning.router.picks.score_within(beginning.second.replica_id)
+        beginning.router.hand_over.begun(1.0, beginning.had, took_s, score)
 
     def _too_late(self, beginning: _Beginning) -> None:
         request = beginning.first.request
