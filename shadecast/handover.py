@@ -2,12 +2,13 @@
 
 A stream that can go on after what its reader has had moves where that saves more than its beginning elsewhere costs:
 
-    residual * item_s * (here - there)  >  MARGIN * beginning_s(prompt, had) * there  +  what it has paid before
+    residual * item_s * (here - there)  >  MARGIN * there * cost_s  +  what it has paid before
+                                 cost_s  =  beginning_s(prompt, had) * there
 
 `here` and `there` are scores: relative times of a stream on its own replica and on the other one, queues included
 (`shadecast.pick`). `residual` are the items that streams which have given so many still give, `item_s` the seconds of
 an item at a score of 1. All of it is learned from this router's own streams. At a cost of .1 s nearly every move from
-a slow replica pays, at 1 s few do: the test of the cost is what makes hand-over safe.
+a slow replica pays, at 1 s few do: the test of the cost is what makes hand-over safe (docs/decisions/0071).
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ _SLOW = 0.6
 """Of the median capacity: streams are handed over from slower replicas only."""
 _BETTER = 2.0
 """Times the score here over the score there: less is within what queues and estimates are off by."""
-_MARGIN = 8.0
-"""What a beginning costs its own reader, and once more for those on the replica that it is added to."""
+_MARGIN = 4.0
+"""Its own reader is not the only one who pays: a beginning delays all that is on the other replica, and what comes there
+after it, the more the busier that is. Hence times the score there, too. Chosen by simulation."""
 _LEAST_PATIENCE_S = 0.25
 _PATIENCE = 3.0
 """Times the expected time of a beginning: then the reader goes on with its first replica."""
@@ -97,7 +99,7 @@ class HandOver:
     def best(
         self, running: Iterable[Running[C]], here: Mapping[str, float], target: str, there: float
     ) -> Move[C] | None:
-        """The stream that gains most by going on on `target`, at a score of `there`; None if none is worth its cost.
+        """The stream that gains most for its length by going on on `target`, at a score of `there`; None if none does.
 
         `here` are the scores of the slow replicas for a stream that they hold.
         """
@@ -107,11 +109,12 @@ class HandOver:
             score = here.get(stream.call.replica_id, 0.0)
             if not there > 0.0 or not score >= _BETTER * there or not item_s > 0.0:
                 continue
-            gain_s = self.lengths.residual(stream.items) * item_s * (score - there)
+            residual = self.lengths.residual(stream.items)
+            gain_s = residual * item_s * (score - there)
             cost_s = self.beginnings.seconds(stream.prompt, stream.items, item_s) * there
-            over_s = gain_s - _MARGIN * cost_s - stream.paid_s
-            if over_s > 0.0 and (found is None or over_s > found[0]):
-                found = over_s, Move(stream, target, cost_s, gain_s)
+            share = (gain_s - _MARGIN * there * cost_s - stream.paid_s) / (stream.items + residual)
+            if share > 0.0 and (found is None or share > found[0]):
+                found = share, Move(stream, target, cost_s, gain_s)
         return found[1] if found is not None else None
 
 

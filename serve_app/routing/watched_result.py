@@ -120,7 +120,6 @@ class WatchedResult:
 
     def __init__(self, inner: ReplicaResult, call: LiveCall, calls: LiveCalls) -> None:
         self.inner, self.call, self._calls = inner, call, calls
-        """Serve's own, and the attempt in the router's book."""
         call.result = weakref.ref(self)
         self._wait = _Wait()
         self._second: WatchedResult | None = None
@@ -252,7 +251,8 @@ class WatchedResult:
         return item
 
     def _give(self, item: Any) -> Any:
-        self.stay()
+        if self._trying is not None or self._held is not None:
+            self.stay()
         if self.call.had is not None:
             self.call.had.append(item)
         return item

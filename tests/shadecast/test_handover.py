@@ -3,7 +3,7 @@
 Invariants:
 
 1. Nothing moves before lengths, item times and beginnings of this deployment's streams were seen.
-2. What moves saves more than its cost, doubled, and all that it has paid before.
+2. What moves saves more than its cost, for itself and for those that it delays, and all that it has paid before.
 3. A cost has no negative part, and is never taken for less than nothing.
 """
 
@@ -188,12 +188,12 @@ def test_nothing_moves_before_anything_is_known():
     [
         (0.1, 5.0, 2.0, 100, 0.0, True),
         (0.1, 3.9, 2.0, 100, 0.0, False),
-        (1.0, 5.0, 2.0, 100, 0.0, True),
-        (1.0, 4.0, 2.0, 150, 0.0, False),
-        (0.1, 5.0, 2.0, 100, 6.0, False),
+        (1.0, 5.0, 2.0, 100, 0.0, False),
+        (1.0, 5.0, 0.8, 100, 0.0, True),
+        (0.1, 5.0, 2.0, 100, 4.5, False),
         (0.1, 5.0, 0.0, 100, 0.0, False),
     ],
-    ids=["pays", "not twice as good", "pays still", "costs more", "has paid for it", "no score"],
+    ids=["pays", "not twice as good", "costs more", "costs less where nobody is", "has paid for it", "no score"],
 )
 def test_a_stream_moves_where_that_saves_more_than_it_costs(cost_s, here, there, items, paid_s, moves):
     found = learned(cost_s).best([Running(call(), items, 1.0, paid_s)], {"slow": here}, "well", there)
@@ -203,7 +203,7 @@ def test_a_stream_moves_where_that_saves_more_than_it_costs(cost_s, here, there,
         assert found.cost_s == pytest.approx(cost_s * there, rel=0.1)
 
 
-def test_of_many_streams_the_one_that_gains_most_moves_and_only_that():
+def test_of_many_streams_the_one_that_gains_most_for_its_length_moves_and_only_that():
     hand_over = learned(lengths=[random.Random(k).randrange(10, 400) for k in range(300)])
     streams = [Running(call(), items) for items in (300, 20, 390)] + [Running(call("elsewhere"), 20)]
     found = hand_over.best(streams, {"slow": 5.0}, "well", 2.0)
@@ -219,14 +219,14 @@ SCORES = st.floats(0.1, 100.0)
     st.floats(0.001, 10.0), st.lists(st.integers(1, 1000), min_size=1, max_size=30), SCORES, SCORES,
     st.lists(st.tuples(st.integers(1, 1000), st.floats(0.0, 50.0)), max_size=8),
 )  # fmt: skip
-def test_whatever_moves_saves_more_than_twice_its_cost_and_all_that_it_has_paid(cost_s, lengths, here, there, streams):
+def test_whatever_moves_saves_more_than_it_costs_anybody_and_all_that_it_has_paid(cost_s, lengths, here, there, streams):
     hand_over = learned(cost_s, lengths)
     running = [Running(call(), items, 1.0, paid_s) for items, paid_s in streams]
     found = hand_over.best(running, {"slow": here}, "well", there)
     if found is None:
         return
     assert here >= 2.0 * there
-    assert found.gain_s > 2.0 * found.cost_s + found.stream.paid_s
+    assert found.gain_s > 4.0 * there * found.cost_s + found.stream.paid_s
     assert found.patience_s >= found.cost_s
     gain_s = hand_over.lengths.residual(found.stream.items) * hand_over.item.seconds * (here - there)
     assert found.gain_s == pytest.approx(gain_s)

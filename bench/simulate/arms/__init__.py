@@ -49,3 +49,6 @@ ARMS: dict[str, Callable[[], Arm]] = {
     **PRODUCT,
     "clairvoyant": Clairvoyant,
 }
+
+ALWAYS = tuple(name for name in ARMS if not name.endswith("_handover"))
+"""Arms of a scenario that names none: hand-over is for streams."""

@@ -274,8 +274,9 @@ def test_streams_stay_once_it_was_seen_how_long_they_take_to_begin_elsewhere():
                 serve.take(slower(2 * version))
                 await settle()
                 moved.append(len(second_attempts(serve)))
+                stream.first.give(1)
                 await asyncio.sleep(3.0)
-                stream.first.give(1).end()
+                stream.first.end()
                 assert await stream.reader == [0, 1]
                 await settle()
                 serve.take(table(version=2 * version + 1, a=1.0, b=0.0, c=0.0))
