@@ -31,8 +31,8 @@ _SLOW = 0.6
 _BETTER = 2.0
 """Times the score here over the score there: less is within what queues and estimates are off by."""
 _MARGIN = 4.0
-"""Its own reader is not the only one who pays: a beginning delays all that is on the other replica, and what comes there
-after it, the more the busier that is. Hence times the score there, too. Chosen by simulation."""
+"""Its own reader is not the only one who pays: a beginning delays all that is on the other replica, and what comes
+there after it, the more the busier that is. Hence times the score there, too. Chosen by simulation."""
 _LEAST_PATIENCE_S = 0.25
 _PATIENCE = 3.0
 """Times the expected time of a beginning: then the reader goes on with its first replica."""

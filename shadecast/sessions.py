@@ -50,7 +50,7 @@ def steady_weight(held: float, wanted: float) -> float:
 
 
 def worth_waiting_s(config: SessionConfig, table: RoutingTable | None) -> float:
-    """What a session's move costs, and a request may wait for its own replica; 0 while a request's time is not known."""
+    """What a session's move costs, and a request may wait for its own replica; 0 while no request's time is known."""
     reference_s = table.reference_s if table is not None else 0.0
     return min(config.migration_cost * reference_s, _LONGEST_WAIT_S)
 

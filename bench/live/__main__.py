@@ -32,7 +32,7 @@ _DEFAULT_ARMS = "default,round_robin,consistent_hash,capacity_queue,prequal,live
 
 def main(
     *,
-    scenario: Annotated[str, typer.Option(help=f"all, soak, chaos, or comma separated: {', '.join(SCENARIOS)}")] = "all",
+    scenario: Annotated[str, typer.Option(help=f"all, soak, chaos, or with commas: {', '.join(SCENARIOS)}")] = "all",
     arms: Annotated[str, typer.Option(help=f"comma separated; known: {', '.join(ARMS)}")] = _DEFAULT_ARMS,
     seeds: Annotated[int, typer.Option(min=1, max=100, help="seeds 0 .. K-1 for every arm")] = 3,
     json_file: Annotated[Path | None, typer.Option("--json", help="write rows here, after every run")] = None,

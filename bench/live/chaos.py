@@ -1,7 +1,7 @@
 """Chaos: many streams while replicas are killed and hogged, so that streams go on elsewhere all the time.
 
-The driver checks every stream, item by item: each one once, in order and right. Half of the hogs leave a replica a third
-to a half of its CPU: its streams still give items and are handed over. The others leave it next to nothing.
+The driver checks every stream, item by item: each one once, in order and right. Half of the hogs leave a replica a
+third to a half of its CPU: its streams still give items and are handed over. The others leave it next to nothing.
 """
 
 from __future__ import annotations

@@ -221,8 +221,8 @@ def _families() -> dict[str, list[Scenario]]:
                  note="throttling: 10 s down to .25, 15 s plateau")],
         [replace(tokens, name="tokens-crash", disturb=crashes(120.0, 20.0, 3.0, 0.3), quality=_BETTER,
                  note="nodes die with 10 s warning")],
-        [_HAND_OVER] + [replace(_HAND_OVER, name=f"hand-over@{cost_s:g}", beginning_s=cost_s, note=f"the same, {cost_s:g} s")
-                        for cost_s in (0.3, 1.0)],
+        [_HAND_OVER] + [replace(_HAND_OVER, name=f"hand-over@{cost_s:g}", beginning_s=cost_s,
+                                note=f"the same, {cost_s:g} s") for cost_s in (0.3, 1.0)],
         [_REPLAY, replace(_REPLAY, name="replay@0.6", load=0.6)],
         [Scenario("periodic", TOKENS, periodic(0.35, 20.0, 60.0, 120.0, 0.5), arms=_JUDGED,
                   note="neighbours of 20 s that come at intervals of 60 to 120 s, each node its own")],

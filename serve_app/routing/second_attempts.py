@@ -1,8 +1,8 @@
 """Second attempts of calls that are stuck or slow: cancelled and retried, moved to another replica, or resumed there.
 
-Which calls, and how many, is decided in `shadecast.rescue` and `shadecast.handover`. A call that no replica has accepted is cancelled and Serve
-chooses again; an accepted one gets another attempt beside it, and its caller goes on with that once it was accepted, or
-has given its first item. The budget pays for what was done.
+Which calls, and how many, is decided in `shadecast.rescue` and `shadecast.handover`. A call that no replica has
+accepted is cancelled and Serve chooses again; an accepted one gets another attempt beside it, and its caller goes on with that
+once it was accepted, or has given its first item. The budget pays for what was done.
 """
 
 from __future__ import annotations
@@ -268,7 +268,7 @@ class SecondAttempts:
 
     def _running(self, call: LiveCall) -> Running[LiveCall] | None:
         """A stream that may move. One of a multiplexed model stays: another replica may have to load that."""
-        may = call.had and self._movable(call) and not call.metadata.multiplexed_model_id
+        may = call.had is not None and self._movable(call) and not call.metadata.multiplexed_model_id
         return Running(call, len(call.had or ()), call.cost, call.paid_s) if may else None
 
     async def _hand_over(self, move: Move[LiveCall]) -> None:

@@ -93,8 +93,8 @@ def test_chaos_is_passed_only_where_streams_did_go_on_elsewhere_and_none_was_wro
 
     for wrong, moves, met in (("", 1, [True] * 3), ("wrong", 1, [False, True, True]), ("", 0, [True, True, False])):
         rows = [stream(float(i), moves=moves * (i % 9 == 0)) for i in range(80)] + [stream(81.0, wrong)]
-        found = measure(scenario, result(rows), [])
-        assert [check.met for check in checks(scenario.name, {"shadecast": {k: [v] for k, v in found.items()}}, {})] == met
+        found = {metric: [value] for metric, value in measure(scenario, result(rows), []).items()}
+        assert [check.met for check in checks(scenario.name, {"shadecast": found}, {})] == met
 
 
 def test_our_arms_have_valid_settings():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import random
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -219,7 +220,9 @@ SCORES = st.floats(0.1, 100.0)
     st.floats(0.001, 10.0), st.lists(st.integers(1, 1000), min_size=1, max_size=30), SCORES, SCORES,
     st.lists(st.tuples(st.integers(1, 1000), st.floats(0.0, 50.0)), max_size=8),
 )  # fmt: skip
-def test_whatever_moves_saves_more_than_it_costs_anybody_and_all_that_it_has_paid(cost_s, lengths, here, there, streams):
+def test_whatever_moves_saves_more_than_it_costs_anybody_and_all_that_it_has_paid(
+    cost_s, lengths, here, there, streams
+):
     hand_over = learned(cost_s, lengths)
     running = [Running(call(), items, 1.0, paid_s) for items, paid_s in streams]
     found = hand_over.best(running, {"slow": here}, "well", there)
@@ -237,11 +240,11 @@ def test_whatever_moves_saves_more_than_it_costs_anybody_and_all_that_it_has_pai
 def test_a_stream_between_two_replicas_that_change_places_pays_less_than_it_hopes_to_save(scores):
     """It does not go to and fro: each further move must save what all those before have cost, and more."""
     hand_over = learned(0.5)
-    stream, at, paid_s, moves = call(), 0, 0.0, 0
-    for k, (here, there) in enumerate(zip(scores, scores[1:], strict=False)):
+    stream, paid_s, moves = call(), 0.0, 0
+    for k, (here, there) in enumerate(pairwise(scores)):
         move = hand_over.best([Running(stream, 50 + k, 1.0, paid_s)], {"slow": here}, "well", there)
         if move is not None:
-            paid_s, at, moves = paid_s + move.cost_s, 1 - at, moves + 1
+            paid_s, moves = paid_s + move.cost_s, moves + 1
             assert paid_s < move.gain_s
     most_s = hand_over.lengths.residual(50) * ITEM_S * 9.0 + 0.5 * 3.0
     assert paid_s < most_s

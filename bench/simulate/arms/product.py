@@ -380,9 +380,9 @@ class Product(Arm):
 
     def _running(self, call: _Call) -> Running[_Call] | None:
         request = call.request
-        if not request.items or request.id in self._beginnings or not (items := self._items(request)):
+        if not request.items or request.id in self._beginnings:
             return None
-        return Running(call, items, 1.0, call.paid_s)
+        return Running(call, self._items(request), 1.0, call.paid_s)
 
     def hand_over(self, router: _Router, table: RoutingTable) -> None:
         """As `serve_app.routing.second_attempts`: let one stream go on elsewhere, if that pays."""

@@ -13,7 +13,6 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ray.exceptions import ActorDiedError
 
 from tests.serve_app.routing.serve import Replica, Result, VirtualTime, serving, settle, table
 from tests.serve_app.routing.test_resume import (
@@ -103,6 +102,18 @@ def test_a_stream_on_a_slow_replica_goes_on_elsewhere_though_it_still_gives_item
             report = serve.report()
             assert (report.rescued, report.resumed) == (1, 1)
             assert sum(view.failed for view in report.replicas) == 0
+
+    run(scenario())
+
+
+def test_a_stream_that_has_given_nothing_is_begun_elsewhere_from_its_start():
+    async def scenario():
+        async with scene(*bc(), **RESUMES) as serve:
+            stream, second = await handed_over(serve)
+            assert second.request.kwargs == {"had": []}
+            second.give(0).end()
+            assert await stream.reader == [0]
+            assert stream.first.cancelled
 
     run(scenario())
 
