@@ -70,6 +70,7 @@ class Link:
     def __init__(self, router: weakref.ref[Router]) -> None:
         self._router = router
         self._absence = Absence(router)
+        self.read_table = unpack_table
         self._coordinator: Any = None
         self._found: Any = None
         """The last handle, of any version, and the last call's object: see `keep_in_touch`."""
@@ -149,7 +150,7 @@ class Link:
             self._absence.warn("refused", str(answer["refused"]))
         if answer.get("table") is not None:
             router.use_settings(bool(answer.get("observing")), answer.get("settings"))
-            table = unpack_table(answer["table"], router.table)
+            table = self.read_table(answer["table"], router.table)
             self._builds_on_ours = table is not None
             if table is not None:
                 router.take_table(table)

@@ -1,8 +1,8 @@
 """Second attempts of calls that are stuck or slow: cancelled and retried, moved to another replica, or resumed there.
 
 Which calls, and how many, is decided in `shadecast.rescue` and `shadecast.handover`. A call that no replica has
-accepted is cancelled and Serve chooses again; an accepted one gets another attempt beside it, and its caller goes on with that
-once it was accepted, or has given its first item. The budget pays for what was done.
+accepted is cancelled and Serve chooses again; an accepted one gets another attempt beside it, and its caller goes on
+with that once it was accepted, or has given its first item. The budget pays for what was done.
 """
 
 from __future__ import annotations
@@ -261,7 +261,7 @@ class SecondAttempts:
             return None
         took_s = time.monotonic() - began_s
         second.call.paid_s += took_s
-        self.hand_over.begun(call.cost, had, took_s, self._score(second.call.replica_id))
+        self.hand_over.begun(call.cost, had, took_s, self._calls.routes.picks.score_within(second.call.replica_id))
         return second, [item]
 
     # ------------------------------------------------------------------ streams that a slower replica holds
@@ -281,17 +281,17 @@ class SecondAttempts:
             async with asyncio.timeout(move.patience_s):
                 await self._move(call, 0.0, there)
         except TimeoutError:
-            self.hand_over.begun(call.cost, move.stream.items, move.patience_s, self._score(there))
-
-    def _score(self, replica_id: str) -> float:
-        return self._calls.routes.picks.score_within(replica_id)
+            score = self._calls.routes.picks.score_within(there)
+            self.hand_over.begun(call.cost, move.stream.items, move.patience_s, score)
 
     def ended(self, call: LiveCall) -> None:
         """A stream went well."""
         self.stream_patience.ended(call.first_item_s, call.items, call.duration_s)
         self.hand_over.lengths.add(call.items if call.had is None else len(call.had))
         if not call.is_second:
-            self.hand_over.begun(call.cost, 0, call.first_item_s, self._score(call.replica_id))
+            self.hand_over.begun(
+                call.cost, 0, call.first_item_s, self._calls.routes.picks.score_within(call.replica_id)
+            )
 
     # ------------------------------------------------------------------ streams whose replica has died
 
