@@ -289,9 +289,8 @@ class SecondAttempts:
         self.stream_patience.ended(call.first_item_s, call.items, call.duration_s)
         self.hand_over.lengths.add(call.items if call.had is None else len(call.had))
         if not call.is_second:
-            self.hand_over.begun(
-                call.cost, 0, call.first_item_s, self._calls.routes.picks.score_within(call.replica_id)
-            )
+            score = self._calls.routes.picks.score_within(call.replica_id)
+            self.hand_over.begun(call.cost, 0, call.first_item_s, score)
 
     # ------------------------------------------------------------------ streams whose replica has died
 
