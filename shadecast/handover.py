@@ -112,7 +112,7 @@ class HandOver:
             residual = self.lengths.residual(stream.items)
             gain_s = residual * item_s * (score - there)
             cost_s = self.beginnings.seconds(stream.prompt, stream.items, item_s) * there
-            share = (gain_s - _MARGIN * there * cost_s - stream.paid_s) / (stream.items + residual)
+            share = (gain_s - _MARGIN * there * cost_s - stream.paid_s) / max(stream.items + residual, 1.0)
             if share > 0.0 and (found is None or share > found[0]):
                 found = share, Move(stream, target, cost_s, gain_s)
         return found[1] if found is not None else None

@@ -184,6 +184,14 @@ def test_nothing_moves_before_anything_is_known():
     assert HandOver().best([Running(call(), 100)], {"slow": 50.0}, "well", 1.0) is None
 
 
+def test_before_any_stream_has_ended_one_without_an_item_stays():
+    hand_over = HandOver()
+    for _ in range(10):
+        hand_over.item.add(10, 0.2, 1.0)
+        hand_over.begun(1.0, 0, 0.1, 1.0)
+    assert hand_over.best([Running(call(), 0)], {"slow": 50.0}, "well", 1.0) is None
+
+
 @pytest.mark.parametrize(
     ("cost_s", "here", "there", "items", "paid_s", "moves"),
     [
