@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.serve_app.routing.serve import Replica, Result, VirtualTime, serving, settle, table
+from tests.serve_app.routing.serve import Replica, Result, Serve, VirtualTime, serving, settle, table
 from tests.serve_app.routing.test_resume import (
     ANSWER,
     DIE,
@@ -24,10 +25,12 @@ from tests.serve_app.routing.test_resume import (
     RESUMES,
     SEEDS,
     STEPS,
+    Polled,
     Story,
     bc,
     frozen,  # noqa: F401 - a fixture
     read,
+    router_loop,  # noqa: F401 - a fixture
     second_attempts,
     start,
 )
@@ -40,13 +43,13 @@ def run(scenario):
     return VirtualTime().run(scenario)
 
 
-async def known(serve, streams=6):
-    """The router has seen some streams of "a" from their start to their end, an item every .1 s."""
+async def known(serve, streams=6, item_s=0.1):
+    """The router has seen some streams of "a" from their start to their end."""
     shares = dict.fromkeys(serve.replicas, 0.0) | {"a": 1.0}
     serve.take(table(version=1, **shares))
     usual = [await start(serve) for _ in range(streams)]
     for _ in range(LONG):
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(item_s)
         for stream in usual:
             stream.first.give("usual")
         await settle()
@@ -296,6 +299,63 @@ def test_streams_stay_once_it_was_seen_how_long_they_take_to_begin_elsewhere():
             assert moved == [1, 1, 1, 1, 1, 0]
 
     run(scenario())
+
+
+@pytest.mark.parametrize("first_gives", ["nothing", "before", "after"])
+def test_a_reader_beside_the_routers_loop_gets_each_item_once(router_loop, first_gives):  # noqa: F811
+    async def there(work):
+        """On the router's loop."""
+
+        async def call():
+            done = await work
+            await settle()
+            return done
+
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(call(), router_loop))
+
+    async def begin():
+        serve = Serve(Replica("a", make=Polled), *bc(make=Polled), **RESUMES)
+        await settle()
+        await known(serve, item_s=0.005)
+        return serve, await start(serve, reads=False)
+
+    async def take(serve):
+        serve.take(slower())
+        await settle()
+        return second_attempts(serve)
+
+    async def gives(attempt, name):
+        attempt.give(*((name, i) for i in range(2, 20))).end()
+
+    async def at_rest(serve):
+        gc.collect()
+        await settle()
+        assert serve.router.calls.book.open_calls == 0
+        serve.close()
+
+    async def scenario():
+        serve, stream = await there(begin())
+        reader = asyncio.create_task(read(stream.result, stream.got))
+        stream.first.give(0, 1)
+        while len(stream.got) < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        (second,) = await there(take(serve))
+        assert second.request.kwargs == {"had": [0, 1]}
+        if first_gives == "before":
+            await there(gives(stream.first, "first"))
+        await there(gives(second, "second"))
+        if first_gives == "after":
+            await there(gives(stream.first, "first"))
+        await reader
+        assert stream.got[:2] == [0, 1]
+        assert [number for _, number in stream.got[2:]] == list(range(2, 20))
+        assert len({origin for origin, _ in stream.got[2:]}) == 1
+        for attempt in (stream.first, second):
+            router_loop.call_soon_threadsafe(attempt.end)
+        del stream, reader
+        await there(at_rest(serve))
+
+    asyncio.run(asyncio.wait_for(scenario(), 20.0))
 
 
 # ------------------------------------------------------------------ any story
