@@ -35,6 +35,7 @@ from shadecast.calls import Call, Calls, Event
 from shadecast.config import REPORT_S
 from shadecast.inbox import node_message
 from shadecast.ledger import Ledger
+from shadecast.tables import unpack_table
 from shadecast.types import HORIZONS_S, Forecast, NodeReport, NodeSnapshot, RoutingTable
 
 SIZES = ((100, 10), (1_000, 10), (1_000, 100), (3_000, 300), (10_000, 1_000))
@@ -147,12 +148,13 @@ class _Link(Link):
     def __init__(self, router: _Router, seen: Callable[[bytes], None]) -> None:
         super().__init__(cast("Any", weakref.ref(router)))
         self.reads, self.seen = router.number % _READ == 0, seen
+        self.read_table = self._read_table
 
-    def read_table(self, packed: bytes, held: RoutingTable | None) -> RoutingTable | None:
+    def _read_table(self, packed: bytes, held: RoutingTable | None) -> RoutingTable | None:
         """The table, without its rows in most routers."""
         self.seen(packed)
         if self.reads:
-            return super().read_table(packed, held)
+            return unpack_table(packed, held)
         message = json.loads(packed)
         return RoutingTable(_DEPLOYMENT, message["epoch"], message["table_version"], 1, ())
 

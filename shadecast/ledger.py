@@ -21,6 +21,8 @@ _MAX_OUTCOMES = 64
 _MAX_UNFINISHED = 16
 _MAX_PAIRS = 256
 _MOST_NEW = 1000
+_MOST_OBSERVED = 100.0
+"""Longest predicted time, in units of an idle nominal replica's, that counts in a comparison."""
 
 TOTALS = (
     "mirrored",
@@ -133,6 +135,12 @@ class Ledger:
     def count(self, name: str, by: float = 1.0) -> None:
         """Add to one of TOTALS."""
         self.totals[name] += by
+
+    def observed(self, taken: float, ours: float) -> None:
+        """What Serve has chosen, and what would have been, by our own estimates."""
+        self.count("observed")
+        self.count("observed_time_taken", min(taken, _MOST_OBSERVED))
+        self.count("observed_time_ours", min(ours, _MOST_OBSERVED))
 
     def _count_new(self) -> None:
         for duration_s in self._new:

@@ -18,7 +18,7 @@ Random choice among d breaks herding (Mitzenmacher 2001); d = 4 because the scor
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from shadecast.types import RoutingTable
 
@@ -31,6 +31,7 @@ _OTHERS = 0.5
 """How far this router's own changes are taken for those of each other router."""
 _DRAWS = (range(0), *(range(d - 1) for d in range(1, 65)))
 """After the first draw, by the number of choices."""
+_TOLD_S = 1.5
 _TIE = 0.9
 """A score must be better by a tenth to count: capacities are not known more exactly, and routers must not herd."""
 
@@ -59,6 +60,31 @@ def table_scores(table: RoutingTable) -> dict[str, float]:
         / max(row.capacity, _MIN_CAPACITY)
         for row in table.rows
     }
+
+
+class ToldQueues:
+    """Queue lengths that replicas told with their last acceptance: for a moment they are better than a table's."""
+
+    def __init__(self) -> None:
+        self._told: dict[str, tuple[float, int, float]] = {}
+
+    def note(self, replica_id: str, queue: float, mine: int, now_s: float) -> None:
+        """A replica has told its queue, while this router had so many calls there."""
+        self._told[replica_id] = (queue, mine, now_s)
+
+    def at(self, now_s: float) -> dict[str, tuple[float, int]]:
+        """Those that hold still, each with this router's own count then; older ones are forgotten."""
+        self._told = {key: told for key, told in self._told.items() if told[2] >= now_s - _TOLD_S}
+        return {key: (queue, mine) for key, (queue, mine, _) in self._told.items()}
+
+
+def copied_to(mirrored: Sequence[tuple[str, float]], draw: float) -> str:
+    """The replica on trial that a request is copied to, by its fraction of them and a draw from [0, 1); "" for none."""
+    for replica_id, fraction in mirrored:
+        draw -= fraction
+        if draw < 0.0:
+            return replica_id
+    return ""
 
 
 class PickTable:
@@ -158,6 +184,15 @@ class PickTable:
         score = (cost[at] if at < len(cost) else cost[-1]) * self._inverse[i]
         return score if queue < self._limit[i] and not self._ejected[i] else score + _FULL
 
+    def score_within(self, replica_id: str) -> float:
+        """The same of a request that is on a replica already; 0 where that is gone."""
+        i = self.index.get(replica_id)
+        if i is None:
+            return 0.0
+        queue = self._base[i] + self._routers * self.in_flight[i]
+        at = min(int(queue - 0.5), len(self._cost) - 1) if queue > 1.0 else 0
+        return self._cost[at] * self._inverse[i]
+
     def pick(
         self, random: Callable[[], float], choices: int = 4, without: int = -1, pool: Sequence[int] | None = None
     ) -> int:
@@ -209,6 +244,18 @@ class PickTable:
             return best
         # none was eligible this time; of a part of the pool, a share holds against the others, too
         return pool[k] if pool is self.pool else self._pick_carefully(random, choices, without, self.pool)
+
+    def ranks(
+        self, drawn: Sequence[int], away: Collection[str], random: Callable[[], float], choices: int
+    ) -> list[list[int]]:
+        """Of `drawn`, the best one, a few more that are well, then all others; no rank is empty.
+
+        Not well are those that have no place, are ejected or in `away`.
+        """
+        drawn = sorted(drawn, key=lambda i: (self.scores[i], random()))
+        well = [i for i in drawn if self.has_room(i) and self.ids[i] not in away]
+        first = well[:choices]  # those that seem to have a place may be full of other routers' requests
+        return [rank for rank in (first[:1], first[1:], [i for i in drawn if i not in first]) if rank]
 
     def power_of_two(self, random: Callable[[], float]) -> int:
         """Power of two choices over this router's own counts: what is left without a usable table."""

@@ -22,7 +22,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from shadecast.config import SessionConfig
+from shadecast.pick import PickTable, table_scores
 from shadecast.rendezvous import Rendezvous, session_key, unit
+from shadecast.types import RoutingTable, State
 
 IDLE_GAP_S = 10.0
 """A session silent for so long has little left in caches: it leaves a draining replica on its next request."""
@@ -32,6 +34,7 @@ _DRIFT_S = 50.0
 _FULL_MEMBER = 0.5
 """Only replicas with this much of the greatest weight say what the best score is: one on its first steps is idle."""
 _WEIGHT_STEP = 1.5
+_LONGEST_WAIT_S = 1.0
 
 
 def steady_weight(held: float, wanted: float) -> float:
@@ -44,6 +47,12 @@ def steady_weight(held: float, wanted: float) -> float:
         return 0.0
     steady = 0.0 < held < math.inf and held / _WEIGHT_STEP <= wanted <= held * _WEIGHT_STEP
     return held if steady else wanted
+
+
+def worth_waiting_s(config: SessionConfig, table: RoutingTable | None) -> float:
+    """What a session's move costs, and a request may wait for its own replica; 0 while no request's time is known."""
+    reference_s = table.reference_s if table is not None else 0.0
+    return min(config.migration_cost * reference_s, _LONGEST_WAIT_S)
 
 
 @dataclass(slots=True)
@@ -108,6 +117,18 @@ class SessionMap:
     def configure(self, config: SessionConfig, drain_s: float) -> None:
         """Go by other settings from now on; every session stays where it is."""
         self._config, self._drain_s = config, max(drain_s, 1.0)
+
+    def take(self, picks: PickTable, table: RoutingTable | None, now_s: float) -> None:
+        """Go by a new table, or by other replicas that are alive."""
+        rows = {row.replica_id: row for row in table.rows} if table is not None else {}
+        weights = {
+            replica_id: rows[replica_id].session_weight if replica_id in rows else 1.0
+            for replica_id, share in zip(picks.ids, picks.share, strict=True)
+            if share > 0.0
+        }
+        scores = table_scores(table) if table is not None else {}
+        draining = [r for r in picks.ids if r in rows and rows[r].state is State.DRAINING]
+        self.update(weights, scores, now_s, draining)
 
     def update(
         self,

@@ -6,10 +6,12 @@ table, or one too old to build on, gets all rows.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from shadecast.config import LOCAL_ONLY_AGE_S, TABLE_TTL_S
 from shadecast.errors import MessageError
 from shadecast.messages import as_list, check, from_columns, message, numbers, to_columns
 from shadecast.types import RoutingTable, State, TableRow
@@ -120,6 +122,22 @@ def read_table(received: Any, held: RoutingTable | None) -> RoutingTable | None:
     return RoutingTable(
         deployment, int(epoch), int(version), int(routers), rows, slots, batch_half, reference_s, panic, age_s
     )
+
+
+def unpack_table(packed: bytes, held: RoutingTable | None) -> RoutingTable | None:
+    """The table that a packed message makes of the one held; None if it builds on another one. Raises MessageError."""
+    try:
+        received = json.loads(packed)
+    except (TypeError, ValueError) as error:
+        raise MessageError(f"a table cannot be unpacked: {error!r}") from None
+    return read_table(received, held)
+
+
+def level(table: RoutingTable | None, age_s: float) -> str:
+    """The rung of the fail-open ladder: "table", "stale_table" (live capacity only) or "power_of_two"."""
+    if table is None or age_s > LOCAL_ONLY_AGE_S:
+        return "power_of_two"
+    return "table" if age_s <= TABLE_TTL_S else "stale_table"
 
 
 def _alike(before: TableRow, now: TableRow) -> bool:

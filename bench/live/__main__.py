@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from bench.live import run, state
 from bench.live.arms import ARMS, find_arms
 from bench.live.cgroups import LabError
+from bench.live.chaos import chaos_scenario
 from bench.live.cluster import IsolatedWorld, UnisolatedWorld
 from bench.live.faults import runs_on
 from bench.live.hosts import missing
@@ -31,7 +32,7 @@ _DEFAULT_ARMS = "default,round_robin,consistent_hash,capacity_queue,prequal,live
 
 def main(
     *,
-    scenario: Annotated[str, typer.Option(help=f"all, soak, or comma separated: {', '.join(SCENARIOS)}")] = "all",
+    scenario: Annotated[str, typer.Option(help=f"all, soak, chaos, or with commas: {', '.join(SCENARIOS)}")] = "all",
     arms: Annotated[str, typer.Option(help=f"comma separated; known: {', '.join(ARMS)}")] = _DEFAULT_ARMS,
     seeds: Annotated[int, typer.Option(min=1, max=100, help="seeds 0 .. K-1 for every arm")] = 3,
     json_file: Annotated[Path | None, typer.Option("--json", help="write rows here, after every run")] = None,
@@ -43,6 +44,7 @@ def main(
     markdown: Annotated[Path | None, typer.Option(help="write a report with plots here")] = None,
     unisolated: Annotated[bool, typer.Option(help="without root: raylets that share this machine")] = False,
     minutes: Annotated[float, typer.Option(min=1.0, max=600.0, help="of the soak")] = 30.0,
+    streams: Annotated[int, typer.Option(min=500, max=1_000_000, help="of chaos")] = 10_000,
     clean: Annotated[bool, typer.Option(help="remove what a killed run left behind, and end")] = False,
 ) -> None:
     """Run the live benchmark."""
@@ -51,8 +53,9 @@ def main(
         if clean:
             console.print(f"removed what was left of {len(state.clean())} labs", highlight=False)
             return
-        soak = [soak_scenario(minutes, 0)] if scenario == "soak" else []
-        wanted, chosen = soak or find_scenarios(scenario), find_arms(arms)
+        made = {"soak": lambda: soak_scenario(minutes, 0), "chaos": lambda: chaos_scenario(streams, 0)}
+        wanted = [made[scenario]()] if scenario in made else find_scenarios(scenario)
+        chosen = find_arms(arms)
         _check(json_file, resume=resume, unisolated=unisolated)
     except LabError as error:
         console.print(f"bench.live: {error}", style="red", markup=False)

@@ -268,11 +268,15 @@ class Driver:
         stream = self._handle.options(stream=True).stream.remote(
             row["x"], row["items"], scenario["item_gap_s"], row["cpu_s"]
         )
-        right, items = True, 0
+        right, items, last = True, 0, ""
+        record["moves"] = 0
         async for node, value in stream:
             if items == 0:
                 record["first_item_s"] = time.monotonic() - zero_s - row["at_s"]
-                record["node"] = node
+                record["node"] = last = node
+            if node != last:
+                record["moves"] += 1
+                last = node
             right = right and value == right_answer(row["x"] + items)
             items += 1
             record["items"] = items

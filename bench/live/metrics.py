@@ -99,7 +99,8 @@ def _gap_s(record: Mapping[str, Any]) -> float:
 def _streams(scenario: Scenario, good: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     first = quantiles([r["first_item_s"] for r in good], "first_item_")
     slowdown = quantiles([_gap_s(r) / scenario.item_gap_s for r in good])
-    return first | {"item_slowdown_" + name.removesuffix("_s"): value for name, value in slowdown.items()}
+    moves = {"stream_moves": float(sum(r.get("moves", 0) for r in good))}
+    return moves | first | {"item_slowdown_" + name.removesuffix("_s"): value for name, value in slowdown.items()}
 
 
 def _sessions(good: Sequence[Mapping[str, Any]], spans: Sequence[Span]) -> dict[str, float]:

@@ -28,6 +28,7 @@ _COLUMNS = (
     ("goodput_per_s", "goodput /s", 1.0, 1),
     ("errors", "errors", 1.0, 1),
     ("lost", "lost", 1.0, 1),
+    ("stream_moves", "streams gone on elsewhere", 1.0, 0),
     ("sessions_moved", "moved", 1.0, 0),
     ("session_stay_fraction_well", "stay %", 100.0, 2),
     ("share_bad_node", "bad node %", 100.0, 1),

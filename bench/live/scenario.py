@@ -238,7 +238,7 @@ def find_scenarios(names: str) -> list[Scenario]:
         return list(_ALL)
     for name in wanted:
         if name not in SCENARIOS:
-            raise LabError(f"--scenario {name!r}: unknown; known are all, soak, {', '.join(SCENARIOS)}")
+            raise LabError(f"--scenario {name!r}: unknown; known are all, soak, {', '.join(SCENARIOS)}, chaos")
     if not wanted:
         raise LabError("--scenario is empty: name one, several with commas, or all")
     return [SCENARIOS[name] for name in dict.fromkeys(wanted)]

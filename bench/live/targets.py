@@ -71,6 +71,13 @@ def checks(scenario: str, found: Found, without: Found) -> list[Check]:
     """Checks of one scenario; those whose arms were not run are left out. `without` is found in its baseline."""
     if "shadecast" not in found:
         return []
+    if scenario.startswith("chaos"):
+        moves = _mean(found, "shadecast", "stream_moves") / max(_mean(found, "shadecast", "requests"), 1.0)
+        return [
+            *_at_most(found, "errors_wrong", 0.0, "streams with an item lost, twice, out of order or wrong"),
+            *_at_most(found, "errors_unanswered", 0.0, "streams that never ended"),
+            Check("it was a test: streams that went on elsewhere >= 1 %", f"{100.0 * moves:.1f} %", moves >= 0.01),
+        ]
     match scenario.removesuffix("-batched"):
         case "hog":
             made = [*_ratio(found, "p99_s", "oracle", 1.1), *_ratio(found, "p999_s", "oracle", 1.25)]

@@ -18,7 +18,7 @@ from rich.progress import Progress
 
 from bench.recordings import held_apart, shared_data
 from bench.results import Row
-from bench.simulate.arms import ARMS
+from bench.simulate.arms import ALWAYS, ARMS
 from bench.simulate.report import machine, print_table, write_markdown
 from bench.simulate.run import simulate
 from bench.simulate.scenario import FAMILIES, Scenario, find
@@ -103,7 +103,7 @@ def main(
     with Progress(console=console, transient=True) as progress, ProcessPoolExecutor(jobs) as pool:
         for name, path in ready:
             each = _load(name, path, quick)
-            own = [arm for arm in names if arms or not each.arms or arm in each.arms]
+            own = [arm for arm in names if arms or arm in (each.arms or ALWAYS)]
             todo = [_Job(name, path, quick, arm, seed) for seed in range(first_seed, first_seed + seeds) for arm in own]
             bar = progress.add_task(name, total=len(todo))
             mine: list[Row] = []

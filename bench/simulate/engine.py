@@ -141,7 +141,7 @@ class Replica:
             self._plan()
 
     def received_s(self, request: Request) -> float:
-        """Work that a request has got so far; 0 while it waits or once it is gone."""
+        """Work that a request has got so far, here and before; 0 while it waits or once it is gone."""
         if not request.open or request.entered_seq < 0:
             return 0.0
         self._advance()
@@ -157,6 +157,14 @@ class Replica:
         heapq.heappush(self._markers, (at, self._seq, action, argument))
         self._plan()
         return True
+
+    def swap(self, leaves: Request, enters: Request) -> None:
+        """One request takes the place of an active one, with the work that is left of that."""
+        at = next(k for k, entry in enumerate(self.active) if entry[2] is leaves)
+        leaves.open = False
+        enters.replica, enters.open = self.index, True
+        enters.ends_at, enters.entered_seq, _ = entry = (*self.active[at][:2], enters)
+        self.active[at] = entry
 
     def cancel(self, request: Request) -> None:
         """Take a request off the replica; nothing happens if it is not there any more."""
@@ -360,6 +368,33 @@ class Simulation:
         self.mine[request.router][replica.index] += 1
         replica.submit(request)
         self.arm.on_sent(request)
+
+    def begin_elsewhere(
+        self, stream: Request, chosen: int, left_s: float, on_end: Callable[[Request, bool], None]
+    ) -> Request | None:
+        """Begin a running stream on `chosen`, too: `left_s` of work there. None if it would have to wait for a place.
+
+        `on_end(beginning, ok)` if it ends before it has taken over.
+        """
+        replica = self.replicas[chosen]
+        if replica.running >= replica.max_active:
+            return None
+        beginning = Request(stream.id, self.now_s, left_s, stream.router)
+        beginning.items, beginning.on_copy_end = stream.items, on_end
+        replica.submit(beginning)
+        self.mine[stream.router][chosen] += 1
+        return beginning
+
+    def drop_beginning(self, beginning: Request) -> None:
+        """It is not needed any more."""
+        self.replicas[beginning.replica].cancel(beginning)
+        self.mine[beginning.router][beginning.replica] -= 1
+
+    def take_over(self, stream: Request, beginning: Request) -> None:
+        """The stream leaves its replica and is from now on what was begun elsewhere."""
+        self.replicas[stream.replica].cancel(stream)
+        self.mine[stream.router][stream.replica] -= 1
+        self.replicas[beginning.replica].swap(beginning, stream)
 
     def send_copy(
         self, original: Request, chosen: int, work_s: float, on_end: Callable[[Request, bool], None]

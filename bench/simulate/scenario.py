@@ -101,6 +101,8 @@ class Scenario:
     session_turns: int = 0
     think_s: float = 3.0
     move_cost_s: float = 0.0
+    beginning_s: float = 0.1
+    """Work that a stream costs which goes on from another replica: a prompt of 1,000 tokens."""
     quality: ForecastQuality = field(default_factory=ForecastQuality)
     announced: bool = False
     """The disturbances are scheduled and known to the forecaster exactly (`perfect` and `realistic` alike)."""
@@ -195,11 +197,16 @@ _SHORT_ANTAGONIST = Scenario(
 _STALE = replace(_SHORT_ANTAGONIST, name="stale-table", note="how often tables are made")
 _NEWCOMER = Scenario("newcomer-slow", SHORT, load=0.6, horizon_s=240.0)
 _BETTER = ForecastQuality(recall=0.9)
-_JUDGED = ("p2c_true", "live_capacity", "shadecast_shipped", "shadecast_perfect", "clairvoyant")
+_HANDING_OVER = ("live_capacity_handover", "shadecast_shipped_handover")
+_JUDGED = ("p2c_true", "live_capacity", "shadecast_shipped", "shadecast_perfect", *_HANDING_OVER, "clairvoyant")
 """What can be foreseen is what the shipped forecaster is judged by: no oracle of some recall beside it."""
 _REPLAY = Scenario(
     "replay", TOKENS, replays(150.0), load=0.5, recorded=True, arms=_JUDGED,
     note="recorded jobs of machines that the model has not seen",
+)  # fmt: skip
+_HAND_OVER = replace(
+    _TOKENS_ANTAGONIST, name="hand-over", note="noisy neighbours; streams that go on elsewhere cost .1 s of work",
+    arms=("p2c_true", "live_capacity", "shadecast_shipped", *_HANDING_OVER, "shadecast_handover"),
 )  # fmt: skip
 _SCALE_ARMS = ("random", "p2c_ray", "p2c_true", "prequal_tuned", "live_capacity", "shadecast")
 """The others take too long at 1,000 replicas, or say nothing new there."""
@@ -214,6 +221,8 @@ def _families() -> dict[str, list[Scenario]]:
                  note="throttling: 10 s down to .25, 15 s plateau")],
         [replace(tokens, name="tokens-crash", disturb=crashes(120.0, 20.0, 3.0, 0.3), quality=_BETTER,
                  note="nodes die with 10 s warning")],
+        [_HAND_OVER] + [replace(_HAND_OVER, name=f"hand-over@{cost_s:g}", beginning_s=cost_s,
+                                note=f"the same, {cost_s:g} s") for cost_s in (0.3, 1.0)],
         [_REPLAY, replace(_REPLAY, name="replay@0.6", load=0.6)],
         [Scenario("periodic", TOKENS, periodic(0.35, 20.0, 60.0, 120.0, 0.5), arms=_JUDGED,
                   note="neighbours of 20 s that come at intervals of 60 to 120 s, each node its own")],

@@ -25,7 +25,15 @@ class Target:
 
 _FREE, _HARMLESS = 1.01, 1.02
 """Where nothing can be foreseen a forecast costs nothing; never, wrong or right, does it make p99 worse by more."""
-_REPLAY = (Target("shadecast_shipped", "slo_miss_fraction", "live_capacity", 0.90, t_above=3.0),)
+_REPLAY = (
+    Target("shadecast_shipped", "slo_miss_fraction", "live_capacity", 0.90, t_above=3.0),
+    Target("shadecast_shipped_handover", "slo_miss_fraction", "live_capacity", 0.45),
+)
+_DEAR = tuple(
+    Target(f"{arm}_handover", "slo_miss_fraction", "live_capacity", 1.0)
+    for arm in ("live_capacity", "shadecast", "shadecast_shipped")
+)
+"""Where a beginning costs much, hand-over must not make things worse."""
 _TOKENS = (
     Target("shadecast_shipped", "slo_miss_fraction", "live_capacity", _FREE),
     Target("shadecast", "slo_miss_fraction", "live_capacity", 0.5),
@@ -40,6 +48,12 @@ _CALM = (
     *(Target(arm, "p99_s", "p2c_ray", 1.03) for arm in ("live_capacity", "shadecast", "shadecast_wrong")),
 )
 TARGETS: Mapping[str, Sequence[Target]] = {
+    "hand-over": (
+        Target("live_capacity_handover", "slo_miss_fraction", "p2c_true", 0.15),
+        Target("shadecast_shipped_handover", "slo_miss_fraction", "p2c_true", 0.15),
+    ),
+    "hand-over@0.3": _DEAR,
+    "hand-over@1": _DEAR,
     "replay": _REPLAY,
     "replay@0.6": _REPLAY,
     "periodic": (Target("shadecast_shipped", "slo_miss_fraction", "p2c_true", 0.20),),

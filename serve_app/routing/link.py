@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import math
 import os
@@ -22,11 +21,10 @@ from serve_app.ray_api import shared_secret
 from shadecast.config import REPORT_S, TICK_S
 from shadecast.errors import MessageError
 from shadecast.messages import SCHEMA, check, message
-from shadecast.tables import read_table
+from shadecast.tables import unpack_table
 
 if TYPE_CHECKING:
     from serve_app.routing.request_router import Router
-    from shadecast.types import RoutingTable
 
 logger = logging.getLogger("ray.serve")
 
@@ -72,6 +70,7 @@ class Link:
     def __init__(self, router: weakref.ref[Router]) -> None:
         self._router = router
         self._absence = Absence(router)
+        self.read_table = unpack_table
         self._coordinator: Any = None
         self._found: Any = None
         """The last handle, of any version, and the last call's object: see `keep_in_touch`."""
@@ -156,14 +155,6 @@ class Link:
             if table is not None:
                 router.take_table(table)
         return _FAST_S
-
-    def read_table(self, packed: bytes, held: RoutingTable | None) -> RoutingTable | None:
-        """The table that a packed message makes of the one held; None if it builds on another one."""
-        try:
-            received = json.loads(packed)
-        except (TypeError, ValueError) as error:
-            raise MessageError(f"a table cannot be unpacked: {error!r}") from None
-        return read_table(received, held)
 
 
 def _cluster_secret() -> bytes:

@@ -31,6 +31,7 @@ from shadecast.calls import TRANSITIONS, Call, Calls, Do, Event, Phase
 from shadecast.config import Config
 from shadecast.ledger import Ledger
 from shadecast.pairs import Pair
+from shadecast.pick import copied_to
 from shadecast.reading import MARK, Reading
 
 logger = logging.getLogger("ray.serve")
@@ -57,6 +58,8 @@ class LiveCall(Call):
     """Meant for that very replica: reserved there, or broadcast to all."""
     is_second = False
     """An attempt of the router's own, beside or in place of another one."""
+    paid_s = 0.0
+    """What going on elsewhere has cost its reader so far."""
     after_loss = False
     """A replica has died of this stream, or under it, before: there is no third attempt."""
     context: contextvars.Context | None = None
@@ -139,7 +142,7 @@ class LiveCalls:
             if call.metadata.is_streaming:
                 call.items, call.first_item_s = call.reading.items, call.reading.first_item_s
                 if call.ok:
-                    self.second.stream_patience.ended(call.first_item_s, call.items, call.duration_s)
+                    self.second.ended(call)
             else:
                 call.items = 1
         self.ledger.record(call)
@@ -341,7 +344,9 @@ class LiveCalls:
         """Tell the ledger how a stream has gone on since the last time: the pace of its replica."""
         reading = call.reading
         if reading is not None and call.metadata.is_streaming and call.counts:
-            self.ledger.pace(call.replica_id, *reading.pace(time.monotonic()))
+            paced = reading.pace(time.monotonic())
+            self.ledger.pace(call.replica_id, *paced)
+            self.second.hand_over.item.add(*paced, self.routes.picks.score_within(call.replica_id))
 
     # ------------------------------------------------------------------ copies
 
@@ -349,12 +354,7 @@ class LiveCalls:
         """Copy a request now and then to a replica on trial."""
         if not self.routes.mirrored:
             return
-        draw, candidate_id = self.routes.random(), ""
-        for replica_id, fraction in self.routes.mirrored:
-            draw -= fraction
-            if draw < 0.0:
-                candidate_id = replica_id
-                break
+        candidate_id = copied_to(self.routes.mirrored, self.routes.random())
         i = self.routes.picks.index.get(candidate_id)
         if i is None or candidate_id == call.replica_id:
             return

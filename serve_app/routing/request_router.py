@@ -30,8 +30,6 @@ logger = logging.getLogger("ray.serve")
 
 _OVERDUE = 4.0
 """Times the usual time from which on the coordinator hears of a request at once."""
-_MOST_OBSERVED = 100.0
-"""Longest predicted time, in units of an idle nominal replica's, that counts in a comparison."""
 
 
 class Router(ServeRouter):
@@ -245,7 +243,10 @@ class Router(ServeRouter):
         """Serve has taken one of those that it was offered."""
         replica_id, call = replica.replica_id.unique_id, self.calls.open(pending_request)
         if self.calls.observing and call.counts:
-            self._observe(replica_id)
+            picks = self._routes.picks
+            i, ours = picks.index.get(replica_id), picks.pick(self._routes.random, CHOICES)
+            if i is not None and ours >= 0 and self._routes.table is not None:
+                self.calls.ledger.observed(picks.score(i), picks.score(ours))
         self.calls.choose_by_id(call, replica_id)
 
     def given_up(self, pending_request: PendingRequest) -> None:
@@ -259,15 +260,6 @@ class Router(ServeRouter):
         """The request of that very metadata object."""
         call = self.calls.find(metadata)
         return call.pending if call is not None else None
-
-    def _observe(self, taken: str) -> None:
-        """Compare what Serve has chosen with what would have been, by our own estimates."""
-        picks, ledger = self._routes.picks, self.calls.ledger
-        i, ours = picks.index.get(taken), picks.pick(self._routes.random, CHOICES)
-        if i is not None and ours >= 0 and self._routes.table is not None:
-            ledger.count("observed")
-            ledger.count("observed_time_taken", min(picks.score(i), _MOST_OBSERVED))
-            ledger.count("observed_time_ours", min(picks.score(ours), _MOST_OBSERVED))
 
     # ------------------------------------------------------------------ membership
 

@@ -18,21 +18,19 @@ from ray.serve.request_router import PendingRequest, RunningReplica
 
 from serve_app.shadow import is_of_copy
 from shadecast.calls import Calls
-from shadecast.config import CHOICES, LOCAL_ONLY_AGE_S, TABLE_TTL_S, Config
+from shadecast.config import CHOICES, TABLE_TTL_S, Config
 from shadecast.locality import Locality
-from shadecast.pick import PickTable, cost_table, table_scores
+from shadecast.pick import PickTable, ToldQueues, cost_table
 from shadecast.rescue import VERY_SLOW, Ejections, slow_replicas
-from shadecast.sessions import SessionMap
-from shadecast.types import RoutingTable, State
+from shadecast.sessions import SessionMap, worth_waiting_s
+from shadecast.tables import level
+from shadecast.types import RoutingTable
 
-_TOLD_S = 1.5
-"""How long a queue length that a replica told is better than a table's."""
 _FORGET_TABLE_S = 60.0
 """After so long without a coordinator, replicas that the last table kept out are used again."""
 _SECRET_WAIT_S = 0.5
 _DRAWS_FOR_ROOM = 3
 """Of many replicas, a pick may fall on full ones while others have places."""
-_LONGEST_WAIT_FOR_AFFINITY_S = 1.0
 _TIMERS_EARLY_S = 0.005
 """uvloop's timers may come a moment before their time."""
 _OFFERED = 16
@@ -63,8 +61,7 @@ class Routes:
         """Until then that is the full rule's."""
         self.has_near = False
         """Whether some replica is preferred because it is near."""
-        self._told: dict[str, tuple[float, int, float]] = {}
-        """Queue length that a replica told with its last acceptance, own calls there then, when."""
+        self._told = ToldQueues()
         self._reported: dict[str, int] = {}
         """Own calls per replica, as the coordinator was told last."""
         self.mirrored: list[tuple[str, float]] = []
@@ -122,7 +119,7 @@ class Routes:
         if i is not None:
             queue += self._calls.on_the_way(replica_id)
             self.picks.note(i, queue)
-            self._told[replica_id] = (queue, self.picks.in_flight[i], time.monotonic())
+            self._told.note(replica_id, queue, self.picks.in_flight[i], time.monotonic())
 
     def eject(self, replica_id: str, loop: asyncio.AbstractEventLoop) -> None:
         """Leave out a replica that does not answer: a moment at first, longer each time until it does."""
@@ -154,14 +151,13 @@ class Routes:
             self._costs = cost_table(*self._cost_key)
         self._laid_out_for = self.level
         now_s = time.monotonic()
-        self._told = {key: told for key, told in self._told.items() if told[2] >= now_s - _TOLD_S}
         self.picks = picks = PickTable(
             picks_of,
             table,
             self._calls.all_in_flight(),
             self._reported,
             self._costs,
-            seen={key: (queue, mine_then) for key, (queue, mine_then, _) in self._told.items()},
+            seen=self._told.at(now_s),
             limits=[replica.max_ongoing_requests for replica in self.replicas],
             live_only=self._laid_out_for != "table",
         )
@@ -185,13 +181,8 @@ class Routes:
 
     @property
     def level(self) -> str:
-        """The rung: "table", "stale_table" (live capacity only) or "power_of_two"."""
-        if self.table is None:
-            return "power_of_two"
-        age_s = time.monotonic() - self._table_s
-        if age_s > LOCAL_ONLY_AGE_S:
-            return "power_of_two"
-        return "table" if age_s <= TABLE_TTL_S else "stale_table"
+        """The rung, by the table's age."""
+        return level(self.table, time.monotonic() - self._table_s)
 
     def check_level(self) -> str:
         """The level, with the picks laid out for it."""
@@ -221,16 +212,10 @@ class Routes:
     def next_best(self, tried: str) -> list[list[RunningReplica]]:
         """Ranks for a request that has come back from `tried`: the best, a few more that are well, then all others.
 
-        Not well are those that have no place, are ejected or slow. Serve asks a rank's replicas for their queues at
-        the same time.
+        Serve asks a rank's replicas for their queues at the same time.
         """
-        picks, replicas = self.picks, self.replicas
-        drawn = sorted(_sample(self._allowed(), _OFFERED), key=lambda i: (picks.scores[i], self.random()))
-        away = {tried, *self.slow}
-        well = [i for i in drawn if picks.has_room(i) and picks.ids[i] not in away]
-        first = well[:CHOICES]  # those that seem to have a place may be full of other routers' requests
-        ranks = (first[:1], first[1:], [i for i in drawn if i not in first])
-        return [[replicas[i] for i in rank] for rank in ranks if rank]
+        drawn, away = _sample(self._allowed(), _OFFERED), {tried, *self.slow}
+        return [[self.replicas[i] for i in rank] for rank in self.picks.ranks(drawn, away, self.random, CHOICES)]
 
     def two_random(self) -> list[int]:
         """What Serve's own rule looks at, of those that the last table has not kept out."""
@@ -252,8 +237,7 @@ class Routes:
     @property
     def migration_s(self) -> float:
         """What a session's move costs, in seconds; 0 while the time of a request is not known."""
-        reference_s = self.table.reference_s if self.table is not None else 0.0
-        return min(self._config.session.migration_cost * reference_s, _LONGEST_WAIT_FOR_AFFINITY_S)
+        return worth_waiting_s(self._config.session, self.table)
 
 
 def _sample(pool: Sequence[int], most: int) -> list[int]:
@@ -306,17 +290,8 @@ class Sessions:
 
     def update(self, picks: PickTable, table: RoutingTable | None) -> None:
         """Tell the sessions of a new table or membership."""
-        if self._map is None:
-            return
-        rows = {row.replica_id: row for row in table.rows} if table is not None else {}
-        weights = {
-            replica_id: rows[replica_id].session_weight if replica_id in rows else 1.0
-            for i, replica_id in enumerate(picks.ids)
-            if picks.share[i] > 0.0
-        }
-        scores = table_scores(table) if table is not None else {}
-        draining = [r for r in picks.ids if r in rows and rows[r].state is State.DRAINING]
-        self._map.update(weights, scores, time.monotonic(), draining)
+        if self._map is not None:
+            self._map.take(picks, table, time.monotonic())
 
     def find(self, metadata: Any, away: Collection[str], picks: PickTable, table: RoutingTable | None) -> int:
         """Index of the replica that has the session, or stands in for one of `away`; -1 if none takes traffic."""

@@ -1,8 +1,8 @@
-"""Second attempts of calls that are stuck: cancelled and retried, moved to another replica, or resumed there.
+"""Second attempts of calls that are stuck or slow: cancelled and retried, moved to another replica, or resumed there.
 
-Which calls, and how many, is decided in `shadecast.rescue`. A call that no replica has accepted is cancelled and Serve
-chooses again; an accepted one gets another attempt beside it, and its caller goes on with that once it was accepted, or
-has given its first item. The budget pays for what was done.
+Which calls, and how many, is decided in `shadecast.rescue` and `shadecast.handover`. A call that no replica has
+accepted is cancelled and Serve chooses again; an accepted one gets another attempt beside it, and its caller goes on
+with that once it was accepted, or has given its first item. The budget pays for what was done.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from serve_app.ray_api import is_by_reference
 from serve_app.routing.ends import was_cancelled
 from shadecast.calls import Phase
 from shadecast.config import Config
+from shadecast.handover import HandOver, Move, Running
 from shadecast.rescue import (
     STREAM_COST,
     Patience,
@@ -46,8 +47,8 @@ _LOOK_S = 0.1
 _TRIES_AFTER_LOSS = 3
 """A stream whose replica died may find others of the same node dead, too."""
 
-Begun = tuple["WatchedResult", Any]
-"""An attempt and its first item; StopAsyncIteration if it had nothing left to give."""
+Begun = tuple["WatchedResult", list[Any]]
+"""An attempt and, of a stream, its first item; StopAsyncIteration if it had nothing left to give."""
 
 
 class SecondAttempts:
@@ -55,7 +56,7 @@ class SecondAttempts:
 
     def __init__(self, calls: LiveCalls, config: Config) -> None:
         self._calls = calls
-        self.patience, self.stream_patience = Patience(), StreamPatience()
+        self.patience, self.stream_patience, self.hand_over = Patience(), StreamPatience(), HandOver()
         self._resume = config.balance.resume
         self._budget = budget(config.balance.rescue_fraction)
         self._fraction = config.balance.rescue_fraction
@@ -102,12 +103,9 @@ class SecondAttempts:
         for call in sent:
             waited_s = call.age_s(now_s)
             if waited_s > limit_s and self.patience.is_over(waited_s, now_s - self._heard_s(call.replica_id)):
-                self._leave(call, now_s)
-
-    def _leave(self, call: LiveCall, now_s: float) -> None:
-        replica_id = call.replica_id
-        if self._is_alone(replica_id, now_s) and self._retry(call):
-            self._calls.routes.eject(replica_id, self._calls.loop)
+                replica_id = call.replica_id
+                if self._is_alone(replica_id, now_s) and self._retry(call):
+                    self._calls.routes.eject(replica_id, self._calls.loop)
 
     def _is_alone(self, replica_id: str, now_s: float) -> bool:
         """Whether it is the replica that does not answer, and not everything."""
@@ -138,21 +136,27 @@ class SecondAttempts:
     # ------------------------------------------------------------------ calls that a slow replica holds
 
     def take_table(self, table: RoutingTable) -> None:
-        """Send again what slow replicas hold, as far as the budget goes."""
-        slow = self._calls.routes.slow
-        if not slow or self._calls.observing:
+        """Send again what slow replicas hold, as far as the budget goes, and hand a stream over where that pays."""
+        routes, slow = self._calls.routes, self._calls.routes.slow
+        if self._calls.observing:
+            return
+        if self._resume and self._fraction > 0.0:
+            move = self.hand_over.choose(table, routes.picks, self._calls.book, routes.pick, self._running)
+            if move is not None:
+                self._start(move.stream.call, self._hand_over(move))
+        if not slow:
             return
         book, now_s = self._calls.book, time.monotonic()
         held = [call for replica_id in slow for call in book.running(replica_id)]
         stuck = [call for call in held if call.retriable and call.reading is None and self._movable(call)]
         stuck += [call for call in book.unaccepted() if call.retriable and call.phase is Phase.SENT]
-        picks = self._calls.routes.picks
+        picks = routes.picks
         scores = {replica_id: picks.score(i) for i, replica_id in enumerate(picks.ids) if picks.share[i] >= 1.0}
         for call in worth_moving(stuck, table, scores, now_s):
             if call.phase is Phase.SENT:
                 self._retry(call)
             elif self._budget.take():
-                self._start(call, self._move(call))
+                self._start(call, self._move(call, 1.0))
         stalled = [
             Stalled(call, call.reading.waited_s(now_s), call.reading.items)
             for call in held
@@ -160,7 +164,7 @@ class SecondAttempts:
         ]
         for call in worth_resuming(stalled, self.stream_patience, slow):
             if self._budget.take(cost=STREAM_COST):
-                self._start(call, self._move_stream(call))
+                self._start(call, self._move(call, STREAM_COST))
 
     def _movable(self, call: LiveCall) -> bool:
         attempt = call.attempt
@@ -177,27 +181,34 @@ class SecondAttempts:
 
         task.add_done_callback(over)
 
-    async def _move(self, call: LiveCall) -> None:
+    async def _move(self, call: LiveCall, cost: float, there: str = "") -> None:
         """If no other replica takes it, the first attempt simply goes on."""
-        second = await self._send_again(call, MOVED_SUFFIX)
-        first = call.attempt
-        if second is None or first is None or not first.move(second):
-            self._budget.give_back()
-            if second is not None:
-                second.cancel()
+        after, begun, moved = len(call.had or ()), None, False
+        try:
+            begun = await self._go_on(call, there)
+            moved = begun is not None and (first := call.attempt) is not None and first.move(*begun, after)
+        finally:
+            if not moved:
+                self._budget.give_back(cost)
+                if begun is not None:
+                    begun[0].cancel()
+                if (first := call.attempt) is not None:
+                    first.stay()
 
-    async def _send_again(self, first: LiveCall, suffix: str, **more: Any) -> WatchedResult | None:
-        """Another attempt, with `more` arguments, that another replica has accepted; None if it finds no place."""
+    async def _send_again(self, first: LiveCall, there: str) -> WatchedResult | None:
+        """Another attempt that another replica has accepted, `there` if it is named; None if it finds no place."""
         calls, pending = self._calls, first.pending
-        routes = calls.routes
-        i = routes.pick(without=routes.picks.index.get(first.replica_id, -1)) if pending is not None else -1
+        routes, had = calls.routes, first.had if first.had is None else list(first.had)
+        i = routes.picks.index.get(there, -1)
+        if pending is not None and not there:
+            i = routes.pick(without=routes.picks.index.get(first.replica_id, -1))
         if pending is None or i < 0 or routes.picks.ids[i] == first.replica_id:
             return None
+        suffix, more = (MOVED_SUFFIX, {}) if had is None else (RESUMED_SUFFIX, {self._resume: list(had)})
         labels = replace(pending.metadata, internal_request_id=pending.metadata.internal_request_id + suffix)
         again = PendingRequest(args=pending.args, kwargs={**pending.kwargs, **more}, metadata=labels, resolved=True)
         call = calls.open(again)
-        call.is_second, call.after_loss = True, first.after_loss
-        call.had = None if first.had is None else list(first.had)
+        call.is_second, call.after_loss, call.paid_s, call.had = True, first.after_loss, first.paid_s, had
         try:
             result = cast("WatchedResult", routes.replicas[i].try_send_request(again, with_rejection=True))
             answer = await result.get_rejection_response()
@@ -227,27 +238,19 @@ class SecondAttempts:
             return False
         return not (metadata.is_http_request or metadata.is_grpc_request)
 
-    async def _move_stream(self, call: LiveCall) -> None:
-        after = len(call.had or ())
-        begun = await self._go_on(call)
-        first = call.attempt
-        if begun is None or first is None or not first.move_stream(*begun, after):
-            self._budget.give_back(STREAM_COST)
-            if begun is not None:
-                begun[0].cancel()
-
-    async def _go_on(self, call: LiveCall) -> Begun | None:
-        """Another attempt that begins after what was had, once it has given an item; None: the first one goes on."""
-        second = await self._send_again(call, RESUMED_SUFFIX, **{self._resume: list(call.had or ())})
-        if second is None:
-            return None
+    async def _go_on(self, call: LiveCall, there: str = "") -> Begun | None:
+        """Another attempt, of a stream once it has given an item after what was had; None: the first one goes on."""
+        began_s, had = time.monotonic(), len(call.had or ())
+        second = await self._send_again(call, there)
+        if second is None or call.had is None:
+            return None if second is None else (second, [])
         first = call.attempt
         if first is not None:
             first.trying(second)
         try:
-            return second, await second.__anext__()
+            item = await second.__anext__()
         except StopAsyncIteration as end:
-            return second, end
+            item = end
         except BaseException as error:
             second.cancel()
             task = asyncio.current_task()
@@ -256,6 +259,40 @@ class SecondAttempts:
             if not was_cancelled(error):
                 logger.warning(f"shadecast: a stream could not go on elsewhere: {error!r}")
             return None
+        took_s = time.monotonic() - began_s
+        second.call.paid_s += took_s
+        self.hand_over.begun(call.cost, had, took_s, self._calls.routes.picks.score_within(second.call.replica_id))
+        return second, [item]
+
+    # ------------------------------------------------------------------ streams that a slower replica holds
+
+    def _running(self, call: LiveCall) -> Running[LiveCall] | None:
+        """A stream that may move. One of a multiplexed model stays: another replica may have to load that."""
+        may = call.had is not None and self._movable(call) and not call.metadata.multiplexed_model_id
+        return Running(call, len(call.had or ()), call.cost, call.paid_s) if may else None
+
+    async def _hand_over(self, move: Move[LiveCall]) -> None:
+        """The reader waits for the first item there, but not much longer than was expected."""
+        call, there = move.stream.call, move.target
+        if (first := call.attempt) is None or not first.hold():
+            return
+        del first
+        try:
+            async with asyncio.timeout(move.patience_s):
+                await self._move(call, 0.0, there)
+        except TimeoutError:
+            score = self._calls.routes.picks.score_within(there)
+            self.hand_over.begun(call.cost, move.stream.items, move.patience_s, score)
+
+    def ended(self, call: LiveCall) -> None:
+        """A stream went well."""
+        self.stream_patience.ended(call.first_item_s, call.items, call.duration_s)
+        self.hand_over.lengths.add(call.items if call.had is None else len(call.had))
+        if not call.is_second:
+            score = self._calls.routes.picks.score_within(call.replica_id)
+            self.hand_over.begun(call.cost, 0, call.first_item_s, score)
+
+    # ------------------------------------------------------------------ streams whose replica has died
 
     async def after_death(self, call: LiveCall, error: BaseException) -> Begun | None:
         """A stream whose replica has died, once: a request that kills replicas must not kill them all."""

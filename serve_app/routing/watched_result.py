@@ -71,29 +71,25 @@ class WatchedReplica:
     """A running replica as Serve's routers see it, whose calls are watched; all else is the replica's own."""
 
     def __init__(self, replica: RunningReplica, calls: LiveCalls) -> None:
-        self._replica, self._calls = replica, calls
+        self.unwatched, self._calls = replica, calls
+        """The replica itself, for copies, which are no calls of the book's."""
         self.replica_id = replica.replica_id
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_replica":  # while it is being made, or copied
+        if name == "unwatched":  # while it is being made, or copied
             raise AttributeError(name)
-        return getattr(self._replica, name)
+        return getattr(self.unwatched, name)
 
     @property
     def max_ongoing_requests(self) -> int:
         """Requests that it takes at most; may change while it runs."""
-        return cast("int", self._replica.max_ongoing_requests)
-
-    @property
-    def unwatched(self) -> RunningReplica:
-        """The replica itself, for copies, which are no calls of the book's."""
-        return self._replica
+        return cast("int", self.unwatched.max_ongoing_requests)
 
     def try_send_request(self, pr: PendingRequest, with_rejection: bool) -> WatchedResult:
         """Send, as the replica itself does, what was chosen for it, reserved on it, or is broadcast to all."""
         call = self._calls.sending(pr, self.replica_id.unique_id, pinned=not with_rejection)
         try:
-            inner = self._replica.try_send_request(pr, with_rejection=with_rejection)
+            inner = self.unwatched.try_send_request(pr, with_rejection=with_rejection)
         except BaseException:
             self._calls.drop(call)
             raise
@@ -106,7 +102,7 @@ class WatchedReplica:
         """Reserve a place for a request that is dispatched later."""
         call = self._calls.reserving(request_metadata, self.replica_id.unique_id)
         try:
-            token, info = await self._replica.reserve_slot(request_metadata)
+            token, info = await self.unwatched.reserve_slot(request_metadata)
         except BaseException:
             self._calls.drop(call)
             raise
@@ -116,14 +112,14 @@ class WatchedReplica:
     async def release_slot(self, slot_token: str) -> int:
         """Give a reserved place back."""
         self._calls.released(slot_token)
-        return cast("int", await self._replica.release_slot(slot_token))
+        return cast("int", await self.unwatched.release_slot(slot_token))
 
 
 class WatchedResult:
     """Serve's result of one attempt, as its caller has it; what is not here is Serve's own, and of this attempt."""
 
     def __init__(self, inner: ReplicaResult, call: LiveCall, calls: LiveCalls) -> None:
-        self._inner, self._call, self._calls = inner, call, calls
+        self.inner, self.call, self._calls = inner, call, calls
         call.result = weakref.ref(self)
         self._wait = _Wait()
         self._second: WatchedResult | None = None
@@ -131,40 +127,37 @@ class WatchedResult:
         self._trying: WatchedResult | None = None
         """Of a stream: an attempt that has given no item yet."""
         self._ahead: list[Any] = []
-        """What the second attempt has given before it was read."""
+        """What the second attempt has given before it was read, or this one while it was held."""
+        self._held: asyncio.Event | None = None
+        """Set once the reader need not wait any longer for another attempt to begin."""
         self._lost: RayActorError | None = None
         """What a stream has ended with that does not go on: Ray's own ends as if complete when it is read once more."""
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_inner":  # while it is being made, or copied
+        if name == "inner":  # while it is being made, or copied
             raise AttributeError(name)
-        return getattr(self._inner, name)
+        return getattr(self.inner, name)
 
     def __del__(self) -> None:
-        if (reading := self._call.reading) is not None:
-            tell(self._calls.loop, self._calls.reader_gone, self._call, reading)
-
-    @property
-    def inner(self) -> ReplicaResult:
-        """Serve's own."""
-        return self._inner
+        if (reading := self.call.reading) is not None:
+            tell(self._calls.loop, self._calls.reader_gone, self.call, reading)
 
     # ------------------------------------------------------------------ Serve's side
 
     async def get_rejection_response(self) -> QueueInfo | None:
         """Whether the replica takes the request. Once interrupted it is taken for one that does not."""
         try:
-            info = await self._wait.until(self._inner.get_rejection_response())
+            info = await self._wait.until(self.inner.get_rejection_response())
         except InterruptedWaitError:
-            self._calls.tell(self._call, Event.RETRY)
-            return QueueInfo(accepted=False, num_ongoing_requests=self._calls.limit_of(self._call.replica_id))
+            self._calls.tell(self.call, Event.RETRY)
+            return QueueInfo(accepted=False, num_ongoing_requests=self._calls.limit_of(self.call.replica_id))
         except BaseException:
-            self._calls.drop(self._call)
+            self._calls.drop(self.call)
             raise
         if info is None or info.accepted:
-            self._calls.accepted(self._call, self, None if info is None else info.num_ongoing_requests)
+            self._calls.accepted(self.call, self, None if info is None else info.num_ongoing_requests)
         else:
-            self._calls.tell(self._call, Event.REJECT)
+            self._calls.tell(self.call, Event.REJECT)
         return cast("QueueInfo | None", info)
 
     # ------------------------------------------------------------------ the caller's side
@@ -172,10 +165,10 @@ class WatchedResult:
     async def get_async(self) -> Any:
         """The answer."""
         if self._second is None:
-            call = self._call
+            call = self.call
             if call.reading is not None:
-                return await self._read(self._inner.get_async(), whole=True)
-            waiting = self._inner.get_async()
+                return await self._read(self.inner.get_async(), whole=True)
+            waiting = self.inner.get_async()
             try:
                 answer = await (self._wait.until(waiting) if call.retriable else waiting)
             except InterruptedWaitError:
@@ -187,23 +180,25 @@ class WatchedResult:
 
     def get(self, timeout_s: float | None) -> Any:
         """The answer, waited for in a thread."""
-        if self._call.reading is None:
-            answer = self._inner.get(timeout_s)
-            self._call.answered = True
+        if self.call.reading is None:
+            answer = self.inner.get(timeout_s)
+            self.call.answered = True
             return answer
-        return self._read_blocking(lambda: self._inner.get(timeout_s), whole=True)
+        return self._read_blocking(lambda: self.inner.get(timeout_s), whole=True)
 
     def __next__(self) -> Any:
-        if self._call.reading is None:
-            return self._inner.__next__()
-        return self._read_blocking(self._inner.__next__)
+        if self.call.reading is None:
+            return self.inner.__next__()
+        return self._read_blocking(self.inner.__next__)
 
     async def __anext__(self) -> Any:
         if self._second is None:
             if self._lost is not None:  # its reader gave up before the stream could go on elsewhere
                 raise self._lost
+            if self._ahead:  # or while an item was held
+                return self._give(self._ahead.pop())
             try:
-                return await self._read(self._inner.__anext__())
+                return await self._read(self.inner.__anext__())
             except InterruptedWaitError:
                 pass
             except RayActorError as error:
@@ -221,19 +216,24 @@ class WatchedResult:
 
     def cancel(self) -> None:
         """Cancel every attempt."""
-        self._inner.cancel()
+        self.inner.cancel()
         for other in (self._trying, self._second):
             if other is not None:
                 other.cancel()
 
     async def _read(self, awaitable: Coroutine[Any, Any, Any], *, whole: bool = False) -> Any:
         """The next item, or the `whole` answer, seen by the call's reading."""
-        call, reading = self._call, self._call.reading
+        call, reading = self.call, self.call.reading
         if reading is None:
             return await awaitable
         reading.asked_s = asked_s = time.monotonic()
         try:
             item = await (self._wait.until(awaitable) if call.had is not None else awaitable)
+            self._calls.got(call, item, asked_s)
+            if (held := self._held) is not None:
+                self._ahead = [item]
+                await self._wait.until(held.wait())
+                item = self._ahead.pop()
         except InterruptedWaitError:
             raise
         except StopAsyncIteration:
@@ -243,18 +243,22 @@ class WatchedResult:
             self._read_end(error)
             raise
         except BaseException:  # the reader gave up; it may ask again
-            self._stay()
+            self.stay()
             raise
-        self._calls.got(call, item, asked_s)
-        self._stay()
-        if call.had is not None:
-            call.had.append(item)
+        self._give(item)
         if whole:
             self._read_end(None)
         return item
 
+    def _give(self, item: Any) -> Any:
+        if self._trying is not None or self._held is not None:
+            self.stay()
+        if self.call.had is not None:
+            self.call.had.append(item)
+        return item
+
     def _read_blocking(self, read: Any, *, whole: bool = False) -> Any:
-        reading = cast("Reading", self._call.reading)
+        reading = cast("Reading", self.call.reading)
         reading.asked_s = asked_s = time.monotonic()
         try:
             item = read()
@@ -266,60 +270,59 @@ class WatchedResult:
         except Exception as error:
             self._read_end(error)
             raise
-        self._calls.got(self._call, item, asked_s)
-        if self._call.had is not None:
-            self._call.had.append(item)
+        self._calls.got(self.call, item, asked_s)
+        self._give(item)
         if whole:
             self._read_end(None)
         return item
 
     def _read_end(self, error: BaseException | None) -> None:
-        cast("Reading", self._call.reading).asked_s = None
-        self._stay()
-        tell(self._calls.loop, self._calls.read_to_the_end, self._call, error)
+        cast("Reading", self.call.reading).asked_s = None
+        self.stay()
+        tell(self._calls.loop, self._calls.read_to_the_end, self.call, error)
 
     # ------------------------------------------------------------------ going on elsewhere
 
     @property
     def movable(self) -> bool:
-        """Whether a caller waits in a way that can be interrupted, and no other attempt has taken over."""
-        return self._second is None and bool(self._wait.tasks)
+        """Whether a caller waits in a way that can be interrupted, and no other attempt takes over."""
+        return self._second is None and self._held is None and bool(self._wait.tasks)
 
     def stop_waiting(self) -> bool:
         """Do not wait for the replica's word any longer: Serve chooses again. False if nobody waits for it."""
         return self._wait.end()
 
-    def move(self, second: WatchedResult) -> bool:
-        """Let the caller of a unary call await `second`, and cancel this attempt; False if it is too late."""
-        return self._on_the_callers_loop(second, [], lambda: True)
+    def hold(self) -> bool:
+        """From now on the reader waits for another attempt to begin, or to be given up (`stay`); False if it does not.
+
+        What this attempt gives meanwhile does not suit what another one says after the items that were had until now.
+        """
+        if self.movable:
+            self._held = asyncio.Event()
+        return self._held is not None
 
     def trying(self, second: WatchedResult) -> None:
         """Another attempt of this stream was accepted: it is cancelled once it is not needed."""
         self._trying = second
 
-    def move_stream(self, second: WatchedResult, first_item: Any, after: int) -> bool:
-        """Let the reader read `second`, which begins after `after` items; unless this stream has gone on meanwhile."""
+    def move(self, second: WatchedResult, ahead: list[Any], after: int) -> bool:
+        """Let the caller go on with `second`, and cancel this attempt; False if it is too late.
 
-        def still() -> bool:
-            return self._trying is second and len(cast("list[Any]", self._call.had)) == after
-
-        moved = self._on_the_callers_loop(second, [first_item], still)
-        if not moved:
-            self._stay()
-        return moved
-
-    def _on_the_callers_loop(self, second: WatchedResult, ahead: list[Any], still: Any) -> bool:
-        loop = self._wait.loop
+        One of a stream begins after `after` items, with `ahead`, unless this one has given more meanwhile.
+        """
+        loop, had = self._wait.loop, self.call.had
         if loop is None or not self._wait.tasks:
             return False
 
         def wake() -> None:
-            if still() and self._second is None and self._wait.end():
-                self._trying, self._second, self._ahead = None, second, ahead
-                tell(self._calls.loop, self._calls.tell, self._call, Event.MOVE)
-                self._inner.cancel()
+            suits = had is None or (self._trying is second and len(had) == after)
+            if suits and self._second is None and self._wait.end():
+                self._take(second, ahead)
+                tell(self._calls.loop, self._calls.tell, self.call, Event.MOVE)
+                self.inner.cancel()
             else:  # this attempt has ended, or has gone on
                 second.cancel()
+                self.stay()
 
         try:
             loop.call_soon_threadsafe(wake)
@@ -327,9 +330,17 @@ class WatchedResult:
             return False
         return True
 
-    async def _after_death(self, error: RayActorError) -> tuple[WatchedResult, Any] | None:
+    def stay(self) -> None:
+        """No other attempt is needed: this one has given an item, or has ended, or none could begin."""
+        trying, held, self._trying, self._held = self._trying, self._held, None, None
+        if trying is not None:
+            trying.cancel()
+        if held is not None:
+            tell(cast("asyncio.AbstractEventLoop", self._wait.loop), held.set)
+
+    async def _after_death(self, error: RayActorError) -> tuple[WatchedResult, list[Any]] | None:
         """The replica has died under a stream: another attempt that begins after what was read, and its first item."""
-        lost = self._calls.after_death(self._call, error)
+        lost = self._calls.after_death(self.call, error)
         if lost is None:
             return None
         try:
@@ -339,11 +350,5 @@ class WatchedResult:
             return None
         return await asyncio.wrap_future(begun)
 
-    def _take(self, second: WatchedResult, first_item: Any) -> None:
-        self._trying, self._second, self._ahead = None, second, [first_item]
-
-    def _stay(self) -> None:
-        """This attempt has given an item, or has ended."""
-        trying, self._trying = self._trying, None
-        if trying is not None:
-            trying.cancel()
+    def _take(self, second: WatchedResult, ahead: list[Any]) -> None:
+        self._trying, self._held, self._second, self._ahead = None, None, second, ahead

@@ -6,11 +6,13 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
 from bench.live.arms import ARMS, find_arms
 from bench.live.cgroups import LabError
+from bench.live.chaos import chaos_scenario
 from bench.live.faults import FAULTS, NEEDS_ISOLATION
 from bench.live.journal import Journal, read_journal
 from bench.live.metrics import Span, cpu_fractions, measure
@@ -71,6 +73,29 @@ def test_every_fault_of_every_scenario_can_be_made_and_fits_into_the_run():
             assert fault.kind in FAULTS
             assert fault.start < fault.end
     assert set(FAULTS) >= NEEDS_ISOLATION
+
+
+def test_chaos_kills_and_hogs_all_the_time_with_a_quiet_end_and_sends_as_many_streams_as_asked_for():
+    scenario = chaos_scenario(10_000, 0)
+    assert {fault.kind for fault in scenario.faults} == {"replica_kill", "hog"} <= set(FAULTS)
+    assert {fault.value for fault in scenario.faults if fault.kind == "hog"} == {1, 2, 8}
+    assert all(before.end <= after.start for before, after in pairwise(scenario.faults)), "one after the other"
+    assert scenario.faults[-1].end * scenario.length_s < scenario.length_s - 15.0
+    sent = requests(scenario, 0)
+    assert len(sent) > 10_000
+    assert min(request.items for request in sent) >= 2
+
+
+def test_chaos_is_passed_only_where_streams_did_go_on_elsewhere_and_none_was_wrong():
+    scenario = chaos_scenario(1000, 0)
+
+    def stream(at_s, error="", moves=0):
+        return record(at_s, error=error) | {"items": 10, "first_item_s": 0.1, "moves": moves}
+
+    for wrong, moves, met in (("", 1, [True] * 3), ("wrong", 1, [False, True, True]), ("", 0, [True, True, False])):
+        rows = [stream(float(i), moves=moves * (i % 9 == 0)) for i in range(80)] + [stream(81.0, wrong)]
+        found = {metric: [value] for metric, value in measure(scenario, result(rows), []).items()}
+        assert [check.met for check in checks(scenario.name, {"shadecast": found}, {})] == met
 
 
 def test_our_arms_have_valid_settings():

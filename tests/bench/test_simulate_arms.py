@@ -34,7 +34,7 @@ from bench.simulate.targets import checks
 NAMES = [
     *("random", "round_robin", "consistent_hash", "least_requests", "p2c_local", "p2c_ray", "p2c_true", "peak_ewma"),
     *("prequal", "prequal_tuned", "live_capacity", "shadecast", "shadecast_perfect", "shadecast_wrong", "clairvoyant"),
-    "shadecast_shipped",
+    *("shadecast_shipped", "live_capacity_handover", "shadecast_handover", "shadecast_shipped_handover"),
 ]
 METRICS = [
     *("p50_s", "p99_s", "p999_s", "slo_miss_fraction", "p50_slowdown", "p99_slowdown"),

@@ -29,12 +29,19 @@ BASELINES: dict[str, Callable[[], Arm]] = {
     "clairvoyant": Clairvoyant,
 }
 
+_RESUMES = {"balance": {"resume": "had"}}
+_HANDING_OVER: dict[str, Callable[[], Arm]] = {
+    "live_capacity": lambda: Product(None, _RESUMES),
+    "shadecast": lambda: Product("realistic", _RESUMES),
+    "shadecast_shipped": lambda: Product("shipped", _RESUMES),
+}
 PRODUCT: dict[str, Callable[[], Arm]] = {
     "live_capacity": lambda: Product(None),
     "shadecast": lambda: Product("realistic"),
     "shadecast_perfect": lambda: Product("perfect"),
     "shadecast_wrong": lambda: Product("wrong"),
     "shadecast_shipped": lambda: Product("shipped"),
+    **{f"{name}_handover": make for name, make in _HANDING_OVER.items()},
 }
 
 ARMS: dict[str, Callable[[], Arm]] = {
@@ -42,3 +49,6 @@ ARMS: dict[str, Callable[[], Arm]] = {
     **PRODUCT,
     "clairvoyant": Clairvoyant,
 }
+
+ALWAYS = tuple(name for name in ARMS if not name.endswith("_handover"))
+"""Arms of a scenario that names none: hand-over is for streams."""

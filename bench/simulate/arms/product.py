@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from bench.simulate.arms.base import Arm
@@ -17,12 +18,14 @@ from bench.simulate.forecasts import Kind, NodeForecaster
 from bench.simulate.workload import TOKEN_S
 from shadecast.balancer import Balancer, TickInput
 from shadecast.calls import Call, Calls, Event
-from shadecast.config import CHOICES, LOCAL_ONLY_AGE_S, REPORT_S, TABLE_TTL_S, TICK_JITTER, Config
+from shadecast.config import CHOICES, REPORT_S, TICK_JITTER, Config
+from shadecast.handover import HandOver, Running
 from shadecast.inbox import Inbox
 from shadecast.ledger import Ledger
-from shadecast.pick import PickTable, cost_table, table_scores
+from shadecast.pick import PickTable, ToldQueues, copied_to, cost_table
 from shadecast.rescue import VERY_SLOW, budget, slow_replicas, worth_moving
 from shadecast.sessions import SessionMap
+from shadecast.tables import level
 from shadecast.types import (
     Forecast,
     NodeReport,
@@ -40,8 +43,6 @@ if TYPE_CHECKING:
 
 _DEPLOYMENT = "sim/model"
 _TELEMETRY_S = 1.0
-_TOLD_S = 1.5
-"""As `serve_app.routing.routes`: how long a queue length that a replica told is better than a table's."""
 _TELEMETRY_NOISE = 0.02
 _SHADOW_ITEMS = 32
 """Streams are compared over their first items, then the copy is cancelled (design section 7)."""
@@ -55,8 +56,20 @@ class _Forecaster(Protocol):
 class _Call(Call):
     """A call of the product's book, and the simulated request that it is of."""
 
+    paid_s = 0.0
+
     def __init__(self, request: Request) -> None:
         self.request = request
+
+
+@dataclass(slots=True)
+class _Beginning:
+    """A stream that is about to go on elsewhere."""
+
+    router: _Router
+    first: _Call
+    second: _Call
+    had: int
 
 
 class _Router:
@@ -75,7 +88,7 @@ class _Router:
         self.picks = PickTable((), None, {}, {}, self.cost)
         self.counted: dict[str, int] = {}
         self.by_index: list[int] = []
-        self.told: dict[str, tuple[float, int, float]] = {}
+        self.told = ToldQueues()
         self.mirrored: list[tuple[str, float]] = []
         self.copies: dict[str, int] = {}
         self.sessions = SessionMap(arm.config.session, secret, arm.config.trial.drain_s)
@@ -83,6 +96,7 @@ class _Router:
         self.very_slow: frozenset[str] = frozenset()
         self.streams: dict[int, tuple[Request, int, float]] = {}
         """Live streams: request, items counted, since when the next is waited for."""
+        self.hand_over = HandOver()
 
     def take_table(self, table: RoutingTable) -> None:
         """Use a newer table; older ones are ignored."""
@@ -96,6 +110,8 @@ class _Router:
         self.very_slow = frozenset(slow_replicas(table, VERY_SLOW)) if slow else frozenset()
         if slow:
             self.arm.rescue(self, table, slow)
+        if self.arm.hands_over:
+            self.arm.hand_over(self, table)
 
     def lay_out(self) -> None:
         """Precompute the picks for the present members and table."""
@@ -105,8 +121,7 @@ class _Router:
             self.cost = cost_table(*self.cost_key)
         self.by_index = list(self.arm.sim.members)
         ids = [self.arm.ids[member] for member in self.by_index]
-        oldest_s = self.arm.sim.now_s - _TOLD_S
-        told = {key: (queue, mine) for key, (queue, mine, at_s) in self.told.items() if at_s >= oldest_s}
+        told = self.told.at(self.arm.sim.now_s)
         self.picks = PickTable(ids, table, self.calls.all_in_flight(), self.counted, self.cost, seen=told)
         rows = table.rows if table is not None else ()
         alive = self.picks.index
@@ -114,21 +129,11 @@ class _Router:
             (row.replica_id, row.mirror_fraction) for row in rows if row.mirror_fraction > 0 and row.replica_id in alive
         ]
         if self.arm.with_sessions:
-            known = {row.replica_id: row for row in rows}
-            open_ids = [(i, replica_id) for i, replica_id in enumerate(ids) if self.picks.share[i] > 0.0]
-            weights = {r: known[r].session_weight if r in known else 1.0 for _, r in open_ids}
-            scores = table_scores(table) if table is not None else {}
-            draining = [row.replica_id for row in rows if row.state is State.DRAINING and row.replica_id in alive]
-            self.sessions.update(weights, scores, self.arm.sim.now_s, draining)
+            self.sessions.take(self.picks, table, self.arm.sim.now_s)
 
     def level(self) -> str:
         """The rung of the fail-open ladder, as `Routes.level`."""
-        if self.table is None:
-            return "power_of_two"
-        age_s = self.arm.sim.now_s - self.table_s
-        if age_s > LOCAL_ONLY_AGE_S:
-            return "power_of_two"
-        return "table" if age_s <= TABLE_TTL_S else "stale_table"
+        return level(self.table, self.arm.sim.now_s - self.table_s)
 
     def count(self, replica_id: str) -> None:
         """The number of calls on a replica has changed."""
@@ -147,7 +152,9 @@ class Product(Arm):
         self._settings = dict(settings or {})
         self.transitions: list[Transition] = []
         self._mirrored = 0
-        self._rescued = 0
+        self._rescued = self._handed_over = self._kept = 0
+        self._beginnings: dict[int, _Beginning] = {}
+        """By the stream's number."""
         self._starting = False
 
     def start(self, sim: Simulation, world: World, rng: random.Random) -> None:
@@ -163,6 +170,7 @@ class Product(Arm):
         trial = {"copy_methods": ["*"], **self._settings.get("trial", {})}
         self.config = Config.from_mapping({**self._settings, "balance": balance, "trial": trial})
         self.with_sessions = scenario.session_turns > 0
+        self.hands_over = bool(self.config.balance.resume)
         self.ids: dict[int, str] = {}
         self.member_of: dict[str, int] = {}
         self.made_s: dict[int, float] = {}
@@ -202,11 +210,19 @@ class Product(Arm):
         """What `serve_app.routing.reading` sees of streams: items since the last report and the time they took."""
         now_s = self.sim.now_s
         for number, (request, items, since_s) in router.streams.items():
-            got = int(self.sim.replicas[request.replica].received_s(request) / TOKEN_S)
-            if got >= 1:
+            got = self._items(request)
+            if got >= 1 and number not in self._beginnings:  # then its reader waits for another one's item
                 if items >= 1:
-                    router.ledger.pace(self.ids[request.replica], got - items, now_s - since_s)
+                    self._paced(router, request, got - items, now_s - since_s)
                 router.streams[number] = (request, got, now_s)
+
+    def _items(self, request: Request) -> int:
+        return int(self.sim.replicas[request.replica].received_s(request) / TOKEN_S + 1e-6)
+
+    def _paced(self, router: _Router, request: Request, items: int, seconds: float) -> None:
+        replica_id = self.ids[request.replica]
+        router.ledger.pace(replica_id, items, seconds)
+        router.hand_over.item.add(items, seconds, router.picks.score_within(replica_id))
 
     def _report(self, router: _Router) -> None:
         self._pace(router)
@@ -299,27 +315,29 @@ class Product(Arm):
         router.rescue_budget.request()
         if request.items:
             router.streams[request.id] = (request, 0, now_s)
+            if self.hands_over:
+                self.sim.replicas[request.replica].mark(request, TOKEN_S, self._first_item, request)
         router.count(replica_id)
         i = router.picks.index.get(replica_id)
         if i is not None:
             router.picks.note(i, request.others + 1.0)
-            router.told[replica_id] = (request.others + 1.0, router.picks.in_flight[i], self.sim.now_s)
+            router.told.note(replica_id, request.others + 1.0, router.picks.in_flight[i], self.sim.now_s)
         if router.mirrored:
-            draw = self.rng.random()
-            for candidate_id, fraction in router.mirrored:
-                draw -= fraction
-                if draw < 0.0:
-                    if candidate_id != replica_id:
-                        self._copy(router, request, candidate_id)
-                    return
+            candidate_id = copied_to(router.mirrored, self.rng.random())
+            if candidate_id and candidate_id != replica_id:
+                self._copy(router, request, candidate_id)
 
     def on_done(self, request: Request, ok: bool) -> None:
         """The request has ended or was lost."""
         router = self._routers[request.router]
         replica_id = self.ids[request.replica]
         stream = router.streams.pop(request.id, None)
-        if stream is not None and stream[1] >= 1 and ok:
-            router.ledger.pace(replica_id, max(request.items - stream[1], 0), self.sim.now_s - stream[2])
+        if (beginning := self._beginnings.pop(request.id, None)) is not None:
+            self._stay(beginning)
+        elif stream is not None and stream[1] >= 1 and ok:
+            self._paced(router, request, max(request.items - stream[1], 0), self.sim.now_s - stream[2])
+        if stream is not None and ok:
+            router.hand_over.lengths.add(request.items)
         call = router.open.pop(request.id)
         router.calls.handle(call, Event.END, self.sim.now_s, ok=ok)
         router.ledger.record(call)
@@ -351,6 +369,91 @@ class Product(Arm):
             router.count(call.replica_id)
             self._rescued += 1
             self.sim.move(request, router.by_index[i])
+
+    # ------------------------------------------------------------------ hand-over
+
+    def _first_item(self, request: Request) -> None:
+        router = self._routers[request.router]
+        if request.open:
+            score = router.picks.score_within(self.ids[request.replica])
+            router.hand_over.begun(1.0, 0, self.sim.now_s - request.sent_s, score)
+
+    def _running(self, call: _Call) -> Running[_Call] | None:
+        request = call.request
+        if not request.items or request.id in self._beginnings:
+            return None
+        return Running(call, self._items(request), 1.0, call.paid_s)
+
+    def hand_over(self, router: _Router, table: RoutingTable) -> None:
+        """As `serve_app.routing.second_attempts`: let one stream go on elsewhere, if that pays."""
+        picks = router.picks
+        move = router.hand_over.choose(
+            table, picks, router.calls, lambda: picks.pick(self.rng.random, CHOICES), self._running
+        )
+        if move is None:
+            return
+        i = picks.index[move.target]
+        request, had = move.stream.call.request, move.stream.items
+        left_s = max(request.work_s - had * TOKEN_S, 0.5 * TOKEN_S) + self.world.scenario.beginning_s
+        chosen, now_s = router.by_index[i], self.sim.now_s
+        begun = self.sim.begin_elsewhere(request, chosen, left_s, self._beginning_ended)
+        if begun is None:
+            return
+        second = _Call(begun)
+        router.calls.handle(second, Event.CHOOSE, now_s, replica_id=picks.ids[i])
+        router.calls.handle(second, Event.SEND, now_s)
+        router.calls.handle(second, Event.ACCEPT, now_s, others=float(begun.others))
+        router.count(picks.ids[i])
+        self._beginnings[request.id] = beginning = _Beginning(router, move.stream.call, second, had)
+        first_item_s = min(self.world.scenario.beginning_s + TOKEN_S, 0.999 * left_s)
+        self.sim.replicas[chosen].mark(begun, first_item_s, self._take_over, beginning)
+        self.sim.at(now_s + move.patience_s, self._too_late, beginning)
+
+    def _take_over(self, beginning: _Beginning) -> None:
+        request, now_s = beginning.first.request, self.sim.now_s
+        if self._beginnings.get(request.id) is not beginning or not beginning.second.request.open:
+            return
+        del self._beginnings[request.id]
+        self._handed_over += 1
+        router, first, second = beginning.router, beginning.first, beginning.second
+        took_s = now_s - second.since_s
+        self._learn(beginning, took_s)
+        if request.id in self._pairs and "primary_s" not in self._pairs[request.id][1]:
+            self._half(request.id, primary_s=None, primary_ok=True)
+        self.sim.take_over(request, second.request)
+        second.request, second.paid_s = request, first.paid_s + took_s
+        router.open[request.id] = second
+        router.calls.handle(first, Event.MOVE, now_s)
+        router.calls.handle(first, Event.DROP, now_s)
+        router.count(first.replica_id)
+        router.streams[request.id] = (request, beginning.had + 1, now_s)
+
+    def _learn(self, beginning: _Beginning, took_s: float) -> None:
+        score = beginning.router.picks.score_within(beginning.second.replica_id)
+        beginning.router.hand_over.begun(1.0, beginning.had, took_s, score)
+
+    def _too_late(self, beginning: _Beginning) -> None:
+        request = beginning.first.request
+        if self._beginnings.get(request.id) is beginning:
+            del self._beginnings[request.id]
+            self._learn(beginning, self.sim.now_s - beginning.second.since_s)
+            self._stay(beginning)
+            beginning.router.streams[request.id] = (request, self._items(request), self.sim.now_s)
+
+    def _beginning_ended(self, begun: Request, ok: bool) -> None:
+        """It was lost with its replica."""
+        beginning = self._beginnings.pop(begun.id)
+        self.sim.mine[begun.router][begun.replica] -= 1
+        self._forget(beginning)
+
+    def _stay(self, beginning: _Beginning) -> None:
+        self.sim.drop_beginning(beginning.second.request)
+        self._forget(beginning)
+
+    def _forget(self, beginning: _Beginning) -> None:
+        self._kept += 1
+        beginning.router.calls.handle(beginning.second, Event.DROP, self.sim.now_s)
+        beginning.router.count(beginning.second.replica_id)
 
     # ------------------------------------------------------------------ copies
 
@@ -412,6 +515,8 @@ class Product(Arm):
         return {
             "mirrored_requests": float(self._mirrored),
             "rescued_requests": float(self._rescued),
+            "handed_over": float(self._handed_over),
+            "handed_over_in_vain": float(self._kept),
             "trials": float(trials),
             "refused": float(refused),
             "transitions": float(len(self.transitions)),
