@@ -74,16 +74,14 @@ class _Past:
 class _Kind:
     """Events alike, and when the next one is due.
 
-    One interval between two of them is enough to expect a third. Where what was expected did not come, the rhythm goes
-    on for one interval if it has held more often than not; then it is given up, and the next one must be steady for one
-    interval more, up to four.
+    Where what was expected did not come, the rhythm goes on for one interval if it has held more often than not, and
+    then is given up.
     """
 
     past: list[tuple[int, _Past]] = field(default_factory=list)
     """Number in the rhythm and event, oldest first."""
     strays: list[_Past] = field(default_factory=list)
     """Those that came since at other times: perhaps another rhythm."""
-    needed: int = 1
     due: Event | None = None
     latest_s: float = math.nan
     """What is due and has not begun by then was a mistake."""
@@ -102,41 +100,42 @@ class _Kind:
         longest = max(last.lasted_s, event.lasted_s)
         return abs(last.lasted_s - event.lasted_s) <= max(_ALIKE * longest, _ALIKE_S)
 
-    def take(self, event: _Past) -> None:
-        """One of this kind is over: was it expected, and when is the next one?"""
+    def take(self, event: _Past, needed: int) -> bool:
+        """One of this kind is over: when is the next one, if it takes `needed` steady intervals? Whether it was due."""
+        was_due = self.due is not None
         if self.due is not None:
             if not self.due.starts_s <= event.started_s <= self.latest_s:
                 self.strays = [*self.strays[1 - _KEPT :], event]
-                return
-            self.needed = max(self.needed - 1, 1)
+                return False
             self._count(hit=True)
         number = self.past[-1][0] + 1 + self._skipped if self.past else 0
         self.past, self.strays, self._skipped = [*self.past[1 - _KEPT :], (number, event)], [], 0
-        self.due = self._next()
+        self.due = self._next(needed)
+        return was_due
 
-    def expire(self, now_s: float, began_s: float | None) -> None:
-        """What was due and has not come was a mistake. `began_s` is of what is under way."""
+    def expire(self, now_s: float, began_s: float | None, needed: int) -> bool:
+        """What was due and has not come was a mistake. `began_s`: of what is under way. Whether the rhythm is over."""
         if self.due is None or now_s <= self.latest_s + LATE_S:
-            return
+            return False
         if began_s is not None and self.due.starts_s <= began_s <= self.latest_s:
-            return  # it has come, or something like it
+            return False  # it has come, or something like it
         self._count(hit=False)
-        if not self._skipped and self.hits > self.misses:
-            self._skipped = 1
-        else:
-            self.needed, self._skipped = min(self.needed + 1, _MOST_NEEDED), 0
+        over = bool(self._skipped) or self.hits <= self.misses
+        if over:
             self.past, self.strays = list(enumerate(self.strays or [self.past[-1][1]])), []
-        self.due = self._next()
+        self._skipped = 0 if over else 1
+        self.due = self._next(needed + 1 if over else needed)
         if self.due is not None and self.latest_s < now_s:
             self.due = None  # its time is over, too: nothing was heard of the node
+        return over
 
     def _count(self, *, hit: bool) -> None:
         self.hits = _REMEMBERED * self.hits + hit
         self.misses = _REMEMBERED * self.misses + (not hit)
 
-    def _next(self) -> Event | None:
+    def _next(self, needed: int) -> Event | None:
         """What the longest steady rhythm up to the last event says; None without one that is long enough."""
-        for first in range(len(self.past) - self.needed):
+        for first in range(len(self.past) - needed):
             rhythm = self.past[first:]
             interval_s, at_s, off_s = _fit(rhythm, rhythm[-1][0] + 1 + self._skipped)
             if not SHORTEST_S <= interval_s <= LONGEST_S or max(off_s) > max(_STEADY * interval_s, _STEADY_S):
@@ -169,8 +168,12 @@ class Recurrence:
 
     How much of the node an expectation takes is what such events took, times the part of this kind's expectations that
     came: a rhythm that is wrong costs less and less, one that holds counts nearly in full.
+
+    One interval between two events alike is enough to expect a third. After each rhythm, of whatever kind, that had to
+    be given up it takes one steady interval more, up to four: on this node much looks alike that does not recur.
     """
 
+    needed: int = 1
     _kinds: list[_Kind] = field(default_factory=list)
     """The one whose last event is the newest at the end."""
     _usual: float = math.nan
@@ -188,7 +191,8 @@ class Recurrence:
         if math.isfinite(load):
             self._watch(now_s, min(max(load, 0.0), 1.0))
         for kind in self._kinds:
-            kind.expire(now_s, self._began_s)
+            if kind.expire(now_s, self._began_s, self.needed):
+                self.needed = min(self.needed + 1, _MOST_NEEDED)
 
     def expected(self) -> list[Event]:
         """What is due next, or is under way as expected, of each kind that has a rhythm."""
@@ -231,7 +235,8 @@ class Recurrence:
             return
         kind = next((k for k in reversed(self._kinds) if k.is_like(event)), None) or _Kind()
         self._kinds = [*[k for k in self._kinds if k is not kind][1 - _KINDS :], kind]
-        kind.take(event)
+        if kind.take(event, self.needed):
+            self.needed = max(self.needed - 1, 1)
 
 
 def _event_of(first: _Samples, run: _Samples, last: _Samples, usual: float) -> _Past | None:

@@ -1,7 +1,8 @@
 """The training loop itself: pieces of series in, a better net out. No Ray, no files: the job wraps it.
 
-Loss: pinball over all heads in units of sqrt(local x global change). The local scale alone makes every quiet minute count
-as much as a busy one; the global one alone lets the wildest node drown the others; their geometric mean stands between.
+Loss: pinball over all heads in units of sqrt(local x global change). The local scale alone makes every quiet minute
+count as much as a busy one; the global one alone lets the wildest node drown the others; their geometric mean stands
+between.
 """
 
 from __future__ import annotations
