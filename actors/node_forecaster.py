@@ -177,8 +177,7 @@ class NodeForecaster:
     def _announced(self, now_s: float) -> np.ndarray[Any, Any] | None:
         """Strength at each horizon of events that were announced or that recur, [1, horizon]; None without any."""
         self._events = [e for e in self._events if e.ends_s > now_s]
-        due = self._recurrence.due()
-        events = [*self._events, due] if due is not None else self._events
+        events = [*self._events, *self._recurrence.expected()]
         if not events:
             return None
         at_s = [now_s + h * self.period_s for h in STEPS]

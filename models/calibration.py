@@ -143,7 +143,7 @@ class SkillGate:
 
 @dataclass(slots=True)
 class AlarmRecord:
-    """How many of the alarms "this node will be slow within 10 s" came true, per series.
+    """How many of the alarms "this node, now well, will be slow within 10 s" came true, per series.
 
     Half-life 600 samples; the backtest's precision counts as ten alarms. Under 70 % the veto is off.
     """

@@ -13,19 +13,16 @@ import torch
 from models.baselines import NAMES, Baselines, Ridge
 from models.calibration import AlarmRecord, QuantileCorrection, Ring, SkillGate, pinball
 from models.features import Features
-from models.first_passage import first_passage
 from models.grid import N_HEADS, N_HORIZONS, N_TARGETS, TARGETS, Array
 from models.lstm import ForecastNet, State
-from models.recurrence import STRONGEST
-from models.running import Running
-from shadecast.types import HORIZONS_S, QUANTILES, Forecast
+from shadecast.capacity import VETO_SPEED
+from shadecast.types import QUANTILES, Forecast
 
 MIN_SAMPLES = 10
-SLOW_SPEED = 0.6
+SLOW_LOAD = 0.4
+"""Of the node's CPU, taken by others: beyond it the node is slow."""
 VETO_PRECISION = 0.7
-MEMORY_LIMIT = 0.97
-"""Beyond this fraction the kernel or Ray's memory monitor kills."""
-_CPU, _MEMORY = 0, 1
+_CPU = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +45,16 @@ class Prediction:
     """One step's forecasts for all series, in the unit of the values fed.
 
     `quantiles` [series, target, horizon, quantile] of the model, corrected; `gated` the same where the gate is open,
-    the best baseline's where it is closed; `skill` and `gate` [series, target, horizon]; `slow_probability` [series];
-    `ready` [series, target] whether the value is known now and enough came before.
+    the best baseline's where it is closed; `skill` and `gate` [series, target, horizon]; `alarm` [series]
+    whether a node that is well will be slow within the horizons, more likely than not; `ready` [series, target] whether
+    the value is known now and enough came before.
     """
 
     quantiles: Array
     gated: Array
     skill: Array
     gate: Array
-    slow_probability: Array
+    alarm: Array
     veto_allowed: Array
     ready: Array
 
@@ -75,8 +73,6 @@ class OnlineForecaster:
     _gate: SkillGate = field(init=False)
     _issued: Ring = field(init=False)
     _alarms: AlarmRecord = field(init=False)
-    _drift: Running = field(init=False)
-    _memory: Array = field(init=False)
     _samples: Array = field(init=False)
     experts: Array = field(init=False)
     """Corrected quantiles of the model and each baseline, [series, target, expert, horizon, quantile]."""
@@ -84,8 +80,6 @@ class OnlineForecaster:
     """Point forecasts of the baselines at the last step, [series, target, baseline, horizon]."""
 
     def __post_init__(self) -> None:
-        self._drift = Running((self.series,), 20.0)
-        self._memory = np.full(self.series, np.nan, np.float32)
         self._samples = np.zeros((self.series, N_TARGETS), np.float32)
         self._features = Features(self.series, self.model.net.config.extended)
         self._baselines = Baselines(self.series, self.model.ridge)
@@ -121,7 +115,7 @@ class OnlineForecaster:
         step = self._features.step(values, announced)
         targets = np.asarray(values, np.float32)[:, :N_TARGETS]
         self._judge(targets)
-        model, slow = self._run(step.inputs, step.anchors, step.spread)
+        model = self._run(step.inputs, step.anchors, step.spread)
         points = self.points = self._baselines.step(targets)
         usual = self._baselines.usual_error(step.scale)
         simple = points[..., None] + self.model.residuals * usual[..., None]
@@ -134,15 +128,16 @@ class OnlineForecaster:
         best = np.take_along_axis(experts, self._gate.best_baseline()[:, :, None, :, None], axis=2)[:, :, 0]
         gated = np.where(self._gate.is_open[..., None], experts[:, :, 0], best)
         self._samples += step.ready
-        slow = np.maximum(slow, self._memory_risk(targets[:, _MEMORY], step.scale[:, _MEMORY, 0]))
-        self._alarms.step(slow > 0.5, targets[:, _CPU] > 1 - SLOW_SPEED)
+        load = targets[:, _CPU]
+        alarm = (load <= SLOW_LOAD) & (experts[:, _CPU, 0, :, 1].max(axis=-1) > SLOW_LOAD)
+        self._alarms.step(alarm, load > SLOW_LOAD)
         ready = step.ready & (self._samples >= MIN_SAMPLES)
         return Prediction(
             quantiles=experts[:, :, 0],
             gated=gated,
             skill=skill,
             gate=gate,
-            slow_probability=slow,
+            alarm=alarm,
             veto_allowed=self._alarms.precision() >= VETO_PRECISION,
             ready=ready,
         )
@@ -154,26 +149,14 @@ class OnlineForecaster:
         self._correction.learn(due, truth)
         self._gate.learn(pinball(due, truth))
 
-    def _run(self, inputs: Array, anchors: Array, spread: Array) -> tuple[Array, Array]:
+    def _run(self, inputs: Array, anchors: Array, spread: Array) -> Array:
         def rows(x: Array) -> torch.Tensor:
             return torch.from_numpy(np.ascontiguousarray(x, np.float32)).flatten(0, 1).unsqueeze(1)
 
         with torch.inference_mode():
-            heads, self._state = self.model.net(rows(inputs), rows(anchors), rows(spread), self._state)
-            quantiles = heads.quantiles[:, 0].reshape(self.series, N_TARGETS, N_HEADS, -1).numpy()
-            slow = torch.sigmoid(heads.slow_logit[:, 0]).reshape(self.series, N_TARGETS).numpy()
-        return quantiles[:, :, :N_HORIZONS], slow[:, _CPU]
-
-    def _memory_risk(self, memory: Array, step_scale: Array) -> Array:
-        change = memory - self._memory
-        self._drift.add(np.nan_to_num(change), np.isfinite(change))
-        self._memory = np.where(np.isfinite(memory), memory, self._memory)
-        drift = self._drift.mean()
-        risks = [
-            first_passage(MEMORY_LIMIT - float(m), float(d), 1.25 * float(s), HORIZONS_S[-1])
-            for m, d, s in zip(self._memory, drift, step_scale, strict=True)
-        ]
-        return np.nan_to_num(np.asarray(risks, np.float32))
+            found, self._state = self.model.net(rows(inputs), rows(anchors), rows(spread), self._state)
+        quantiles: Array = found[:, 0].reshape(self.series, N_TARGETS, N_HEADS, -1).numpy()
+        return quantiles[:, :, :N_HORIZONS]
 
     def _bounded(self, quantiles: Array) -> Array:
         top = np.asarray(self.ceiling, np.float32).reshape(1, N_TARGETS, 1, 1, 1)
@@ -184,8 +167,7 @@ def forecast_of(prediction: Prediction, version: str, announced: Array | None = 
     """The message of series 0; None while CPU is unknown or too few samples have come.
 
     What was `announced` [series, horizon] is known, not forecast: it counts in full whatever the model's skill, and
-    around it the best forecast, gated, stands in for the model's. It allows a veto if it is stronger than what a node
-    expects by itself.
+    around it the best forecast, gated, stands in for the model's. It allows a veto if it leaves so little itself.
     """
     ready = prediction.ready[0]
     if not ready[_CPU]:
@@ -200,10 +182,9 @@ def forecast_of(prediction: Prediction, version: str, announced: Array | None = 
     if announced is not None and announced[0].any() and _CPU in known:
         rows[TARGETS[_CPU]] = np.maximum(prediction.gated[0, _CPU], announced[0][:, None])
         gate[TARGETS[_CPU]] = 1.0
-        veto_allowed = veto_allowed or bool(announced.max() > STRONGEST)
+        veto_allowed = veto_allowed or bool(announced.max() > 1.0 - VETO_SPEED)
     return Forecast(
         quantiles={name: tuple(tuple(map(float, row)) for row in each) for name, each in rows.items()},
-        slow_probability=float(prediction.slow_probability[0]),
         skill=pooled(prediction.skill),
         gate=gate,
         model_version=version,

@@ -53,14 +53,6 @@ class LstmConfig:
         return cls(**values)
 
 
-@dataclass(frozen=True, slots=True)
-class Heads:
-    """`quantiles` [..., head, quantile], rising, in the unit of the anchors; `slow_logit` [...] of P(speed < 0.6)."""
-
-    quantiles: Tensor
-    slow_logit: Tensor
-
-
 class ForecastNet(nn.Module):
     """LSTM over features, two dense layers over its state and the features, one linear layer for all heads."""
 
@@ -74,26 +66,26 @@ class ForecastNet(nn.Module):
             nn.Linear(config.mlp, config.mlp),
             nn.GELU(),
         )
-        self.head = nn.Linear(config.mlp + config.features, N_HEADS * (config.anchors + N_QUANTILES) + 1)
+        self.head = nn.Linear(config.mlp + config.features, N_HEADS * (config.anchors + N_QUANTILES))
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
         with torch.no_grad():
-            mix = self.head.bias[:-1].view(N_HEADS, config.anchors + N_QUANTILES)
+            mix = self.head.bias.view(N_HEADS, config.anchors + N_QUANTILES)
             mix[:, 0] = 2.0
 
     def forward(
         self, inputs: Tensor, anchors: Tensor, spread: Tensor, state: State | None = None
-    ) -> tuple[Heads, State]:
+    ) -> tuple[Tensor, State]:
         """Whole windows or single steps alike.
 
         inputs [batch, time, feature]; anchors [batch, time, head, anchor]; spread [batch, time, head].
-        Returns heads with leading [batch, time] and the state after the last step.
+        Returns quantiles [batch, time, head, quantile], rising, in the unit of the anchors, and the state after the
+        last step.
         """
         hidden, state = self.lstm(inputs, state)
         deep = self.mlp(torch.cat([hidden, inputs], dim=-1))
         out = self.head(torch.cat([deep, inputs], dim=-1))
-        slow_logit = out[..., -1]
-        table = out[..., :-1].unflatten(-1, (N_HEADS, self.config.anchors + N_QUANTILES))
+        table = out.unflatten(-1, (N_HEADS, self.config.anchors + N_QUANTILES))
         mix = torch.softmax(table[..., : self.config.anchors], dim=-1)
         base = (mix * anchors).sum(-1)
         low, middle, high = table[..., self.config.anchors :].unbind(-1)
@@ -106,7 +98,7 @@ class ForecastNet(nn.Module):
             ],
             dim=-1,
         )
-        return Heads(quantiles, slow_logit), state
+        return quantiles, state
 
 
 def pinball(quantiles: Tensor, truth: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ class Registry:
         try:
             tensors = safetensors.torch.load(blob)
             net = ForecastNet(_fitting(card["lstm"]))
-            net.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("net.")})
+            net.load_state_dict(_weights(net, tensors))
             model = _assemble(version, net, tensors, card)
         except (safetensors.SafetensorError, RuntimeError, KeyError, ValueError, TypeError) as error:
             reason = " ".join(str(error).split())  # torch explains itself over many lines
@@ -214,6 +214,20 @@ class Registry:
         with self._fs.open_output_stream(f"{folder}/.{base}.tmp") as sink:
             sink.write(content)
         self._fs.move(f"{folder}/.{base}.tmp", f"{folder}/{base}")
+
+
+def _weights(net: ForecastNet, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The net's part of a file.
+
+    Nets of Shadecast 0.1 have one output more, after all others: the probability that the node will be slow. It was
+    worse than the net's own quantiles at that, so it is left out; the other outputs do not depend on it.
+    """
+    found = {name.removeprefix("net."): tensor for name, tensor in tensors.items() if name.startswith("net.")}
+    outputs = net.head.out_features
+    return {
+        name: tensor[:outputs] if name.startswith("head.") and len(tensor) == outputs + 1 else tensor
+        for name, tensor in found.items()
+    }
 
 
 def _fitting(shape: Mapping[str, Any]) -> LstmConfig:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shadecast.types import HORIZONS_S, RESOURCES, Forecast, NodeSnapshot
 
@@ -50,6 +50,8 @@ VETO_FACTOR = 0.05
 """What a veto leaves of the capacity."""
 _VETO_MAX_FRACTION = 0.25
 """A veto of many nodes at once is more likely a bad model."""
+_DOWN = math.log(0.5)
+"""Expected change of log speed beyond which a node is expected to be down."""
 _SQRT_2 = math.sqrt(2.0)
 _SQRT_2_PI = math.sqrt(2.0 * math.pi)
 
@@ -305,6 +307,18 @@ def outlook(
         if resource == "memory":
             memory_high = rows[-1][-1]
     return Outlook(change, worst, memory_high, forecast.veto_allowed)
+
+
+def limit_down(outlooks: Mapping[str, Outlook]) -> dict[str, Outlook]:
+    """The same, with no more than a quarter of the nodes, at least one, expected to be down: the surest ones.
+
+    The others are expected to lose half of their speed at most. Each node expects for itself, so that many may expect
+    the same wrong thing; requests would all go to those few that do not.
+    """
+    down = sorted((view.log_change, node_id) for node_id, view in outlooks.items() if view.log_change < _DOWN)
+    allowed = max(int(_VETO_MAX_FRACTION * len(outlooks)), 1)
+    limited = {node_id: replace(outlooks[node_id], log_change=_DOWN) for _, node_id in down[allowed:]}
+    return {**outlooks, **limited}
 
 
 def limit_rate(before: float, wanted: float, elapsed_s: float) -> float:

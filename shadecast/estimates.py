@@ -109,6 +109,7 @@ class Estimates:
             if node is not None:
                 report, age_s = node.report, fleet.age_s(node)
                 outlooks[node_id] = cap.outlook(report.forecast, report.snapshot, gamma, age_s, self.look_ahead_s())
+        outlooks = cap.limit_down(outlooks)
         forecast = outlooks if weight > 0.0 else {}
         vetoed = self._veto.step(forecast, fleet.config.trial.memory_limit, fleet.now_s)
         for known in fleet.replicas.values():

@@ -71,6 +71,7 @@ class Forecast:
 
     quantiles: Mapping[str, tuple[tuple[float, ...], ...]]
     slow_probability: float = float("nan")
+    """Told by Shadecast 0.1 alone; it keeps its place, because those messages travel by position."""
     skill: Mapping[str, float] = field(default_factory=dict)
     gate: Mapping[str, float] = field(default_factory=dict)
     model_version: str = ""

@@ -14,12 +14,12 @@ import numpy as np
 from models.baselines import LAGS, NAMES, Baselines, Ridge, fit_ridge
 from models.calibration import pinball
 from models.features import Features
-from models.forecaster import Model, OnlineForecaster
+from models.forecaster import SLOW_LOAD, Model, OnlineForecaster
 from models.grid import N_HORIZONS, N_TARGETS, STEPS, WINDOW_MAX, Array
 from models.series import Series
 from models.windows import truth_of
 from shadecast.types import QUANTILES
-from train.loop import SLOW_LOAD, units_of
+from train.loop import units_of
 from train.onsets import chance_above, cold, onset_within, recall_at_precision
 
 MOST_RESIDUAL = 100.0
@@ -32,8 +32,8 @@ class Judged:
     `truth` [n, target, horizon]; `points` [n, target, baseline, horizon]; `quantiles` and `gated`
     [n, target, horizon, quantile]; `gate` [n, target, horizon]; `losses` [n, target, expert, horizon] pinball of the
     model and of the baselines with the same online correction, in multiples of the series' mean 10-sample change;
-    `alarms` [n, 2] whether a slow node was announced and whether it came within the window. NaN
-    where not judged.
+    `alarms` [n, 2] whether a node that is well was said to become slow and whether it did within the window. NaN where
+    not judged.
     """
 
     truth: Array
@@ -82,22 +82,22 @@ def _judge_group(model: Model, group: Sequence[Series]) -> Judged:
                 prediction.gated,
                 prediction.gate,
                 forecaster.experts,
-                prediction.slow_probability,
+                prediction.alarm,
             )
             collected.append(now)
-    points, quantiles, gated, gate, experts, slow = (np.stack(c, axis=1) for c in zip(*collected, strict=True))
+    points, quantiles, gated, gate, experts, alarm = (np.stack(c, axis=1) for c in zip(*collected, strict=True))
     truth, keep = _judged_truth(values[..., :N_TARGETS])
     unit = np.stack([units_of([s]) for s in group])[:, None, :, None, None]
     losses = (pinball(experts, truth[:, :, :, None]) / unit)[keep]
     truth = truth[keep]
-    return Judged(truth, points[keep], quantiles[keep], gated[keep], gate[keep], losses, _alarms(slow, values)[keep])
+    return Judged(truth, points[keep], quantiles[keep], gated[keep], gate[keep], losses, _alarms(alarm, values)[keep])
 
 
-def _alarms(slow: Array, values: Array) -> Array:
+def _alarms(alarm: Array, values: Array) -> Array:
     """[series, time - 59, 2]: alarm raised, node slow at some time in the next 10 samples; NaN where unknown."""
     load = truth_of(values[..., :N_TARGETS])[:, LAGS - 1 :, 0, WINDOW_MAX]
     came = np.where(np.isfinite(load), load > SLOW_LOAD, np.nan)
-    return np.stack([np.where(slow > 0.5, 1.0, 0.0), came], axis=-1).astype(np.float32)
+    return np.stack([alarm.astype(np.float32), came], axis=-1).astype(np.float32)
 
 
 def alarm_precision(judged: Judged) -> float:

@@ -1,8 +1,8 @@
 """The training loop itself: pieces of series in, a better net out. No Ray, no files: the job wraps it.
 
-Loss: pinball over all heads in units of sqrt(local x global change), plus 0.2 x cross-entropy of P(speed < 0.6). The
-local scale alone makes every quiet minute count as much as a busy one; the global one alone lets the wildest node drown
-the others; their geometric mean stands between.
+Loss: pinball over all heads in units of sqrt(local x global change). The local scale alone makes every quiet minute
+count as much as a busy one; the global one alone lets the wildest node drown the others; their geometric mean stands
+between.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.grid import LONGEST, N_TARGETS, WINDOW_MAX, Array
+from models.grid import LONGEST, N_TARGETS, Array
 from models.lstm import pinball
 from models.series import Series
 from models.windows import batch_of
 from shadecast.errors import ConfigError
 from train.onsets import cold
 
-SLOW_LOAD = 0.4
 WARM_UP = 10
 LEAST_LOCAL = 0.05
 MOST_WEIGHT = 8.0
@@ -46,7 +45,6 @@ class TrainConfig:
     learning_rate: float = 4e-3
     weight_decay: float = 1e-2
     clip_norm: float = 1.0
-    slow_weight: float = 0.2
     cold_weight: float = 4.0
     """Of instants at which others' CPU has been below .4 for 5 s: there an onset may begin."""
     extended: bool = False
@@ -207,19 +205,14 @@ def loss_of(net: torch.nn.Module, batch: dict[str, Tensor], config: TrainConfig)
         return x.transpose(1, 2).flatten(0, 1)
 
     local, truth, known = rows(batch["spread"]), rows(batch["truth"]), rows(batch["known"])
-    heads, _ = net(rows(batch["inputs"]), rows(batch["anchors"]), local)
+    quantiles, _ = net(rows(batch["inputs"]), rows(batch["anchors"]), local)
     unit = batch["unit"].flatten()[:, None, None].clamp_min(1e-12)
     # the floor keeps a constant that jumps once from outweighing everything, and padding (spread 0) from making NaN
     units = torch.maximum(local, LEAST_LOCAL * unit).pow(config.local) * unit.pow(1 - config.local)
-    per_head = pinball(heads.quantiles, truth).mean(-1) / units
+    per_head = pinball(quantiles, truth).mean(-1) / units
     per_head = torch.where(known, per_head, 0.0)
     weight = (1.0 + (config.cold_weight - 1.0) * batch["cold"]).repeat_interleave(N_TARGETS, dim=0)[..., None]
-    loss = (weight * per_head).sum() / (weight * known).sum().clamp_min(1)
-    slow = batch["truth"][:, :, 0, WINDOW_MAX] > SLOW_LOAD
-    judged = batch["known"][:, :, 0, WINDOW_MAX]
-    logit = heads.slow_logit.unflatten(0, (-1, N_TARGETS))[:, 0]
-    entropy = torch.nn.functional.binary_cross_entropy_with_logits(logit, slow.float(), reduction="none")
-    return loss + config.slow_weight * (entropy * judged).sum() / judged.sum().clamp_min(1)
+    return (weight * per_head).sum() / (weight * known).sum().clamp_min(1)
 
 
 def train_epoch(

@@ -208,6 +208,10 @@ _HAND_OVER = replace(
     _TOKENS_ANTAGONIST, name="hand-over", note="noisy neighbours; streams that go on elsewhere cost .1 s of work",
     arms=("p2c_true", "live_capacity", "shadecast_shipped", *_HANDING_OVER, "shadecast_handover"),
 )  # fmt: skip
+_PAUSES = Scenario(
+    "short-pauses", SHORT, pauses(0.02, 1.0, 30.0), horizon_s=300.0, quality=_BETTER, announced=True,
+    note="scheduled pauses of 1 s",
+)  # fmt: skip
 _SCALE_ARMS = ("random", "p2c_ray", "p2c_true", "prequal_tuned", "live_capacity", "shadecast")
 """The others take too long at 1,000 replicas, or say nothing new there."""
 
@@ -227,8 +231,8 @@ def _families() -> dict[str, list[Scenario]]:
         [Scenario("periodic", TOKENS, periodic(0.35, 20.0, 60.0, 120.0, 0.5), arms=_JUDGED,
                   note="neighbours of 20 s that come at intervals of 60 to 120 s, each node its own")],
         [_SHORT_ANTAGONIST],
-        [Scenario("short-pauses", SHORT, pauses(0.02, 1.0, 30.0), horizon_s=300.0, quality=_BETTER, announced=True,
-                  note="scheduled pauses of 1 s")],
+        [_PAUSES, replace(_PAUSES, name="short-pauses@unannounced", announced=False, arms=_JUDGED,
+                          note="the same, of which nobody tells the forecaster")],
         [Scenario("sessions", TURNS, antagonists(0.35, 10.0, 30.0, 60.0), load=0.6, session_turns=8,
                   note="conversations of 8 requests")],
         [Scenario("homogeneous", SHORT, load=0.75, horizon_s=240.0, note="no disturbance, 100 ms requests"),

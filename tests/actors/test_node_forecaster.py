@@ -231,7 +231,7 @@ def test_a_disturbance_that_recurs_is_announced_before_its_third_start(rig: Rig)
     assert before_second is not None
     assert before_third is not None
     assert max(row[1] for row in before_second.quantiles["cpu"][:3]) < 0.5
-    assert 0.5 <= before_third.quantiles["cpu"][2][0] < 0.6, "3 s ahead"
+    assert 0.45 <= before_third.quantiles["cpu"][2][0] < 0.6, "3 s ahead"
     assert before_third.gate["cpu"] == 1.0
     assert before_third.veto_allowed == before_second.veto_allowed, "it may be wrong"
 

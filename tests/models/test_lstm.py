@@ -25,9 +25,8 @@ def random_inputs(batch: int, time: int, seed: int = 0) -> tuple[torch.Tensor, t
 @pytest.mark.parametrize("time", [1, 60])
 @pytest.mark.parametrize("config", [LstmConfig(), LstmConfig(hidden=4, layers=2, mlp=3)])
 def test_shapes_over_a_grid(batch: int, time: int, config: LstmConfig) -> None:
-    heads, state = ForecastNet(config)(*random_inputs(batch, time))
-    assert heads.quantiles.shape == (batch, time, N_HEADS, 3)
-    assert heads.slow_logit.shape == (batch, time)
+    quantiles, state = ForecastNet(config)(*random_inputs(batch, time))
+    assert quantiles.shape == (batch, time, N_HEADS, 3)
     assert state[0].shape == (config.layers, batch, config.hidden)
 
 
@@ -36,8 +35,8 @@ def test_quantiles_rise_whatever_the_weights() -> None:
     with torch.no_grad():
         for p in net.parameters():
             p.normal_(std=2.0)
-    heads, _ = net(*random_inputs(4, 20))
-    assert (heads.quantiles.diff(dim=-1) >= 0).all()
+    quantiles, _ = net(*random_inputs(4, 20))
+    assert (quantiles.diff(dim=-1) >= 0).all()
 
 
 def test_stepping_one_sample_at_a_time_equals_the_whole_window() -> None:
@@ -48,16 +47,15 @@ def test_stepping_one_sample_at_a_time_equals_the_whole_window() -> None:
         state = None
         for t in range(60):
             one, state = net(inputs[:, t : t + 1], anchors[:, t : t + 1], spread[:, t : t + 1], state)
-            assert torch.allclose(one.quantiles[:, 0], whole.quantiles[:, t], atol=1e-5)
-            assert torch.allclose(one.slow_logit[:, 0], whole.slow_logit[:, t], atol=1e-5)
+            assert torch.allclose(one[:, 0], whole[:, t], atol=1e-5)
 
 
 def test_an_untrained_net_stays_near_its_anchors() -> None:
     inputs, anchors, spread = random_inputs(2, 10)
-    heads, _ = ForecastNet(LstmConfig())(inputs, anchors, spread)
-    off = (heads.quantiles[..., 1] - anchors[..., 0]).abs() / spread
+    quantiles, _ = ForecastNet(LstmConfig())(inputs, anchors, spread)
+    off = (quantiles[..., 1] - anchors[..., 0]).abs() / spread
     assert off.median() < 20.0
-    assert torch.isfinite(heads.quantiles).all()
+    assert torch.isfinite(quantiles).all()
 
 
 def test_pinball_is_least_at_the_true_quantile() -> None:
@@ -83,8 +81,8 @@ def test_one_batch_can_be_overfitted() -> None:
     losses = []
     for _ in range(80):
         optimiser.zero_grad()
-        heads, _ = net(rows[0], rows[1], spread)
-        gap = pinball(heads.quantiles, truth.nan_to_num()).mean(-1) / spread
+        quantiles, _ = net(rows[0], rows[1], spread)
+        gap = pinball(quantiles, truth.nan_to_num()).mean(-1) / spread
         loss = gap[known].mean()
         torch.autograd.backward(loss)
         optimiser.step()

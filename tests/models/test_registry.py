@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from models.features import N_EXTENDED_FEATURES
@@ -135,6 +137,17 @@ def test_a_damaged_version_is_refused_in_one_line_and_the_champion_stays(registr
         assert "\n" not in str(caught.value).strip()
     assert registry.champion() == "a"
     assert registry.load("a").version == "a"
+
+
+def test_a_net_that_has_the_former_slow_head_is_loaded_without_it(registry: Registry) -> None:
+    raw = safetensors.torch.load(weights(registry).read_bytes())
+    former = dict(raw)
+    for name in ("net.head.weight", "net.head.bias"):
+        former[name] = torch.cat([raw[name], torch.full_like(raw[name][:1], 7.0)])
+    weights(registry).write_bytes(safetensors.torch.save(former))
+    edit_card(registry, weights_sha256=hashlib.sha256(weights(registry).read_bytes()).hexdigest())
+    loaded = registry.load("b").net.state_dict()
+    assert all(torch.equal(tensor, raw[f"net.{name}"]) for name, tensor in loaded.items())
 
 
 def test_a_version_made_for_other_features_is_refused_before_it_runs(registry: Registry) -> None:

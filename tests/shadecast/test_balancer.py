@@ -538,6 +538,16 @@ def test_a_forecast_counts_as_far_as_its_gate_lets_it(gate, expected):
     assert (world.row("old0").capacity < 0.5) is expected
 
 
+def test_a_fall_that_every_node_expects_never_leaves_the_traffic_to_one():
+    world = grown(8)
+    for name, machine in world.machines.items():
+        machine.forecast = flat_forecast(cpu=0.9 if name != "old0" else 0.0)
+    world.run(5)
+    capacities = sorted(row.capacity for row in world.output.table.rows)
+    assert sum(capacity < 0.3 for capacity in capacities) == 2
+    assert capacities[2] > 0.45
+
+
 def test_a_forecast_that_is_stale_or_broken_means_live_capacity():
     world = grown()
     world.machines["old0"].forecast = flat_forecast(cpu=0.95)
