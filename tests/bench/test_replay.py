@@ -130,7 +130,7 @@ def test_the_shipped_arm_expects_a_neighbour_that_came_twice_before_it_comes_aga
         if made is not None:
             expected[second] = max(row[1] for row in made.quantiles["cpu"])
     assert expected[105] < 0.3, "one start tells nothing of the next"
-    assert expected[183] == pytest.approx(0.5, abs=0.01)
+    assert expected[183] == pytest.approx(0.65 / 2, abs=0.01), "what it took, by half: it was not yet right or wrong"
 
 
 # ---------------------------------------------------------------- played on a node

@@ -119,7 +119,7 @@ def test_offered_work_is_the_load_times_what_the_disturbed_replicas_can_do() -> 
 def test_all_scenario_names_are_there_and_unknown_ones_are_refused_with_the_list() -> None:
     names = (
         "tokens-antagonist tokens-ramp tokens-crash short-antagonist short-pauses sessions homogeneous "
-        "heterogeneous-cold newcomer-slow newcomer-failing stale-table trace scale replay periodic"
+        "heterogeneous-cold newcomer-slow newcomer-failing stale-table trace scale replay periodic hand-over"
     )
     assert set(FAMILIES) == set(names.split())
     assert {s.load for s in find("tokens-antagonist")} == {0.6, 0.7, 0.8, 0.9}

@@ -295,7 +295,7 @@ class Routers(RuleBasedStateMachine):
     """Joins, leaves, drains, heat and time in any order.
 
     1. A lookup gives a replica that takes traffic or drains, whenever there is one that takes traffic.
-    2. A session moves only if its replica is gone, drains or is hot.
+    2. A session moves only if its replica is gone, drains or is hot, or to where a new router would look for it.
     3. The counts per replica are those of the sessions remembered.
     4. A new session never lands on a draining replica.
     """
@@ -314,6 +314,12 @@ class Routers(RuleBasedStateMachine):
     def _update(self) -> None:
         takes = {k: w for k, w in self.weights.items() if k not in self.draining}
         self.sessions.update(takes, self.scores, self.now_s, self.draining & self.weights.keys())
+
+    def _home(self, session: str) -> str | None:
+        started = SessionMap(CONFIG, SECRET)
+        takes = {k: w for k, w in self.weights.items() if k not in self.draining}
+        started.update(takes, self.scores, self.now_s, self.draining & self.weights.keys())
+        return started.lookup(session, self.now_s)
 
     @rule(i=st.integers(0, 6), weight=st.floats(0.1, 4.0))
     def join_or_change_weight(self, i, weight):
@@ -352,7 +358,8 @@ class Routers(RuleBasedStateMachine):
             assert place in self.weights
         before = self.waiting.get(session)
         if before is not None and place != before and before in takes:
-            assert self.scores.get(before, 1.0) > 2.0  # it was hot
+            was_hot = self.scores.get(before, 1.0) > 2.0
+            assert was_hot or place == self._home(session)
         if place is None:
             self.waiting.pop(session, None)
         else:
