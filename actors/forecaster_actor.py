@@ -175,9 +175,9 @@ class ForecasterActor:
         """Tell of a load that is known to come to this node."""
         self._forecaster.announce(starts_in_s, lasts_s, strength)
 
-    def withdraw(self) -> None:
+    def cancel(self) -> None:
         """What was announced for this node does not come."""
-        self._forecaster.withdraw()
+        self._forecaster.cancel()
 
     def stop(self) -> None:
         """Stop sampling and write what is left of the log."""

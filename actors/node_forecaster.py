@@ -99,7 +99,7 @@ class NodeForecaster:
         with self._lock:
             self._events.append(Event(start_s, start_s + lasts_s, strength))
 
-    def withdraw(self) -> None:
+    def cancel(self) -> None:
         """What was announced does not come, or is over early."""
         with self._lock:
             self._events = []

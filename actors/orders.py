@@ -1,4 +1,4 @@
-"""What people order, carried out and written down: drain, release, announce, withdraw.
+"""What people order, carried out and written down: drain, release, announce, cancel.
 
 Every order passes here, whether it comes from the command line or from the live page. Whoever may call the
 coordinator may order: rights are looked at before, by the page, and by Ray's own token.
@@ -41,7 +41,7 @@ class Forecasters(Protocol):
     def announce(self, node_id: str, starts_in_s: float, lasts_s: float, strength: float) -> None:
         """Tell of a load that is known to come."""
 
-    def withdraw(self, node_id: str) -> None:
+    def cancel(self, node_id: str) -> None:
         """What was told does not come."""
 
 
@@ -107,20 +107,20 @@ class Orders:
                 if not concerned:
                     raise _UnknownError(f"no replica or node has the id {target!r}")
                 return {"order": order, "target": target, "concerned": concerned}
-            case "announce" | "withdraw" if not self._knows(target):
+            case "announce" | "cancel" if not self._knows(target):
                 raise _UnknownError(f"no node with the id {target!r} has reported")
             case "announce":
                 new = self._announced.add(target, values, self._wall())
                 await self._keep()
                 told = await self._tell(target, new)
                 return {"order": order, "target": target, **_wall_times(new), "told": told}
-            case "withdraw":
-                withdrawn = self._announced.withdraw(target, self._wall())
+            case "cancel":
+                cancelled = self._announced.cancel(target, self._wall())
                 await self._keep()
-                told = await self._ask(target, "withdraw")
-                return {"order": order, "target": target, "withdrawn": withdrawn, "told": told}
+                told = await self._ask(target, "cancel")
+                return {"order": order, "target": target, "cancelled": cancelled, "told": told}
             case _:
-                raise OrderError(f"order = {order[:20]!r}: must be drain, release, announce or withdraw")
+                raise OrderError(f"order = {order[:20]!r}: must be drain, release, announce or cancel")
 
     def forecaster_began(self, node_id: str) -> None:
         """A node's forecaster is new, to this coordinator at least: it hears what was announced."""

@@ -32,7 +32,8 @@ from schemathesis import GenerationMode, openapi
 from schemathesis.core.failures import FailureGroup
 from schemathesis.specs.openapi.checks import negative_data_rejection
 
-from serve_app.gateway.ingress import GatewaySettings, InferenceApi, make_app
+from serve_app.gateway.http_app import make_app
+from serve_app.gateway.ingress import GatewaySettings, InferenceApi
 from serve_app.gateway.model_call import ModelCaller
 from serve_app.gateway.model_server import ModelInfo, ModelServer
 from serve_app.gateway.tensors import TensorSpec

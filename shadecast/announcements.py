@@ -51,12 +51,12 @@ class Announcements:
         strength = _number(values, "strength", 1.0, 0.01, 1.0)
         self.of("", wall_s)
         if len(self._all) >= MOST:
-            raise OrderError(f"{MOST} announcements are kept already: withdraw some, or wait until they are over")
+            raise OrderError(f"{MOST} announcements are kept already: cancel some, or wait until they are over")
         new = Announcement(node_id, wall_s + starts_in_s, wall_s + starts_in_s + lasts_s, strength)
         self._all.append(new)
         return new
 
-    def withdraw(self, node_id: str, wall_s: float) -> int:
+    def cancel(self, node_id: str, wall_s: float) -> int:
         """Forget a node's; how many there were."""
         gone = self.of(node_id, wall_s)
         self._all = [each for each in self._all if each.node_id != node_id]

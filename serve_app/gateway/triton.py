@@ -14,6 +14,14 @@ from typing import Any, Self
 from serve_app.gateway.model_server import ModelInfo
 from serve_app.gateway.tensors import TensorSpec
 
+NOT_OFFERED = {
+    "systemsharedmemory": "shared memory",
+    "cudasharedmemory": "CUDA shared memory",
+    "tpusharedmemory": "TPU shared memory",
+    "trace": "tracing",
+    "logging": "changing log settings",
+}
+"""Extensions that are not there: part of their path, and what they are called."""
 _PHASES = ("compute_input", "compute_infer", "compute_output")
 _NEVER = ("queue", "cache_hit", "cache_miss")
 """Not known here, or not there: they stay at "collected 0 times"."""

@@ -408,20 +408,20 @@ def announce(  # noqa: PLR0917 - as above
     strength: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="Part of the node that is taken; 1: as if it were away.")
     ] = 1.0,
-    withdraw: Annotated[bool, typer.Option("--withdraw", help="Nothing that was announced for it comes.")] = False,
+    cancel: Annotated[bool, typer.Option("--cancel", help="Nothing that was announced for it comes.")] = False,
     address: AddressOption = "",
     as_json: JsonOption = False,
 ) -> None:
     """Tell in advance that a node will be slow or away: a batch job, a pause. Load leaves it in time, and returns."""
     values: dict[str, Any] = {}
-    if not withdraw:
+    if not cancel:
         starts_in_s, lasts_s = _interval(from_, to, for_)
         values = {"starts_in_s": starts_in_s, "lasts_s": lasts_s, "strength": strength}
-    told = _order("withdraw" if withdraw else "announce", node, address, nodes_only=True, **values)
+    told = _order("cancel" if cancel else "announce", node, address, nodes_only=True, **values)
     if as_json:
         answer(**told)
-    elif withdraw:
-        console.print(f"Withdrawn for node {told['target'][:16]}: {told['withdrawn']}.", highlight=False)
+    elif cancel:
+        console.print(f"Cancelled for node {told['target'][:16]}: {told['cancelled']}.", highlight=False)
     else:
         starts, ends = (
             time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(told[f"{e}_wall_s"])) for e in ("starts", "ends")
@@ -435,7 +435,7 @@ def announce(  # noqa: PLR0917 - as above
 def _interval(from_: str, to: str, for_: str) -> tuple[float, float]:
     """Seconds until it starts, and how long it lasts. Raises ConfigError."""
     if bool(to) == bool(for_):
-        raise ConfigError("announce: give one of --to TIME and --for DURATION, or --withdraw")
+        raise ConfigError("announce: give one of --to TIME and --for DURATION, or --cancel")
     now = datetime.datetime.now().astimezone()
     starts_in_s = from_now_s(from_, "--from", now)
     if starts_in_s < 0.0:

@@ -230,7 +230,7 @@ def _answer(asked: Any, timeout_s: float) -> Any:
 
 
 def order(what: str, target: str, **values: Any) -> dict[str, Any]:
-    """Order as somebody who may use the cluster: drain, release, announce, withdraw. Raises OrderError."""
+    """Order as somebody who may use the cluster: drain, release, announce, cancel. Raises OrderError."""
     asked = {"order": what, "target": target, **values, "who": {"by": "command line", **_user()}}
     answer: dict[str, Any] = ask_coordinator("order", asked)
     if "refused" in answer:

@@ -110,9 +110,9 @@ class ForecasterProcess:
         """Tell of a load that is known to come to this node."""
         self._forecaster.announce(starts_in_s, lasts_s, strength)
 
-    def withdraw(self) -> None:
+    def cancel(self) -> None:
         """What was announced for this node does not come."""
-        self._forecaster.withdraw()
+        self._forecaster.cancel()
 
     def stop(self) -> None:
         """Stop sampling and write what is left of the log."""
@@ -173,9 +173,9 @@ class NodeForecasters:
         """Tell of a load that is known to come."""
         ray.get(self._of(node_id).announce.remote(starts_in_s, lasts_s, strength), timeout=_FORECASTER_ANSWER_S)
 
-    def withdraw(self, node_id: str) -> None:
+    def cancel(self, node_id: str) -> None:
         """What was told does not come."""
-        ray.get(self._of(node_id).withdraw.remote(), timeout=_FORECASTER_ANSWER_S)
+        ray.get(self._of(node_id).cancel.remote(), timeout=_FORECASTER_ANSWER_S)
 
     def _of(self, node_id: str) -> Any:
         return ray.get_actor(forecaster_name(node_id), NAMESPACE)

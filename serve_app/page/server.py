@@ -62,7 +62,7 @@ class Announced(Target):
     strength: float = Field(default=1.0, allow_inf_nan=False)
 
 
-_BODIES: Mapping[str, type[Target]] = {"drain": Target, "release": Target, "announce": Announced, "withdraw": Target}
+_BODIES: Mapping[str, type[Target]] = {"drain": Target, "release": Target, "announce": Announced, "cancel": Target}
 
 
 def make_app(

@@ -189,11 +189,11 @@ def test_an_announced_event_reaches_the_model_at_the_horizons_it_covers(
     assert seen[7] is None
 
 
-def test_what_is_withdrawn_counts_no_more(rig: Rig) -> None:
+def test_what_is_cancelled_counts_no_more(rig: Rig) -> None:
     rig.ticks(15)
     rig.forecaster.announce(starts_in_s=0.0, lasts_s=60.0, strength=0.97)
     told = rig.ticks(1).forecast
-    rig.forecaster.withdraw()
+    rig.forecaster.cancel()
     after = rig.ticks(1).forecast
     assert told is not None
     assert after is not None

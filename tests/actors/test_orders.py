@@ -42,8 +42,8 @@ class Forecasters:
             raise RuntimeError("restarting")
         self.told.append(arguments)
 
-    def withdraw(self, node_id: str) -> None:
-        self.told.append(("withdraw", node_id))
+    def cancel(self, node_id: str) -> None:
+        self.told.append(("cancel", node_id))
 
 
 class Rig:
@@ -151,12 +151,12 @@ def test_a_forecaster_that_is_away_is_no_error_and_the_answer_says_so() -> None:
     assert len(rig.kept.items) == 1, "it is told when it reports again"
 
 
-def test_withdrawn_announcements_are_gone_everywhere() -> None:
+def test_cancelled_announcements_are_gone_everywhere() -> None:
     rig = Rig()
     for _ in range(2):
         rig.order("announce", lasts_s=30.0)
-    assert rig.order("withdraw")["withdrawn"] == 2
-    assert rig.forecasters.told[-1] == ("withdraw", NODE)
+    assert rig.order("cancel")["cancelled"] == 2
+    assert rig.forecasters.told[-1] == ("cancel", NODE)
     assert rig.kept.items == rig.orders.view() == []
 
 

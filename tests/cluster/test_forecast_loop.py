@@ -137,7 +137,7 @@ def test_the_log_has_what_serve_carries_and_a_forecaster_takes_announcements(run
     node = status()["nodes"][0]["node_id"]
     assert order("announce", node, starts_in_s=5.0, lasts_s=10.0, strength=0.8)["told"]
     assert [each["node_id"] for each in status()["announced"]] == [node]
-    assert order("withdraw", node)["withdrawn"] == 1
+    assert order("cancel", node)["cancelled"] == 1
     with pytest.raises(OrderError, match="no node with the id 'nowhere'"):
         order("announce", "nowhere", lasts_s=10.0)
     with pytest.raises(OrderError, match="starts_in_s"):

@@ -114,7 +114,7 @@ def test_an_order_by_a_short_id_is_written_down_and_an_unknown_one_ends_with_1(s
     assert node["state"] == "ok"
     done = [
         run_in(env, what, node["node_id"][:12], *more)
-        for what, *more in (["announce", "--for", "9m"], ["announce", "--withdraw"])
+        for what, *more in (["announce", "--for", "9m"], ["announce", "--cancel"])
     ]
     assert [each.returncode for each in done] == [0, 0], [each.stderr for each in done]
     unknown = run_in(env, "drain", "nowhere")
@@ -123,7 +123,7 @@ def test_an_order_by_a_short_id_is_written_down_and_an_unknown_one_ends_with_1(s
     written = [
         json.loads(line) for line in (Path(env["XDG_STATE_HOME"]) / "shadecast/audit.jsonl").read_text().splitlines()
     ]
-    assert [(each["order"], each["outcome"]) for each in written[-2:]] == [("announce", "done"), ("withdraw", "done")]
+    assert [(each["order"], each["outcome"]) for each in written[-2:]] == [("announce", "done"), ("cancel", "done")]
     assert {each["target"] for each in written[-2:]} == {node["node_id"]}
     assert {each["who"]["by"] for each in written[-2:]} == {"command line"}
 

@@ -14,7 +14,8 @@ import httpx
 import tritonclient.grpc.aio as triton
 
 from serve_app.gateway.grpc_service import InferenceRpcs, InferenceService
-from serve_app.gateway.ingress import GatewaySettings, InferenceApi, make_app
+from serve_app.gateway.http_app import make_app
+from serve_app.gateway.ingress import GatewaySettings, InferenceApi
 from serve_app.gateway.model_call import ModelCaller, retry_budget
 from serve_app.gateway.model_server import ModelInfo
 from serve_app.gateway.tensors import TensorSpec

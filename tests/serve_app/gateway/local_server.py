@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import uvicorn
 
-from serve_app.gateway.ingress import InferenceApi, make_app
+from serve_app.gateway.http_app import make_app
+from serve_app.gateway.ingress import InferenceApi
 from serve_app.gateway.model_server import ModelInfo, ModelServer
 from serve_app.gateway.tensors import TensorSpec
 from tests.serve_app.gateway.gateway_fakes import FakeHandle, make_api

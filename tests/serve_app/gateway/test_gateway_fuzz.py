@@ -15,7 +15,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve_app.gateway.ingress import make_app
+from serve_app.gateway.http_app import make_app
 from tests.serve_app.gateway.gateway_fakes import FakeHandle, call, make_api
 
 DIGIT = {"digit": np.array([7])}

@@ -22,7 +22,8 @@ from ray import serve
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.schema import ApplicationStatus
 
-from serve_app.gateway.ingress import InferenceApi, make_app
+from serve_app.gateway.http_app import make_app
+from serve_app.gateway.ingress import InferenceApi
 from serve_app.gateway.model_server import ModelInfo, Refusal
 from serve_app.gateway.oip import HEADER_LENGTH
 from serve_app.gateway.readiness import Readiness

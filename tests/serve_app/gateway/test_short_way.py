@@ -9,7 +9,8 @@ import httpx
 import numpy as np
 import pytest
 
-from serve_app.gateway.ingress import InferenceApi, make_app
+from serve_app.gateway.http_app import make_app
+from serve_app.gateway.ingress import InferenceApi
 from tests.serve_app.gateway.gateway_fakes import FakeHandle, make_api
 
 BODY = {"inputs": [{"name": "pixels", "datatype": "FP32", "shape": [1, 2], "data": [1, 2]}]}

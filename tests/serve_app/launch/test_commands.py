@@ -220,7 +220,7 @@ def test_an_ambiguous_id_is_refused_with_those_that_it_fits() -> None:
         resolve("a", ["a1" * 28, "a2" * 28, "b" * 56], {}, "node")
 
 
-def test_an_announcement_reaches_the_coordinator_is_shown_and_can_be_withdrawn(
+def test_an_announcement_reaches_the_coordinator_is_shown_and_can_be_cancelled(
     plane: PlaneScene, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     assert (
@@ -230,8 +230,8 @@ def test_an_announcement_reaches_the_coordinator_is_shown_and_can_be_withdrawn(
     assert told["ends_wall_s"] - told["starts_wall_s"] == pytest.approx(600.0)
     assert run(monkeypatch, "nodes") == 0
     assert "announced for b2b2b2b2: 50 % of it taken, in 90 s" in capsys.readouterr().out
-    assert run(monkeypatch, "announce", "worker-1", "--withdraw", "--json") == 0
-    assert answer(capsys, "announce")["withdrawn"] == 1
+    assert run(monkeypatch, "announce", "worker-1", "--cancel", "--json") == 0
+    assert answer(capsys, "announce")["cancelled"] == 1
     assert plane.status()["announced"] == []
     assert run(monkeypatch, "announce", "worker-1", "--to", "+1h") == 0
     assert "Announced for node b2b2b2b2" in capsys.readouterr().out

@@ -357,7 +357,7 @@ def test_the_page_answers_at_every_address_that_its_host_stands_for(host: str, s
 # ---------------------------------------------------------------- orders
 
 
-@pytest.mark.parametrize("order", ["drain", "release", "withdraw"])
+@pytest.mark.parametrize("order", ["drain", "release", "cancel"])
 def test_an_order_with_the_token_reaches_the_coordinator_with_who_gave_it(order: str) -> None:
     plane = Plane()
     response = ask(app_of(plane), "POST", f"/api/{order}", json={"target": "node"}, headers=BEARER)
@@ -479,7 +479,7 @@ def test_without_a_token_for_looking_reading_is_open(path: str) -> None:
         assert ask(app_of(Plane()), "GET", path, headers=headers).status_code == 200
 
 
-@pytest.mark.parametrize("order", ["drain", "release", "announce", "withdraw"])
+@pytest.mark.parametrize("order", ["drain", "release", "announce", "cancel"])
 def test_who_may_look_may_not_order_and_the_attempt_is_written_down(order: str) -> None:
     plane = Plane()
     body = {"target": "node", "lasts_s": 5}
