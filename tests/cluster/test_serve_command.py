@@ -83,11 +83,18 @@ def test_the_curl_line_of_the_readme_gives_a_zero(serving):
 def test_status_shows_nodes_and_replicas(serving):
     *_, env, _ = serving
     run = [sys.executable, "-m", "serve_app", "status"]
-    status = json.loads(subprocess.run([*run, "--json"], env=env, capture_output=True, check=True, timeout=60).stdout)
-    assert len(status["nodes"]) == 3
-    (deployment,) = (d for d in status["deployments"] if d["deployment"] == "default/digits")
-    assert [r["state"] for r in deployment["replicas"]] == ["active", "active"]
-    assert {r["level"] for r in deployment["routers"]} == {"table"}
+
+    def is_shown():
+        """The application runs a moment before its router has told the coordinator of the second replica."""
+        status = json.loads(
+            subprocess.run([*run, "--json"], env=env, capture_output=True, check=True, timeout=60).stdout
+        )
+        found = [d for d in status["deployments"] if d["deployment"] == "default/digits"]
+        states = [r["state"] for d in found for r in d["replicas"]]
+        levels = {r["level"] for d in found for r in d["routers"]}
+        return (len(status["nodes"]), states, levels) == (3, ["active", "active"], {"table"})
+
+    wait_for(is_shown, 30, "three nodes, two active replicas, routers that go by a table")
     shown = subprocess.run(run, env=env, capture_output=True, check=True, timeout=60, text=True).stdout
     assert "default/digits" in shown
 
@@ -110,8 +117,12 @@ def test_watch_goes_on_until_ctrl_c_and_ends_well(serving, tmp_path):
 
 def test_an_order_by_a_short_id_is_written_down_and_an_unknown_one_ends_with_1(serving):
     *_, env, _ = serving
-    node = next(n for n in json.loads(run_in(env, "nodes", "--json").stdout)["nodes"] if n["replicas"])
-    assert node["state"] == "ok"
+
+    def nodes():
+        return [n for n in json.loads(run_in(env, "nodes", "--json").stdout)["nodes"] if n["replicas"]]
+
+    wait_for(lambda: nodes()[0]["state"] == "ok", 60, "a node with a forecast")
+    node = nodes()[0]
     done = [
         run_in(env, what, node["node_id"][:12], *more)
         for what, *more in (["announce", "--for", "9m"], ["announce", "--cancel"])
