@@ -6,6 +6,7 @@ to the forecaster as missing samples. No exception of a border (sampler, model, 
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import threading
@@ -97,10 +98,14 @@ class NodeForecaster:
     def use(self, model: Model, challenger: bool = False) -> None:
         """Forecast with this version from the next tick on; a challenger is scored beside the champion, never reported.
 
-        A new champion goes on from what the node's features have seen, so there is no pause in forecasts.
+        A new version goes on from what the champion's features have seen of the node: there is no pause in forecasts,
+        and a challenger is compared on equal terms.
         """
         with self._lock:
-            if challenger:
+            if challenger and self._champion is not None:
+                self._challenger = copy.deepcopy(self._champion)
+                self._challenger.swap(model)
+            elif challenger:
                 self._challenger = OnlineForecaster(model)
             elif self._champion is None:
                 self._champion = OnlineForecaster(model)

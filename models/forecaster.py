@@ -79,8 +79,8 @@ class OnlineForecaster:
     experts: Array = field(init=False)
     """Corrected quantiles of the model and each baseline, [series, target, expert, horizon, quantile]."""
     headroom_error: tuple[float, float] = (math.nan, math.nan)
-    """Of series 0 at the last step: mean absolute error, over horizons, of the log headroom of its CPU that the model, and
-    the last value, had expected for now; NaN where one of them had nothing to say."""
+    """Of series 0 at the last step: mean squared error, over horizons, of the log headroom of the CPU that the model,
+    and the last value, had expected; NaN where one of them had nothing to say."""
     points: Array = field(init=False)
     """Point forecasts of the baselines at the last step, [series, target, baseline, horizon]."""
 
@@ -154,7 +154,7 @@ class OnlineForecaster:
         truth = np.broadcast_to(targets[:, :, None, None], due.shape[:-1])
         self._correction.learn(due, truth)
         self._gate.learn(pinball(due, truth))
-        model, last = headroom_errors(due[0, _CPU, :2], truth[0, _CPU, :2]).mean(
+        model, last = (headroom_errors(due[0, _CPU, :2], truth[0, _CPU, :2]) ** 2).mean(
             axis=-1
         )  # NAMES begins with last_value
         self.headroom_error = (float(model), float(last))

@@ -18,6 +18,10 @@ def log_headroom_of(load: Array) -> Array:
 
 
 def headroom_errors(quantiles: Array, truth: Array) -> Array:
-    """Absolute error of the expected log headroom of quantiles [..., quantile] against what came [...]; NaN stays."""
+    """How far the expected log headroom of quantiles [..., quantile] is from what came [...]; NaN stays.
+
+    Compare forecasts by its square: the expectation makes that least. The absolute value is least for the median, and
+    a forecast that never warns of what is possible, but not likely, looks better by it.
+    """
     expected = log_headroom_of(quantiles) @ np.asarray(HEADROOM_WEIGHTS)
-    return np.asarray(np.abs(expected - log_headroom_of(truth)))
+    return np.asarray(expected - log_headroom_of(truth))

@@ -1,7 +1,8 @@
 """Self-retraining: when a forecaster is trained again, whether the result is promoted, whether it is taken back.
 
-Errors are of the expected log headroom of the CPU, mean absolute: what routing acts on. They are compared in pairs,
-block by block of the same samples. Calendar times (`wall_s`) outlive a restart; NaN is "never".
+Errors are of the expected log headroom of the CPU, squared: what routing acts on, and the score that an expectation
+makes least. They are compared in pairs, block by block of the same samples. Calendar times (`wall_s`) outlive a
+restart; NaN is "never".
 """
 
 from __future__ import annotations
@@ -239,7 +240,7 @@ def rule_promotion(plan: RetrainPlan, found: Comparison) -> Ruling:
     gain, error, blocks = found.headroom.gain, found.headroom.error, found.headroom.blocks
     if blocks < plan.least_blocks or not math.isfinite(error):
         return Ruling(
-            False, f"{blocks} blocks were held out, {plan.least_blocks} are needed to tell two versions apart"
+            False, f"{blocks} blocks of samples were held out that can be told apart, {plan.least_blocks} are needed"
         )
     said = f"headroom error lower by {100 * gain:.1f} % (+-{100 * error:.1f})"
     if gain - plan.least_gain <= PROMOTE_ERRORS * error:
@@ -368,7 +369,9 @@ def plain(past: Past) -> dict[str, Any]:
 def past_of(values: Any) -> Past:
     """What was kept; nothing where that cannot be read."""
     try:
-        found = {k: math.nan if v is None and k.endswith("wall_s") else v for k, v in dict(values).items()}
+        found: dict[str, Any] = {
+            k: math.nan if v is None and k.endswith("wall_s") else v for k, v in dict(values).items()
+        }
         if found.get("probation") is not None:
             found["probation"] = Probation(**found["probation"])
         return Past(**found)

@@ -87,4 +87,4 @@ def headroom_error(quantiles: Array, truth: Array) -> float:
     known = np.isfinite(truth) & np.isfinite(quantiles).all(axis=-1)
     if not known.any():
         return float("nan")
-    return float(headroom_errors(quantiles[known], truth[known]).mean())
+    return float(np.abs(headroom_errors(quantiles[known], truth[known])).mean())

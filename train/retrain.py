@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+import shutil
+import traceback
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import torch
 from numpy.typing import NDArray
 
@@ -23,6 +26,7 @@ from models.grid import Array
 from models.headroom import headroom_errors
 from models.registry import Registry, RegistryError
 from models.series import Series, TelemetryError, read_folder, telemetry_files
+from shadecast.errors import ShadecastError
 from shadecast.retraining import (
     Block,
     Comparison,
@@ -65,10 +69,31 @@ class Places:
     storage: str
 
 
-def be_humble() -> None:
-    """The lowest priority and one thread, for the rest of this process's life."""
+def carry_out(what: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """A step in a process of its own, which ends with it: begin, retrain, settle. Plain values in and out.
+
+    `failed` holds the reason where it has failed; the asking process need not know the errors of this one.
+    """
     os.nice(LOWEST)
     torch.set_num_threads(1)
+    pyarrow.set_cpu_count(1)
+    where = Places(**values["where"])
+    try:
+        match what:
+            case "begin":
+                shutil.rmtree(where.storage, ignore_errors=True)  # of a training that was killed
+                return {"champion": begin(where.registry)}
+            case "retrain":
+                plan, effort = RetrainPlan.from_mapping(values["plan"]), Effort(**values["effort"])
+                trained_wall_s = values["trained_wall_s"]
+                return retrain(where, plan, effort, math.nan if trained_wall_s is None else trained_wall_s)
+            case _:
+                return {"done": settle(where.registry, values["version"], values["former"], values["rolled_back"])}
+    except ShadecastError as error:
+        return {"failed": str(error)}
+    except Exception as error:  # whatever it is, the cluster goes on as it was
+        traceback.print_exc()
+        return {"failed": f"{type(error).__name__}: {error}"}
 
 
 def begin(registry_uri: str) -> str:
@@ -199,7 +224,7 @@ def split_fleet(series: Sequence[Series], fraction: float, seed: int) -> tuple[S
 
 
 def _at_wall_s(s: Series) -> NDArray[np.float64]:
-    return s.began_wall_s + s.period_s * np.arange(len(s.values))
+    return s.began_wall_s + s.period_s * np.arange(len(s.values), dtype=np.float64)
 
 
 # ---------------------------------------------------------------- two versions side by side
@@ -207,8 +232,8 @@ def _at_wall_s(s: Series) -> NDArray[np.float64]:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Candidate and champion at the same instants: `which` series [n], its `block` [n]; errors of the log headroom
-    [n, horizon], the last value's too; quantiles of CPU [n, horizon, quantile]; onsets as in `onset_truth`.
+    """Candidate and champion at the same instants: `which` series [n], its `block` [n]; squared errors of the log
+    headroom [n, horizon], the last value's too; quantiles of CPU [n, horizon, quantile]; onsets as in `onset_truth`.
     """
 
     which: NDArray[np.int64]
@@ -231,14 +256,15 @@ class Table:
         truth = candidate.truth[:, _CPU]
         mine, others = candidate.quantiles[:, _CPU], champion.quantiles[:, _CPU]
         last = np.repeat(candidate.points[:, _CPU, _LAST_VALUE, :, None], mine.shape[-1], axis=-1)
-        errors = [headroom_errors(each, truth) for each in (mine, others, last)]
-        unknown = ~np.isfinite(np.stack(errors)).all(axis=0)
-        errors = [np.where(unknown, np.nan, each) for each in errors]
-        return cls(which, np.unique(number, return_inverse=True)[1], *errors, mine, others, calm, came)
+        errors = np.stack([headroom_errors(each, truth) ** 2 for each in (mine, others, last)])
+        errors[:, ~np.isfinite(errors).all(axis=0)] = np.nan
+        block = np.unique(number, return_inverse=True)[1]
+        return cls(which, block, errors[0], errors[1], errors[2], mine, others, calm, came)
 
     def of_rows(self, rows: Array) -> Table:
         """Only these rows."""
-        return Table(*(getattr(self, name)[rows] for name in self.__slots__))
+        taken: dict[str, Any] = {f.name: getattr(self, f.name)[rows] for f in fields(self)}
+        return replace(self, **taken)
 
     def blocks(self) -> list[Block]:
         """Sums of errors by block; `reference` is the champion's."""
@@ -278,7 +304,7 @@ class Table:
             "blocks": found.headroom.blocks,
             "headroom_gain": _plain(found.headroom.gain),
             "headroom_gain_error": _plain(found.headroom.error),
-            "headroom_error": {name: _plain(_mean(each)) for name, each in errors.items()},
+            "headroom_squared_error": {name: _plain(_mean(each)) for name, each in errors.items()},
             "onset_recall_p70": {
                 "candidate": _plain(found.candidate_recall),
                 "champion": _plain(found.champion_recall),

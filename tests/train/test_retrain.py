@@ -76,7 +76,7 @@ def test_a_candidate_that_is_better_on_held_out_times_and_machines_is_promoted_w
     card = registry.card(version)["retrain"]
     held = card["held_out"]
     assert held["headroom_gain"] > 2 * held["headroom_gain_error"] > 0
-    errors = held["headroom_error"]
+    errors = held["headroom_squared_error"]
     assert held["headroom_gain"] == pytest.approx(1 - errors["candidate"] / errors["champion"], abs=1e-3)
     assert set(held["onset_recall_p70"]) == {"candidate", "champion"}
     seen, unseen = card["held_out_known_machines"], card["held_out_unseen_machines"]
@@ -98,7 +98,7 @@ def test_a_candidate_that_is_no_better_is_kept_out_and_nothing_changes(places_of
     registry = Registry(where.registry)
     untrained = Effort(made_up=0, steps=1, epochs=1, start="nothing")
     found = retrain(where, PLAN, untrained, math.nan)
-    assert found["outcome"] == "kept"
+    assert found["outcome"] == "kept", found
     assert "not by more than the uncertainty" in registry.card(found["version"])["verdict"]
     assert (registry.champion(), registry.history(), registry.challenger()) == (shipped, [], "")
     assert found["held_out"]["headroom_gain"] < 0
