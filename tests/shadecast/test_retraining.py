@@ -222,7 +222,7 @@ def comparison(
         (comparison(0.08, 0.04), False, "not by more than the uncertainty"),
         (comparison(-0.10, 0.01), False, "not by more than the uncertainty"),
         (comparison(0.10, 0.04, blocks=9), False, "9 blocks were held out, 10 are needed"),
-        (comparison(0.10, math.inf), False, "blocks were held out"),
+        (comparison(0.10, math.inf), False, "the champion was never wrong"),
         (comparison(0.10, 0.04, candidate=0.41), True, ""),
         (comparison(0.10, 0.04, candidate=0.39), False, "foresees fewer onsets"),
         (comparison(0.10, 0.04, candidate=0.9), True, ""),
@@ -270,6 +270,8 @@ def test_what_is_worse_or_too_short_is_never_promoted(
         (Gain(-0.10, 0.01, 30), 1e9, Live.ROLL_BACK),
         (Gain(-0.10, 0.04, 30), 600.0, Live.WATCH),
         (Gain(-0.019, 0.001, 30), 600.0, Live.WATCH),
+        (Gain(-0.049, 0.01, 30), 600.0, Live.WATCH),
+        (Gain(-0.051, 0.01, 30), 600.0, Live.ROLL_BACK),
         (Gain(-0.10, 0.01, 9), 600.0, Live.WATCH),
         (Gain(0.10, 0.01, 30), 600.0, Live.WATCH),
         (Gain(0.10, 0.01, 30), PLAN.probation_s, Live.KEEP),
@@ -279,6 +281,13 @@ def test_what_is_worse_or_too_short_is_never_promoted(
 )
 def test_on_probation(found: Gain, elapsed_s: float, becomes: Live) -> None:
     assert rule_live(PLAN, found, elapsed_s)[0] is becomes
+
+
+def test_a_trial_of_rollback_takes_a_better_one_back_only_where_the_plan_says_so() -> None:
+    better = Gain(0.5, 0.01, 30)
+    assert rule_live(PLAN, better, 0.0)[0] is Live.WATCH
+    assert rule_live(replace(PLAN, least_harm=-10.0), better, 0.0)[0] is Live.ROLL_BACK
+    assert rule_live(replace(PLAN, least_harm=-10.0), replace(better, blocks=9), 0.0)[0] is Live.WATCH
 
 
 @given(st.lists(st.tuples(st.floats(0.01, 10), st.floats(0.01, 10)), max_size=60), st.floats(0, 1e6))
