@@ -46,8 +46,10 @@ class RetrainPlan:
     """What a candidate must be better by, beside the uncertainty, as a part of the champion's error. Below 0 a worse
     one passes, and onsets do not count: for trials of promotion and rollback."""
     least_harm: float = 0.02
-    """What a new version must be worse by live, beside the uncertainty, as a part of the former champion's error. Of two
-    equal versions 3 % are rolled back by chance in 180 looks (tests), 6 % without it. Below 0: for trials, as above."""
+    """What a new version must be worse by live, beside the uncertainty, as a part of the former champion's error. Of
+    two equal versions 3 % are rolled back by chance in 180 looks (tests), 6 % without it. Below 0: for trials."""
+    least_live_s: float = 600.0
+    """So long a version is watched before it may be rolled back: many nodes make many blocks of the same minutes."""
     probation_s: float = 6 * 3600.0
     """So long a new version is compared with the former champion on live samples."""
     look_s: float = 30.0
@@ -63,6 +65,7 @@ class RetrainPlan:
             "least_blocks": (2, 1e6),
             "least_gain": (-1e6, 1.0),
             "least_harm": (-1e6, 1e6),
+            "least_live_s": (0.0, 1e8),
             "probation_s": (0.0, 1e8),
             "look_s": (0.1, 3600.0),
         }
@@ -275,7 +278,7 @@ def rule_live(plan: RetrainPlan, found: Gain, elapsed_s: float) -> tuple[Live, s
     said = f"live headroom error {100 * -found.gain:+.1f} % (+-{100 * found.error:.1f}, {found.blocks} blocks)"
     if found.blocks < plan.least_blocks or not math.isfinite(found.error):
         said = f"{found.blocks} of {plan.least_blocks} blocks of live samples"
-    elif -found.gain - ROLL_BACK_ERRORS * found.error > plan.least_harm:
+    elif not 0.0 <= elapsed_s < plan.least_live_s and -found.gain - ROLL_BACK_ERRORS * found.error > plan.least_harm:
         return Live.ROLL_BACK, said
     if 0.0 <= elapsed_s < plan.probation_s:
         return Live.WATCH, said

@@ -11,7 +11,7 @@ import pytest
 from actors.retrainer import Retrainer
 from shadecast.retraining import LiveErrors, RetrainPlan
 
-PLAN = RetrainPlan(block_s=100.0, least_blocks=3, probation_s=5000.0)
+PLAN = RetrainPlan(block_s=100.0, least_blocks=3, least_live_s=0.0, probation_s=5000.0)
 HOUR_S, DAY_S = 3600.0, 86_400.0
 SMALL = {"outcome": "small", "reason": "the log holds 1 machine hours with 3 onsets, 2 with 50 are needed"}
 KEPT = {"outcome": "kept", "version": "v1", "former": "v0", "reason": "not by more than the uncertainty"}

@@ -268,6 +268,7 @@ def test_what_is_worse_or_too_short_is_never_promoted(
     [
         (Gain(-0.10, 0.01, 30), 600.0, Live.ROLL_BACK),
         (Gain(-0.10, 0.01, 30), 1e9, Live.ROLL_BACK),
+        (Gain(-0.10, 0.01, 30), 599.0, Live.WATCH),
         (Gain(-0.10, 0.04, 30), 600.0, Live.WATCH),
         (Gain(-0.019, 0.001, 30), 600.0, Live.WATCH),
         (Gain(-0.049, 0.01, 30), 600.0, Live.WATCH),
@@ -285,9 +286,9 @@ def test_on_probation(found: Gain, elapsed_s: float, becomes: Live) -> None:
 
 def test_a_trial_of_rollback_takes_a_better_one_back_only_where_the_plan_says_so() -> None:
     better = Gain(0.5, 0.01, 30)
-    assert rule_live(PLAN, better, 0.0)[0] is Live.WATCH
-    assert rule_live(replace(PLAN, least_harm=-10.0), better, 0.0)[0] is Live.ROLL_BACK
-    assert rule_live(replace(PLAN, least_harm=-10.0), replace(better, blocks=9), 0.0)[0] is Live.WATCH
+    assert rule_live(PLAN, better, 600.0)[0] is Live.WATCH
+    assert rule_live(replace(PLAN, least_harm=-10.0), better, 600.0)[0] is Live.ROLL_BACK
+    assert rule_live(replace(PLAN, least_harm=-10.0), replace(better, blocks=9), 600.0)[0] is Live.WATCH
 
 
 @given(st.lists(st.tuples(st.floats(0.01, 10), st.floats(0.01, 10)), max_size=60), st.floats(0, 1e6))
@@ -304,7 +305,7 @@ def watched(rng: random.Random, worse: float, looks: int) -> bool:
     for _ in range(looks):
         reference = rng.expovariate(1.0) + 0.05
         blocks.append(Block(120.0, reference, reference * (1.0 + worse + rng.gauss(0.0, 0.15))))
-        if rule_live(PLAN, paired(blocks), 0.0)[0] is Live.ROLL_BACK:
+        if rule_live(PLAN, paired(blocks), 600.0)[0] is Live.ROLL_BACK:
             return True
     return False
 
