@@ -104,6 +104,19 @@ def test_a_candidate_that_is_no_better_is_kept_out_and_nothing_changes(places_of
     assert found["held_out"]["headroom_gain"] < 0
 
 
+def test_the_shipped_version_learns_the_onsets_of_a_fleets_own_jobs(places_of: Places, tmp_path: Path) -> None:
+    where = replace(places_of, registry=str(tmp_path / "begun"))
+    shipped = begin(where.registry)
+    found = retrain(where, PLAN, QUICK, math.nan)
+    held = found["held_out"]
+    print(found["reason"], held, found["held_out_unseen_machines"])
+    assert (found["outcome"], found["former"]) == ("promoted", shipped)
+    assert held["headroom_gain"] > 0.3
+    recall = held["onset_recall_p70"]
+    assert recall["candidate"] > recall["champion"] + 0.3
+    assert found["held_out_unseen_machines"]["headroom_gain"] > 0.2, "also on a machine that was never trained on"
+
+
 def test_an_operators_choice_during_a_probation_stays(places_of: Places) -> None:
     registry = Registry(places_of.registry)
     for version in ("second", "operators"):
