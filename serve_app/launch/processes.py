@@ -193,11 +193,10 @@ class RetrainerProcess:
 
     def _work(self, what: str, **values: Any) -> dict[str, Any]:
         """A step in a process of its own, which Ray ends with this one. Raises what Ray raises where it dies."""
-        step = ray.remote(in_a_process_of_its_own).options(
+        step = ray.remote(max_calls=1)(in_a_process_of_its_own).options(
             name=f"shadecast-{what}",
             num_cpus=0,  # at the lowest priority it takes what others leave; a cluster that is full may retrain, too
             resources=self._head,
-            max_calls=1,
             max_retries=0,
         )
         found: dict[str, Any] = ray.get(step.remote(what, {**self._values, **values}))
