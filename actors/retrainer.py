@@ -34,6 +34,9 @@ from shadecast.retraining import (
 
 logger = logging.getLogger(__name__)
 
+_FOLLOWED_S = 60.0
+"""By then every node runs what was promoted, or an operator has chosen something else."""
+
 
 class Work(Protocol):
     """Where the work is done, in processes of their own. Blocks; answers `failed` or raises where it has failed."""
@@ -133,21 +136,29 @@ class Retrainer:
     def _watch(self, probation: Probation) -> None:
         if self._book is None or self._book.probation != probation:
             self._book = LiveBook(probation, self._plan.block_s)
-        self._book.take(self._live())
+        readings = list(self._live())
+        self._book.take(readings)
         elapsed_s = self._wall() - probation.since_wall_s
+        others = {r.champion_version for r in readings} - {""}
+        if others and probation.version not in others and not 0.0 <= elapsed_s < _FOLLOWED_S:
+            self._settle(probation, Live.KEEP, "left", f"the nodes run {', '.join(sorted(others))}")
+            return
         becomes, reason = rule_live(self._plan, paired(self._book.blocks), elapsed_s)
         self._say("probation", reason=reason)
-        if becomes is Live.WATCH:
-            return
-        rolled_back = becomes is Live.ROLL_BACK
-        values = {"version": probation.version, "former": probation.former, "rolled_back": rolled_back}
-        found = self._attempt("settle", **values)
+        if becomes is Live.ROLL_BACK:
+            self._settle(probation, becomes, "rolled back", reason)
+        elif becomes is Live.KEEP:
+            self._settle(probation, becomes, "stays", reason)
+
+    def _settle(self, probation: Probation, becomes: Live, outcome: str, reason: str) -> None:
+        back = becomes is Live.ROLL_BACK
+        found = self._attempt("settle", version=probation.version, former=probation.former, rolled_back=back)
         if "failed" in found:  # tried again at the next look
-            self._say("probation", reason=f"{reason}; {becomes.value} failed: {found['failed']}")
+            self._say("probation", reason=f"{reason}; {outcome} failed: {found['failed']}")
             return
-        self._keep(after_probation(self._past, self._wall(), rolled_back=rolled_back))
+        self._keep(after_probation(self._past, self._wall(), rolled_back=outcome != "stays"))
         self._book = None
-        self._end("rolled back" if rolled_back else "stays", probation.version, f"{found['done']}: {reason}")
+        self._end(outcome, probation.version, f"{found['done']}: {reason}")
         self._say("waiting", reason=reason)
 
     def _attempt(self, what: str, **values: Any) -> Mapping[str, Any]:

@@ -13,6 +13,7 @@ from shadecast.retraining import LiveErrors, RetrainPlan
 
 PLAN = RetrainPlan(block_s=100.0, least_blocks=3, least_live_s=0.0, probation_s=5000.0)
 HOUR_S, DAY_S = 3600.0, 86_400.0
+NODES = {"a": 1.0, "b": 1.02}
 SMALL = {"outcome": "small", "reason": "the log holds 1 machine hours with 3 onsets, 2 with 50 are needed"}
 KEPT = {"outcome": "kept", "version": "v1", "former": "v0", "reason": "not by more than the uncertainty"}
 PROMOTED = {"outcome": "promoted", "version": "v1", "former": "v0", "reason": "headroom error lower by 10.0 % (+-2.0)"}
@@ -36,7 +37,7 @@ class Rig:
         self.now_s = 1_800_000_000.0
         self.answers, self.asked, self.written = list(answers), [], []
         self.kept = kept or Kept()
-        self.seconds, self.worse = 0.0, 1.0
+        self.seconds, self.worse, self.champion = 0.0, 1.0, "v1"
         self.begins: Any = {"champion": "v0"}
         self.retrainer = Retrainer(PLAN, self.work, self.live, self.kept, self.written.append, wall=lambda: self.now_s)
 
@@ -51,8 +52,8 @@ class Rig:
 
     def live(self) -> list[LiveErrors]:
         self.seconds += 100.0
-        s = self.seconds
-        return [LiveErrors(node, s, "v1", "v0", s * self.worse * (1 + i / 50), s, 2 * s) for i, node in enumerate("ab")]
+        s, worse = self.seconds, self.worse
+        return [LiveErrors(node, s, self.champion, "v0", s * worse * each, s, 2 * s) for node, each in NODES.items()]
 
     def looks(self, count: int = 1, every_s: float = 30.0) -> dict[str, Any]:
         for _ in range(count):
@@ -158,6 +159,16 @@ def test_a_probation_outlives_the_process_that_watches_it() -> None:
     assert second.trainings() == 0
 
 
+def test_an_operator_who_goes_back_first_ends_the_probation_and_counts_as_a_rollback() -> None:
+    rig = Rig(PROMOTED)
+    rig.looks(2)
+    rig.champion = "v0"
+    assert rig.looks(1)["state"] == "probation", "nodes need a moment to follow"
+    view = rig.looks(2)
+    assert (view["state"], view["rollbacks"], view["last"]["outcome"]) == ("waiting", 1, "left")
+    assert rig.asked[-1] == ("settle", {"version": "v1", "former": "v0", "rolled_back": False}), "their choice stays"
+
+
 def test_a_rollback_that_fails_is_tried_again() -> None:
     rig = Rig(PROMOTED)
     rig.worse = 1.5
@@ -168,7 +179,7 @@ def test_a_rollback_that_fails_is_tried_again() -> None:
     )
     view = rig.looks(10)
     assert view["state"] == "probation"
-    assert "roll back failed: no space left" in view["reason"]
+    assert "rolled back failed: no space left" in view["reason"]
 
 
 def test_forecasters_that_cannot_be_asked_end_nothing() -> None:

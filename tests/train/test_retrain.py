@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import replace
+import subprocess
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +164,26 @@ def test_an_empty_registry_begins_with_the_shipped_version(tmp_path: Path) -> No
     registry.promote("mine")
     assert begin(registry.uri) == "mine"
     assert registry.load(registry.history()[0]).version == Registry().champion()
+
+
+def test_a_step_in_a_process_of_its_own_is_humble_and_tells_a_failure_as_a_value(places_of: Places) -> None:
+    """In a process of its own here, too: its priority cannot be raised again."""
+    registry = Path(places_of.registry)
+    before = (registry / "champion.json").read_bytes()
+    (registry / "first" / "weights.safetensors").write_bytes(b"x")
+    values = {"where": asdict(places_of), "plan": asdict(PLAN), "effort": asdict(QUICK), "trained_wall_s": None}
+    code = (
+        "import json, os, sys; from train.retrain import carry_out; values = json.loads(sys.argv[1]); "
+        "found = [carry_out('retrain', values), carry_out('begin', {**values, 'effort': {}})]; "
+        "import torch; print(json.dumps([*found, os.nice(0), torch.get_num_threads()]))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code, json.dumps(values)], capture_output=True, text=True, check=True)
+    failed, begun, nice, threads = json.loads(ran.stdout.splitlines()[-1])
+    assert set(failed) == {"failed"}
+    assert "no champion that loads" in failed["failed"]
+    assert begun == {"champion": "first"}
+    assert (nice, threads) == (19, 1)
+    assert (registry / "champion.json").read_bytes() == before
 
 
 def test_all_that_is_held_out_is_later_than_what_is_trained_on_and_one_machine_is_never_trained_on(log: Path) -> None:
