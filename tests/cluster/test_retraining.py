@@ -31,7 +31,7 @@ FASTER = 0.05
 """Seconds between samples: half a minute of telemetry holds as much as ten otherwise."""
 NODES = 2
 PLAN = {
-    "every_s": 240.0,
+    "every_s": 120.0,
     "least_machine_hours": 0.0125,  # 45 s: 22 of each node
     "least_onsets": 0,  # beside other tests all CPUs may be busy: then there is no quiet for a load to rise from
     "block_s": 1.0,
