@@ -81,6 +81,7 @@ class Coordinator:
         self._serving = ServingLoad()
         self._transitions: deque[tuple[float, Transition]] = deque(maxlen=1000)
         self._tasks: list[asyncio.Task[None]] = []
+        self._retraining: tuple[float, dict[str, Any]] | None = None
         self._orders = Orders(
             self._hold,
             lambda node_id: node_id in self._nodes,
@@ -210,6 +211,10 @@ class Coordinator:
         """An order that was refused before it came here, for the audit log."""
         await self._orders.write_down(entry if isinstance(entry, Mapping) else {})
 
+    async def retraining(self, view: Any) -> None:
+        """What self-retraining says of itself every few seconds, shown in the status; None: it has ended."""
+        self._retraining = (self._now_s(), dict(view)) if isinstance(view, Mapping) else None
+
     async def command(self, target: str, drain: bool) -> int:
         """Drain or release, as a page or command line of an older version orders it; 0: there is no such id."""
         answer = await self.order({"order": "drain" if drain else "release", "target": target})
@@ -234,9 +239,16 @@ class Coordinator:
         now_s = self._now_s()
         return {
             **self._summary(now_s),
+            "retraining": self._retraining_view(now_s),
             "deployments": [known.view(now_s) for known in self._deployments.values()],
             "transitions": [{**asdict(t), "ago_s": now_s - at_s} for at_s, t in self._transitions],
         }
+
+    def _retraining_view(self, now_s: float) -> dict[str, Any] | None:
+        if self._retraining is None:
+            return None
+        heard_s, view = self._retraining
+        return {**view, "age_s": now_s - heard_s}
 
     def _summary(self, now_s: float) -> dict[str, Any]:
         """The status without what there is one of for each replica or router, and without the changes of state."""

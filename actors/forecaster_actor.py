@@ -163,9 +163,10 @@ class ForecasterActor:
         stand_up_to_others()
 
     def status(self) -> dict[str, Any]:
-        """Versions with live skill, failures so far, and why the newest promotion was refused, if it was."""
+        """Versions with live skill and errors, failures so far, and why the newest promotion was refused, if it was."""
         return {
             "versions": self._forecaster.versions(),
+            "live_errors": self._forecaster.live_errors(),
             "failures": self._forecaster.failures,
             "problem": "; ".join(self._problems.values()),
             "pid": os.getpid(),

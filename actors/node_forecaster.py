@@ -6,6 +6,7 @@ to the forecaster as missing samples. No exception of a border (sampler, model, 
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import threading
@@ -30,6 +31,35 @@ FORGET_AFTER = 60
 """After so many missing samples in a row the forecaster starts afresh."""
 UNKNOWN = NodeSnapshot(NAN, NAN, NAN, NAN, NAN, NAN, NAN)
 PAGE_BYTES = 4096
+WARM_UP = 120
+"""Samples that do not count after a change of versions: a net that has seen little of the node is worse than it is."""
+
+
+@dataclass(slots=True)
+class Race:
+    """Sums of live errors of the expected headroom since these versions run, over samples at which all were judged."""
+
+    versions: tuple[str, str] = ("", "")
+    """Champion and challenger, "" where there is none."""
+    seen: int = 0
+    samples: int = 0
+    champion: float = 0.0
+    challenger: float = 0.0
+    last_value: float = 0.0
+
+    def add(self, versions: tuple[str, str], champion: float, challenger: float, last_value: float) -> None:
+        """Take one sample's errors; NaN is not judged. `challenger` counts only where there is one."""
+        if versions != self.versions:
+            self.versions, self.seen, self.samples = versions, 0, 0
+            self.champion = self.challenger = self.last_value = 0.0
+        if math.isnan(champion) or math.isnan(last_value) or (versions[1] and math.isnan(challenger)):
+            return
+        self.seen += 1
+        if self.seen > WARM_UP:
+            self.samples += 1
+            self.champion += champion
+            self.last_value += last_value
+            self.challenger += challenger if versions[1] else 0.0
 
 
 class Reader(Protocol):
@@ -62,15 +92,20 @@ class NodeForecaster:
     _serving: dict[str, float] = field(default_factory=dict)
     _events: list[Event] = field(default_factory=list)
     _recurrence: Recurrence = field(default_factory=Recurrence)
+    _race: Race = field(default_factory=Race)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def use(self, model: Model, challenger: bool = False) -> None:
         """Forecast with this version from the next tick on; a challenger is scored beside the champion, never reported.
 
-        A new champion goes on from what the node's features have seen, so there is no pause in forecasts.
+        A new version goes on from what the champion's features have seen of the node: there is no pause in forecasts,
+        and a challenger is compared on equal terms.
         """
         with self._lock:
-            if challenger:
+            if challenger and self._champion is not None:
+                self._challenger = copy.deepcopy(self._champion)
+                self._challenger.swap(model)
+            elif challenger:
                 self._challenger = OnlineForecaster(model)
             elif self._champion is None:
                 self._champion = OnlineForecaster(model)
@@ -87,6 +122,22 @@ class NodeForecaster:
         with self._lock:
             pairs = (("champion", self._champion), ("challenger", self._challenger))
             return {name: {"version": f.model.version, "skill": f.live_skill()} for name, f in pairs if f}
+
+    def live_errors(self) -> dict[str, Any]:
+        """Errors of the expected headroom since the present versions run: seconds judged, and sums by forecast.
+
+        `challenger` is None where there is none.
+        """
+        with self._lock:
+            race = self._race
+            return {
+                "champion_version": race.versions[0],
+                "challenger_version": race.versions[1],
+                "seconds": race.samples * self.period_s,
+                "champion": race.champion,
+                "challenger": race.challenger if race.versions[1] else None,
+                "last_value": race.last_value,
+            }
 
     def announce(self, starts_in_s: float, lasts_s: float, strength: float = 1.0) -> None:
         """Tell of a load that is known to come (a batch job, a scheduled pause); raises ValueError on nonsense."""
@@ -172,7 +223,16 @@ class NodeForecaster:
             except Exception as error:
                 self._failed(name, error)
                 model.forget()
+        self._judge_live()
         return forecast
+
+    def _judge_live(self) -> None:
+        champion, challenger = self._champion, self._challenger
+        if champion is None:
+            return
+        versions = (champion.model.version, challenger.model.version if challenger is not None else "")
+        error, last_value = champion.headroom_error
+        self._race.add(versions, error, challenger.headroom_error[0] if challenger is not None else NAN, last_value)
 
     def _announced(self, now_s: float) -> np.ndarray[Any, Any] | None:
         """Strength at each horizon of events that were announced or that recur, [1, horizon]; None without any."""

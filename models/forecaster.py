@@ -5,6 +5,7 @@ One node live and a benchmark over many recordings run exactly this code; only `
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +15,7 @@ from models.baselines import NAMES, Baselines, Ridge
 from models.calibration import AlarmRecord, QuantileCorrection, Ring, SkillGate, pinball
 from models.features import Features
 from models.grid import N_HEADS, N_HORIZONS, N_TARGETS, TARGETS, Array
+from models.headroom import headroom_errors
 from models.lstm import ForecastNet, State
 from shadecast.capacity import VETO_SPEED
 from shadecast.types import QUANTILES, Forecast
@@ -76,6 +78,9 @@ class OnlineForecaster:
     _samples: Array = field(init=False)
     experts: Array = field(init=False)
     """Corrected quantiles of the model and each baseline, [series, target, expert, horizon, quantile]."""
+    headroom_error: tuple[float, float] = (math.nan, math.nan)
+    """Of series 0 at the last step: mean squared error, over horizons, of the log headroom of the CPU that the model,
+    and the last value, had expected; NaN where one of them had nothing to say."""
     points: Array = field(init=False)
     """Point forecasts of the baselines at the last step, [series, target, baseline, horizon]."""
 
@@ -89,6 +94,7 @@ class OnlineForecaster:
         shape = (self.series, N_TARGETS, 1 + len(NAMES), N_HORIZONS)
         prior = None if np.isnan(self.model.prior_skill).all() else np.nan_to_num(self.model.prior_skill)[None]
         self._state = None
+        self.headroom_error = (math.nan, math.nan)
         self._correction = QuantileCorrection(shape)
         self._gate = SkillGate(shape, prior)
         self._issued = Ring((*shape, len(QUANTILES)))
@@ -148,6 +154,10 @@ class OnlineForecaster:
         truth = np.broadcast_to(targets[:, :, None, None], due.shape[:-1])
         self._correction.learn(due, truth)
         self._gate.learn(pinball(due, truth))
+        model, last = (headroom_errors(due[0, _CPU, :2], truth[0, _CPU, :2]) ** 2).mean(
+            axis=-1
+        )  # NAMES begins with last_value
+        self.headroom_error = (float(model), float(last))
 
     def _run(self, inputs: Array, anchors: Array, spread: Array) -> Array:
         def rows(x: Array) -> torch.Tensor:

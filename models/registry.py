@@ -178,7 +178,8 @@ class Registry:
         if not history:
             raise RegistryError(f"{self.uri}: there was no champion before {self.champion()!r} to go back to")
         self.load(history[-1])
-        self._point(history[-1], history[:-1], self.challenger())
+        waiting = "" if self.challenger() == history[-1] else self.challenger()  # a champion needs no trial in shadow
+        self._point(history[-1], history[:-1], waiting)
         return history[-1]
 
     def _point(self, version: str, history: list[str], challenger: str) -> None:

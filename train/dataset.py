@@ -45,7 +45,7 @@ def split_machines(series: Sequence[Series], fraction: float, seed: int) -> Spli
             train += before
             held += after
             continue
-        machines = sorted({s.machine for s in mine}, key=lambda m: _shuffled(m, seed))
+        machines = sorted({s.machine for s in mine}, key=lambda m: shuffled(m, seed))
         count = round(fraction * len(machines))
         out = set(machines[: min(max(1, count), len(machines) - 1)])
         if out:
@@ -75,7 +75,7 @@ def split_time(series: Sequence[Series], fraction: float, seed: int) -> tuple[li
         last = min(max(1, round(fraction * len(sessions))), len(sessions) - 1)
         before, after = ([s for one in some for s in one] for some in (sessions[:-last], sessions[-last:]))
         return before, after, min(s.began_wall_s for s in after)
-    machines = sorted({s.machine for s in series}, key=lambda m: _shuffled(m, seed))
+    machines = sorted({s.machine for s in series}, key=lambda m: shuffled(m, seed))
     out = set(machines[: max(1, round(fraction * len(machines)))])
     kept = [s for s in series if s.machine not in out] or list(series)
     began_s = min(s.began_wall_s for s in series)
@@ -104,14 +104,15 @@ def split_recordings(series: Sequence[Series], fraction: float, seed: int) -> tu
     fit: list[Series] = []
     check: list[Series] = []
     for source in sorted({s.source for s in series}):
-        mine = sorted((s for s in series if s.source == source), key=lambda s: _shuffled(s.machine + s.recording, seed))
+        mine = sorted((s for s in series if s.source == source), key=lambda s: shuffled(s.machine + s.recording, seed))
         count = min(max(1, round(fraction * len(mine))), len(mine) - 1)
         check += mine[:count]
         fit += mine[count:]
     return fit, check
 
 
-def _shuffled(name: str, seed: int) -> str:
+def shuffled(name: str, seed: int) -> str:
+    """A key to sort names by, in an order that depends on the seed alone."""
     return hashlib.sha256(f"{seed}/{name}".encode()).hexdigest()
 
 

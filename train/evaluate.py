@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from models.baselines import LAGS, NAMES, Baselines, Ridge, fit_ridge
 from models.calibration import pinball
@@ -219,6 +220,20 @@ def onset_truth(series: Sequence[Series]) -> tuple[Array, Array]:
         quiet.append(calm[:, LAGS - 1 :][keep])
         came.append(ahead[:, LAGS - 1 :][keep])
     return np.concatenate(quiet), np.concatenate(came)
+
+
+def places(series: Sequence[Series]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Row for row the instants of `judge`: which of `series` it is of [n], and which of its samples [n]."""
+    number = {id(s): i for i, s in enumerate(series)}
+    which, sample = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for group in groups(series):
+        if len(group[-1].values) <= LAGS:
+            continue
+        _, keep = _judged_truth(padded(group)[..., :N_TARGETS])
+        row, at = np.nonzero(keep)
+        which.append(np.array([number[id(s)] for s in group])[row])
+        sample.append(at + LAGS - 1)
+    return np.concatenate(which), np.concatenate(sample)
 
 
 def onset_metrics(quantiles: Array, cold_now: Array, came: Array) -> list[float]:

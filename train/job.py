@@ -29,11 +29,11 @@ from models.forecaster import Model
 from models.grid import N_HORIZONS, N_TARGETS
 from models.lstm import ForecastNet, LstmConfig
 from models.registry import SHIPPED, Registry, RegistryError
-from models.series import read_folder
+from models.series import Series, read_folder
 from shadecast.errors import ShadecastError
 from train.backtest import Row, backtest, mean_of
 from train.dataset import Split, data_hash, pieces, split_machines, split_recordings
-from train.evaluate import alarm_precision, judge, prior_skill, scaled_baselines
+from train.evaluate import Judged, alarm_precision, judge, prior_skill, scaled_baselines
 from train.loop import Progress, TrainConfig, device_of, fit
 from train.plots import bands_png
 from train.snapshot import snapshot
@@ -73,7 +73,7 @@ def verdict(rows: Sequence[Row], champion: str) -> Verdict:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    arguments = _parser().parse_args(argv)
+    arguments = parser().parse_args(argv)
     try:
         if arguments.time_rows:
             show(time_rows(arguments.time_rows, arguments.device, extended=arguments.channels == "extended"))
@@ -85,27 +85,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m train", description=__doc__)
-    parser.add_argument("--telemetry", type=Path, default=OWN_DATA, help="folder of Parquet telemetry or a log")
-    parser.add_argument("--registry", default=str(SHIPPED), help="folder or pyarrow filesystem URI")
-    parser.add_argument("--version", default="", help="name of the new version; default: time and data hash")
-    parser.add_argument("--made-up", type=int, default=1500, help="made-up series beside the recorded ones")
-    parser.add_argument("--epochs", type=int, default=DEFAULTS.epochs, help="at most; --steps may allow fewer")
-    parser.add_argument("--steps", type=int, default=DEFAULTS.steps, help="upper bound on optimiser steps")
-    parser.add_argument("--hidden", type=int, default=LstmConfig().hidden)
-    parser.add_argument("--start", choices=("champion", "nothing"), default="champion", help="weights to go on from")
-    parser.add_argument("--hold-out", type=float, default=0.25, help="fraction of machines kept for the backtest")
-    parser.add_argument("--seed", type=int, default=DEFAULTS.seed)
-    parser.add_argument("--workers", type=int, default=1, help="Ray Train workers")
-    parser.add_argument("--address", default=os.environ.get("RAY_ADDRESS", "local"), help="Ray cluster; default: own")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="cuda: one GPU per worker")
-    parser.add_argument("--channels", choices=("standard", "extended"), default="standard", help="what the net sees")
-    parser.add_argument("--time-rows", type=int, default=0, metavar="N", help="time N rows on each device here instead")
-    parser.add_argument("--local", action="store_true", help="same loop in this process, without Ray")
-    parser.add_argument("--storage", type=Path, default=Path(".shadecast/train"), help="checkpoints of running jobs")
-    parser.add_argument("--promote", choices=("auto", "always", "never"), default="auto")
-    return parser
+def parser() -> argparse.ArgumentParser:
+    """The options of `python -m train`."""
+    options = argparse.ArgumentParser(prog="python -m train", description=__doc__)
+    options.add_argument("--telemetry", type=Path, default=OWN_DATA, help="folder of Parquet telemetry or a log")
+    options.add_argument("--registry", default=str(SHIPPED), help="folder or pyarrow filesystem URI")
+    options.add_argument("--version", default="", help="name of the new version; default: time and data hash")
+    options.add_argument("--made-up", type=int, default=1500, help="made-up series beside the recorded ones")
+    options.add_argument("--epochs", type=int, default=DEFAULTS.epochs, help="at most; --steps may allow fewer")
+    options.add_argument("--steps", type=int, default=DEFAULTS.steps, help="upper bound on optimiser steps")
+    options.add_argument("--hidden", type=int, default=LstmConfig().hidden)
+    options.add_argument("--start", choices=("champion", "nothing"), default="champion", help="weights to go on from")
+    options.add_argument("--hold-out", type=float, default=0.25, help="fraction of machines kept for the backtest")
+    options.add_argument("--seed", type=int, default=DEFAULTS.seed)
+    options.add_argument("--workers", type=int, default=1, help="Ray Train workers")
+    options.add_argument("--address", default=os.environ.get("RAY_ADDRESS", "local"), help="Ray cluster; default: own")
+    options.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="cuda: one GPU per worker")
+    options.add_argument("--channels", choices=("standard", "extended"), default="standard", help="what the net sees")
+    options.add_argument(
+        "--time-rows", type=int, default=0, metavar="N", help="time N rows on each device here instead"
+    )
+    options.add_argument("--local", action="store_true", help="same loop in this process, without Ray")
+    options.add_argument("--storage", type=Path, default=Path(".shadecast/train"), help="checkpoints of running jobs")
+    options.add_argument("--promote", choices=("auto", "always", "never"), default="auto")
+    return options
 
 
 def run(arguments: argparse.Namespace) -> str:
@@ -114,38 +117,36 @@ def run(arguments: argparse.Namespace) -> str:
         return _run(arguments, telemetry)
 
 
-def _run(arguments: argparse.Namespace, telemetry: Path) -> str:
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A trained version that is not judged yet, and what its card says of the training."""
+
+    model: Model
+    card: Mapping[str, Any]
+
+
+def make(
+    arguments: argparse.Namespace, telemetry: Path, series: Sequence[Series], split: Split, champion: Model | None
+) -> Made:
+    """Train on `split.train` of `series`, which are those of the folder `telemetry`."""
     extended = arguments.channels == "extended"
     shape = LstmConfig(features=N_EXTENDED_FEATURES if extended else N_FEATURES, hidden=arguments.hidden)
-    registry = Registry(arguments.registry)
-    champion = _champion(registry)
     start = champion if champion and arguments.start == "champion" and champion.net.config == shape else None
     rate = WARM_LEARNING_RATE if start else DEFAULTS.learning_rate
     config = TrainConfig(
         epochs=arguments.epochs, steps=arguments.steps, learning_rate=rate, seed=arguments.seed, extended=extended
     )
     started_s = time.time()
-    series = read_folder(telemetry)
-    split = split_machines(series, arguments.hold_out, arguments.seed)
     rows = sum(len(s.values) for s in series)
     held_names = sorted({f"{s.source}/{s.machine}" for s in split.held})
     print(f"{len(series)} series, {rows} rows; held out: {', '.join(held_names)}", flush=True)
     print(f"starting from {start.version if start else 'nothing'}", flush=True)
     fingerprint = data_hash(series)
-    read_s = time.time() - started_s
     net = _train(arguments, telemetry, config, shape, split, fingerprint, start)
-    trained_s = time.time() - started_s - read_s
     fit_part, _ = split_recordings(split.train, 0.0, config.seed)
     ridge, residuals = scaled_baselines(fit_part)
     version = arguments.version or time.strftime("%Y%m%d-%H%M%S-", time.gmtime(started_s)) + fingerprint[:6]
     unknown = np.full((N_TARGETS, N_HORIZONS), np.nan, np.float32)
-    challenger = Model(version, net, ridge, residuals, unknown)
-    judged = judge(challenger, split.held)
-    challenger = replace(challenger, prior_skill=prior_skill(judged), alarm_precision=alarm_precision(judged))
-    candidates = {"challenger": challenger} | ({"champion": champion} if champion else {})
-    table = backtest(split.train, split.held, candidates)
-    decision = verdict(table, champion.version if champion else "")
-    seconds = {"read": read_s, "train": trained_s, "judge": time.time() - started_s - read_s - trained_s}
     card = {
         "created_wall_s": round(started_s, 3),
         "data_sha256": fingerprint,
@@ -156,11 +157,33 @@ def _run(arguments: argparse.Namespace, telemetry: Path) -> str:
         "started_from": start.version if start else None,
         "made_up": arguments.made_up,
         "train": asdict(config),
-        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "seconds": {"train": round(time.time() - started_s, 1)},
         "code_version": importlib.metadata.version("shadecast"),
+    }
+    return Made(Model(version, net, ridge, residuals, unknown), card)
+
+
+def _run(arguments: argparse.Namespace, telemetry: Path) -> str:
+    registry = Registry(arguments.registry)
+    champion = champion_of(registry)
+    started_s = time.time()
+    series = read_folder(telemetry)
+    read_s = time.time() - started_s
+    split = split_machines(series, arguments.hold_out, arguments.seed)
+    made = make(arguments, telemetry, series, split, champion)
+    judging_s = time.time()
+    challenger, _ = with_record(made.model, split)
+    version = challenger.version
+    candidates = {"challenger": challenger} | ({"champion": champion} if champion else {})
+    table = backtest(split.train, split.held, candidates)
+    decision = verdict(table, champion.version if champion else "")
+    seconds = {"read": read_s, **made.card["seconds"], "judge": time.time() - judging_s}
+    card = {
+        **made.card,
+        "created_wall_s": round(started_s, 3),
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "command": "python -m train " + " ".join(sys.argv[1:]),
-        "prior_skill": _plain(challenger.prior_skill),
-        "alarm_precision": round(challenger.alarm_precision, 3),
+        **record_of(challenger),
         "judged_against": champion.version if champion else None,
         "verdict": decision.reason,
         "backtest": [{**r, "value": None if r["value"] is None else float(f"{r['value']:.5g}")} for r in table],
@@ -175,6 +198,17 @@ def _run(arguments: argparse.Namespace, telemetry: Path) -> str:
         registry.promote(version)
         print(f"{version}: champion; forecasters load it within 10 s")
     return version
+
+
+def with_record(model: Model, split: Split) -> tuple[Model, Judged]:
+    """The version with the skill and alarms that it has on what was held out, and how it was judged there."""
+    judged = judge(model, split.held)
+    return replace(model, prior_skill=prior_skill(judged), alarm_precision=alarm_precision(judged)), judged
+
+
+def record_of(model: Model) -> dict[str, Any]:
+    """The same as a card has it."""
+    return {"prior_skill": _plain(model.prior_skill), "alarm_precision": round(model.alarm_precision, 3)}
 
 
 def _train(  # noqa: PLR0917 - what a run consists of
@@ -238,7 +272,8 @@ def _train_here(  # noqa: PLR0917 - what a run consists of
     return net.cpu().eval()
 
 
-def _champion(registry: Registry) -> Model | None:
+def champion_of(registry: Registry) -> Model | None:
+    """The champion; None where there is none, or it cannot be loaded, which is printed."""
     try:
         return registry.load(registry.champion())
     except RegistryError as error:

@@ -9,14 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.grid import Array
-from shadecast.capacity import log_headroom
+from models.headroom import headroom_errors
 from shadecast.types import QUANTILES
 
 ONSET_LOAD = 0.4
 QUIET_S = 5.0
 PRECISION = 0.7
-HEADROOM_WEIGHTS = (0.3, 0.4, 0.3)
-"""Of the log headroom at the quantiles .1, .5, .9: what it is expected to be, as routing reckons it."""
 Flags = NDArray[np.bool_]
 
 
@@ -84,16 +82,9 @@ def recall_at_precision(score: Array, came: Array, precision: float = PRECISION)
     return float(hits[precise].max() / events) if precise.any() else 0.0
 
 
-def log_headroom_of(load: Array) -> Array:
-    """`shadecast.capacity.log_headroom` of a whole array; NaN stays."""
-    left: Array = np.log1p(-np.clip(np.asarray(load, np.float64), 0.0, 1.0 - 1e-12))
-    return np.maximum(left, log_headroom(1.0))
-
-
 def headroom_error(quantiles: Array, truth: Array) -> float:
     """Mean absolute error of the expected log headroom of quantiles [n, quantile] against what came [n]."""
     known = np.isfinite(truth) & np.isfinite(quantiles).all(axis=-1)
     if not known.any():
         return float("nan")
-    expected = log_headroom_of(quantiles[known]) @ np.asarray(HEADROOM_WEIGHTS)
-    return float(np.abs(expected - log_headroom_of(truth[known])).mean())
+    return float(np.abs(headroom_errors(quantiles[known], truth[known])).mean())

@@ -277,6 +277,12 @@ def up(  # noqa: PLR0917 - as above
     link_bytes_per_s: Annotated[
         float, typer.Option(help="Speed of nodes' links that do not tell it (VMs, pods).")
     ] = 0.0,
+    retrain: Annotated[
+        str | None,
+        typer.Option(metavar="off|hourly|daily|weekly", help="Retrain the forecaster on the log. [default: off]"),
+    ] = None,
+    retrain_machine_hours: Annotated[float, typer.Option(help="Machine hours that the log must hold for that.")] = 2.0,
+    retrain_onsets: Annotated[int, typer.Option(help="Onsets of others' load that it must hold.")] = 50,
     ray_metrics: Annotated[bool, typer.Option(help="Publish metrics through Ray's own export, too.")] = True,
     token_file: TokenFileOption = "",
     look_token_file: LookTokenFileOption = "",
@@ -284,10 +290,13 @@ def up(  # noqa: PLR0917 - as above
     as_json: JsonOption = False,
 ) -> None:
     """Start the control plane on a cluster that runs already."""
-    from serve_app.launch.control_plane import start_control_plane  # noqa: PLC0415 - see above
+    from serve_app.launch.control_plane import retraining_plan, start_control_plane  # noqa: PLC0415 - see above
 
     given = tokens.given(token_file, look_token_file)
     settings = {"telemetry_log": telemetry_log, "registry": registry, "link_bytes_per_s": link_bytes_per_s}
+    plan = {"least_machine_hours": retrain_machine_hours, "least_onsets": retrain_onsets}
+    if retrain is not None:
+        retraining_plan(retrain, settings, plan)  # before a cluster is looked for
     with connected(address):
         plane = start_control_plane(
             settings,
@@ -297,6 +306,8 @@ def up(  # noqa: PLR0917 - as above
             ray_metrics=ray_metrics,
             given=given,
             audit_log=audit_log,
+            retrain=retrain,
+            retrain_plan=plan,
         )
     if as_json:
         answer(**_of(plane))

@@ -19,16 +19,17 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from serve_app.coordinator import COORDINATOR, NAMESPACE, find_coordinator
 from serve_app.launch import tokens
-from serve_app.launch.processes import CoordinatorProcess, PageProcess, forecaster_name
+from serve_app.launch.processes import CoordinatorProcess, PageProcess, RetrainerProcess, forecaster_name
 from serve_app.page.address import Address
 from serve_app.page.rights import Rights, Role, digest
 from serve_app.page.watch import one_line
 from serve_app.ray_api import HEAD_NODE_RESOURCE
-from shadecast.errors import AwayError, OrderError, ShadecastError
+from shadecast.errors import AwayError, ConfigError, OrderError, ShadecastError
 
 logger = logging.getLogger(__name__)
 
 PAGE = "shadecast-page"
+RETRAINER = "shadecast-retrainer"
 _ON_THE_HEAD = {HEAD_NODE_RESOURCE: 0.001}
 """Where Serve's controller is, too. Ray puts an actor that asks for nothing anywhere, whatever its soft affinity: on a
 node that is starved, the coordinator could not tell routers to leave it."""
@@ -63,8 +64,14 @@ def start_control_plane(
     ray_metrics: bool = True,
     given: tokens.Given | None = None,
     audit_log: str = "",
+    retrain: str | None = None,
+    retrain_plan: Mapping[str, Any] | None = None,
+    retrain_effort: Mapping[str, Any] | None = None,
 ) -> ControlPlane:
     """Start what is not running yet on the connected cluster; blocks until the coordinator answers.
+
+    `retrain` is off or how often (`shadecast.retraining.EVERY_S`), None: as it is. `retrain_plan` and `retrain_effort`
+    hold what differs from the defaults of `RetrainPlan` and `train.retrain.Effort`.
 
     `page_host`, `page_port` and `page_names` are as in `Address`; port 0 leaves the page out. A page that runs with
     other ones, or other tokens, than are given is started anew; what is not given stays. Without `given`, tokens are
@@ -73,6 +80,7 @@ def start_control_plane(
     Raises ConfigError on a wrong forecaster setting or token, PageError on a wrong address, before anything is started.
     """
     _check(settings or {})
+    plan = retraining_plan(retrain, settings or {}, retrain_plan or {}) if retrain is not None else None
     given = tokens.given() if given is None else given
     operate, look = given.operate, given.look
     running = _running_page() if page_port != 0 else None
@@ -93,12 +101,68 @@ def start_control_plane(
         .remote(dict(settings or {}), ray_metrics=ray_metrics, audit_log=audit_log)
     )
     _answer(coordinator.status.remote(), 60.0)
+    if plan is not None:
+        _start_retraining(settings or {}, plan, retrain_effort or {})
+    elif retrain is not None:
+        stop_retraining()
     if page_port == 0:
         return ControlPlane(coordinator, "", wanted)
     if running is not None and (wanted, rights) != (before, was):
         _stop_page(running.actor)
     url = _start_page(wanted, rights)
     return ControlPlane(coordinator, url, wanted, rights, operate.source if operate is not None else _source(rights))
+
+
+def retraining_plan(
+    retrain: str, settings: Mapping[str, Any], given: Mapping[str, Any] | None = None
+) -> dict[str, Any] | None:
+    """What `RetrainPlan` is built of; None where it is off. Raises ConfigError."""
+    from shadecast.retraining import RetrainPlan, every_s  # noqa: PLC0415 - as in `_check`
+
+    if (seconds := every_s(retrain)) is None:
+        return None
+    plan = {"every_s": seconds, **(given or {})}
+    RetrainPlan.from_mapping(plan)
+    missing = [f"--{name.replace('_', '-')}" for name in ("telemetry_log", "registry") if not settings.get(name)]
+    if missing:
+        raise ConfigError(
+            f"--retrain {retrain}: needs {' and '.join(missing)}: it trains on the log, and puts new versions into a "
+            "registry of yours; give folders that all nodes see"
+        )
+    if "://" in str(settings["telemetry_log"]):
+        raise ConfigError(
+            f"--retrain {retrain}: --telemetry-log {settings['telemetry_log']} must be a folder: trainings read files; "
+            "mount it, or run `shadecast train` where it is mounted"
+        )
+    return plan
+
+
+def _start_retraining(settings: Mapping[str, Any], plan: Mapping[str, Any], effort: Mapping[str, Any]) -> None:
+    """Start it, anew where it runs with something else."""
+    where = {"telemetry": str(settings["telemetry_log"]), "registry": str(settings["registry"])}
+    asked = (where, dict(plan), dict(effort))
+    with contextlib.suppress(ValueError, ray.exceptions.RayError):
+        if ray.get(ray.get_actor(RETRAINER, NAMESPACE).asked.remote(), timeout=_PAGE_ANSWER_S) == asked:
+            return
+    stop_retraining()
+    started = (
+        ray.remote(RetrainerProcess)
+        .options(name=RETRAINER, max_restarts=-1, resources=_ON_THE_HEAD, max_concurrency=2, **_DETACHED)
+        .remote(*asked)
+    )
+    _answer(started.status.remote(), 60.0)
+
+
+def stop_retraining() -> bool:
+    """Stop it, with a training that is under way; whether it ran. Versions stay as they are."""
+    try:
+        actor = ray.get_actor(RETRAINER, NAMESPACE)
+    except ValueError:
+        return False
+    _end(actor, RETRAINER)
+    with contextlib.suppress(ShadecastError):
+        ask_coordinator("retraining", None, timeout_s=5.0)
+    return True
 
 
 def _kept_token() -> tokens.Token | None:
@@ -171,11 +235,11 @@ def _stop_page(page: Any) -> None:
     _end(page)
 
 
-def _end(page: Any) -> None:
-    ray.kill(page, no_restart=True)
+def _end(actor: Any, name: str = PAGE) -> None:
+    ray.kill(actor, no_restart=True)
     deadline_s = time.monotonic() + _PAGE_ANSWER_S
     with contextlib.suppress(ValueError):  # the name is free
-        while ray.get_actor(PAGE, NAMESPACE) and time.monotonic() < deadline_s:
+        while ray.get_actor(name, NAMESPACE) and time.monotonic() < deadline_s:
             time.sleep(0.05)
 
 

@@ -7,9 +7,14 @@ the work. Whoever starts these actors needs neither `actors` nor `models`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
-from collections.abc import Mapping, Sequence
+import importlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -21,6 +26,8 @@ from serve_app.launch import own_installation
 if TYPE_CHECKING:
     from shadecast.types import RoutingTable
 
+
+logger = logging.getLogger(__name__)
 
 _COLLECT_EVERY = 200_000
 """New objects between two collections: ticks and reports of 1,000 replicas keep none, and one takes 30 ms of a tick."""
@@ -84,6 +91,10 @@ class CoordinatorProcess:
         """An order that was refused before it came here."""
         await self._coordinator.write_down(entry)
 
+    async def retraining(self, view: Any) -> None:
+        """What self-retraining says of itself."""
+        await self._coordinator.retraining(view)
+
     async def command(self, target: str, drain: bool) -> int:
         """Drain or release a replica or a node, as older versions order it."""
         return await self._coordinator.command(target, drain)
@@ -143,6 +154,94 @@ class PageProcess:
     async def stop(self) -> None:
         """Stop listening."""
         await self._page.stop()
+
+
+class RetrainerProcess:
+    """`actors.retrainer.Retrainer` with a thread that looks, and one that tells the coordinator how it stands.
+
+    Neither torch nor the log is loaded here: each step of a training runs in a process of its own.
+    """
+
+    def __init__(
+        self, where: Mapping[str, str], plan: Mapping[str, Any], effort: Mapping[str, Any], answer_s: float = 5.0
+    ) -> None:
+        """`where`: folder of the log, registry; `plan` and `effort` as in `RetrainPlan` and `train.retrain.Effort`."""
+        own_installation.put_first()
+        from actors.retrainer import Retrainer  # noqa: PLC0415 - not before our installation is first
+        from serve_app import ray_api  # noqa: PLC0415 - as above
+        from serve_app.launch.own_files import cache_folder  # noqa: PLC0415 - as above
+        from shadecast.retraining import RetrainPlan  # noqa: PLC0415 - as above
+
+        self._plan = RetrainPlan.from_mapping(plan)
+        self._asked = (dict(where), dict(plan), dict(effort))
+        cluster = ray.get_runtime_context().gcs_address.replace(":", "_")
+        storage = str(cache_folder() / "retrain" / cluster)
+        self._values = {"where": {**where, "storage": storage}, "plan": dict(plan), "effort": dict(effort)}
+        self._answer_s, self._head = answer_s, {ray_api.HEAD_NODE_RESOURCE: 0.001}
+        kept = ray_api.Kept(NAMESPACE, "retraining")
+        self._retrainer = Retrainer(self._plan, self._work, self._live_errors, kept, self._write_down)
+        for run, every_s in ((self._retrainer.look, self._plan.look_s), (self._tell, min(5.0, self._plan.look_s))):
+            threading.Thread(target=_again_and_again, args=(run, every_s), name=run.__name__, daemon=True).start()
+
+    def asked(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """What it was started with."""
+        return self._asked
+
+    def status(self) -> dict[str, Any]:
+        """How it stands."""
+        return self._retrainer.view()
+
+    def _work(self, what: str, **values: Any) -> dict[str, Any]:
+        """A step in a process of its own, which Ray ends with this one. Raises what Ray raises where it dies."""
+        step = ray.remote(max_calls=1)(in_a_process_of_its_own).options(
+            name=f"shadecast-{what}",
+            num_cpus=0,  # at the lowest priority it takes what others leave; a cluster that is full may retrain, too
+            resources=self._head,
+            max_retries=0,
+        )
+        found: dict[str, Any] = ray.get(step.remote(what, {**self._values, **values}))
+        return found
+
+    def _live_errors(self) -> list[Any]:
+        """Of the forecasters that answer."""
+        from serve_app.launch.control_plane import forecasters  # noqa: PLC0415 - it imports this module
+        from shadecast.retraining import LiveErrors  # noqa: PLC0415 - not before our installation is first
+
+        asked = {forecaster.status.remote(): node for node, forecaster in forecasters().items()}
+        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=self._answer_s) if asked else ([], [])
+        found = []
+        for ref in answered:
+            with contextlib.suppress(ray.exceptions.RayError, KeyError, TypeError):
+                errors = ray.get(ref)["live_errors"]
+                known: dict[str, Any] = {k: float("nan") if v is None else v for k, v in errors.items()}
+                found.append(LiveErrors(asked[ref], **known))
+        return found
+
+    def _tell(self) -> None:
+        if (coordinator := find_coordinator()) is not None:
+            ray.get(coordinator.retraining.remote(self._retrainer.view()), timeout=self._answer_s)
+
+    def _write_down(self, entry: dict[str, Any]) -> None:
+        with contextlib.suppress(Exception):  # what was done is done
+            self._tell()
+            if (coordinator := find_coordinator()) is not None:
+                ray.get(coordinator.write_down.remote(entry), timeout=self._answer_s)
+
+
+def _again_and_again(run: Callable[[], None], every_s: float) -> None:
+    while True:
+        try:
+            run()
+        except Exception as error:  # the coordinator restarts, say
+            logger.debug("%s: %r", run.__name__, error)
+        time.sleep(every_s)
+
+
+def in_a_process_of_its_own(what: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """`train.retrain.carry_out`, imported by name: only a process that trains may load it."""
+    own_installation.put_first()
+    found: dict[str, Any] = importlib.import_module("train.retrain").carry_out(what, values)
+    return found
 
 
 def _deployed(deployment: str) -> tuple[bool, Any] | None:

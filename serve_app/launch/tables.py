@@ -27,6 +27,7 @@ _WEIGHTS = (0.3, 0.4, 0.3)
 """Of the quantiles .1, .5 and .9 in an expected value (Swanson's rule), as in `shadecast.capacity`."""
 _LOADS = {"cpu": "cpu_background_fraction", "memory": "memory_fraction", "network": "network_background_fraction"}
 _CHANGES = 10
+_SILENT_S = 30.0
 
 Status = Mapping[str, Any]
 
@@ -80,11 +81,31 @@ def status_view(status: Status, width: int, *, wide: bool = False) -> list[Rende
         found += [Text(text), Text()]
     for deployment in status["deployments"]:
         found += _deployment(deployment, nodes, replicas, width, wide=wide)
+    found += [Text(line) for line in retraining_lines(status.get("retraining"))]
     for entry in status["transitions"][-_CHANGES:]:
         replica = replicas.get(entry["replica_id"]) or entry["replica_id"][: None if wide else 8]
         change = f"{entry['before']} -> {entry['after']}: {entry['reason']}"
         found.append(Text(f"{span(entry['ago_s']):>7} ago  {replica}  {change}"))
     return found
+
+
+def retraining_lines(view: Mapping[str, Any] | None) -> list[str]:
+    """How self-retraining stands, and what came of it last; nothing where it is off."""
+    if view is None:
+        return []
+    since, reason = span(view["since_s"]), view["reason"]
+    match view["state"]:
+        case "training":
+            now = f"under way for {since}"
+        case "probation":
+            now = f"{view['version']} on probation for {since}, beside {view['former']}; {reason}"
+        case _:
+            now = f"next look at the log in {span(view['next_in_s'])}; {reason or 'nothing has happened yet'}"
+    silent = f" (as it said {span(view['age_s'])} ago)" if view["age_s"] > _SILENT_S else ""
+    lines = [f"retraining every {span(view['every_s'])}: {now}{silent}"]
+    if (last := view["last"]) is not None:
+        lines.append(f"  last: {' '.join(filter(None, (last['version'], last['outcome'])))}: {last['reason']}")
+    return [*lines, ""]
 
 
 def nodes_view(status: Status, width: int, *, wide: bool = False) -> list[RenderableType]:

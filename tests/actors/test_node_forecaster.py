@@ -314,3 +314,24 @@ allowed = stand_up_to_others()
 print(may, allowed, *(os.getpriority(os.PRIO_PROCESS, int(t)) for t in os.listdir("/proc/self/task")), flush=True)
 stop.set()
 """
+
+
+def test_live_errors_are_sums_over_the_samples_at_which_all_were_judged_after_a_warm_up(rig: Rig, model: Model) -> None:
+    rig.ticks(200)
+    alone = rig.forecaster.live_errors()
+    assert (alone["champion_version"], alone["challenger_version"], alone["challenger"]) == (model.version, "", None)
+    assert 0 < alone["seconds"] <= 200 - 120
+    assert alone["champion"] < alone["last_value"], "it foresees a sine"
+    rig.forecaster.use(replace(model, version="same"), challenger=True)
+    rig.ticks(100)
+    assert rig.forecaster.live_errors()["seconds"] == 0, "another race, and neither has warmed up"
+    rig.ticks(200)
+    both = rig.forecaster.live_errors()
+    assert both["challenger_version"] == "same"
+    assert both["challenger"] == pytest.approx(both["champion"], rel=0.25), "on equal terms: it knows the node as well"
+    seconds = both["seconds"]
+    rig.sampler.missing = True
+    rig.ticks(30)
+    rig.sampler.missing = False
+    rig.ticks(30)
+    assert seconds < rig.forecaster.live_errors()["seconds"] <= seconds + 30, "what was not known is not judged"

@@ -226,3 +226,12 @@ def test_the_shipped_champion_loads_and_its_card_says_how_it_was_made() -> None:
     assert made["rows"] > 1000
     assert len(made["data_sha256"]) == 64
     assert Path(registry.uri) == SHIPPED
+
+
+def test_a_rollback_to_the_version_in_shadow_ends_its_trial(registry: Registry) -> None:
+    for version in ("one", "two"):
+        registry.save(small_model(version), {})
+        registry.promote(version)
+    registry.challenge("one")
+    assert registry.rollback() == "one"
+    assert (registry.champion(), registry.challenger()) == ("one", "")

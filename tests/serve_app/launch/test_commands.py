@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import os
@@ -30,6 +31,7 @@ from tests.serve_app.launch.plane_scene import PlaneScene, run
 from tests.serve_app.page.page_scene import DIGITS, NODES
 
 SCHEMA = json.loads((Path(__file__).resolve().parents[3] / "docs/answers.schema.json").read_text())
+RETRAIN = ["up", "--retrain", "daily", "--registry", "r"]
 STATES = {"inactive", "shadowing", "shifting", "active", "draining"}
 
 
@@ -203,6 +205,11 @@ def test_an_id_as_status_shows_it_or_a_host_name_is_enough_for_an_order(
         (["up", "--token-file", "nowhere"], 2, "--token-file nowhere: cannot be read"),
         (["up", "--page-host", "no such host"], 2, "--page-host"),
         (["forecaster", "promote", "nonsense"], 1, "nonsense"),
+        (["up", "--retrain", "often"], 2, "--retrain 'often': must be off, hourly, daily, weekly"),
+        (["up", "--retrain", "daily"], 2, "--retrain daily: needs --telemetry-log and --registry"),
+        (["up", "--retrain", "daily", "--telemetry-log", "log"], 2, "--retrain daily: needs --registry: it trains"),
+        ([*RETRAIN, "--telemetry-log", "s3://bucket/log"], 2, "s3://bucket/log must be a folder"),
+        ([*RETRAIN, "--telemetry-log", "log", "--retrain-onsets", "-1"], 2, "retrain.least_onsets = -1: must be"),
     ],
 )
 def test_what_is_wrong_or_refused_is_said_with_its_exit_code(
@@ -335,6 +342,42 @@ def test_the_status_for_programs_is_what_the_schema_says(
     status = answer(capsys, "status")
     assert status["holds"] == [NODES[3]]
     assert {d["deployment"] for d in status["deployments"]} >= {DIGITS}
+
+
+def retraining(**values: Any) -> dict[str, Any]:
+    """What a retrainer tells the coordinator."""
+    last = {"outcome": "rolled back", "version": "v1", "reason": "live headroom error +9.0 %", "ended_wall_s": 1.0}
+    rest = {"reason": "the log is empty", "last": last, "failures": 0, "rollbacks": 1, "version": None, "former": None}
+    return {"every_s": 86_400.0, "state": "waiting", "since_s": 60.0, "next_in_s": 3600.0, **rest, **values}
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ({}, ["retraining every 24 h: next look at the log in 60 min; the log is empty", "last: v1 rolled back: live"]),
+        ({"state": "training", "next_in_s": None, "last": None}, ["retraining every 24 h: under way for 60 s"]),
+        (
+            {"state": "probation", "next_in_s": None, "version": "v2", "former": "v1", "reason": "2 of 10 blocks"},
+            ["v2 on probation for 60 s, beside v1; 2 of 10 blocks"],
+        ),
+    ],
+)
+def test_the_status_says_how_self_retraining_stands(
+    plane: PlaneScene, monkeypatch: pytest.MonkeyPatch, capsys: Any, values: dict[str, Any], shown: list[str]
+) -> None:
+    assert run(monkeypatch, "status") == 0
+    assert "retraining" not in capsys.readouterr().out, "it is off"
+    asyncio.run(plane.scene.coordinator.retraining(retraining(**values)))
+    assert run(monkeypatch, "status") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    for words in shown:
+        assert words in out
+    assert run(monkeypatch, "status", "--json") == 0
+    told = answer(capsys, "status")["retraining"]
+    assert told["state"] == retraining(**values)["state"]
+    asyncio.run(plane.scene.coordinator.retraining(None))
+    assert run(monkeypatch, "status", "--json") == 0
+    assert answer(capsys, "status")["retraining"] is None
 
 
 def test_starting_and_stopping_answer_as_the_schema_says(
