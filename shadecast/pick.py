@@ -176,6 +176,18 @@ class PickTable:
         """Whether the replica at index `i` has fewer of this router's calls than it takes, and is not ejected."""
         return self.in_flight[i] < self._limit[i] and not self._ejected[i]
 
+    def takes(self, i: int) -> bool:
+        """Whether the replica at index `i` has a place by all routers' calls, too."""
+        return self.in_flight[i] < self._limit[i] and self.scores[i] < _FULL
+
+    def queue(self, i: int) -> float:
+        """Estimate of the requests of all routers on the replica at index `i`."""
+        return max(self._base[i] + self._routers * self.in_flight[i], 0.0)
+
+    def speed(self, i: int) -> float:
+        """Capacity of the replica at index `i`, 1 = nominal."""
+        return 1.0 / self._inverse[i]
+
     def score(self, i: int) -> float:
         """Predicted relative time of one more request on the replica at index `i`; a full one is worse than others."""
         queue = self._base[i] + self._routers * self.in_flight[i]

@@ -18,6 +18,7 @@ from typing import Any, cast
 
 from ray.serve.request_router import PendingRequest, RunningReplica
 
+from serve_app.prefixes import Prefixes
 from serve_app.ray_api import http_status, is_by_reference, reserved_slot
 from serve_app.routing.ends import Soon, tell, was_cancelled, watch_end
 from serve_app.routing.mirror import Mirror
@@ -89,6 +90,7 @@ class LiveCalls:
         """The router's; known once it has replicas."""
         self.book: Calls[LiveCall] = Calls()
         self.routes = Routes(deployment, self.book, config, own_place)
+        self.prefixes = Prefixes(self.routes, deployment)
         self.ledger = Ledger(router_id, deployment, self.book)
         self.mirror = Mirror(config.trial, self.ledger.pair, lambda: self.ledger.count("mirror_dropped"))
         self.waiting = Waiting()
@@ -108,6 +110,7 @@ class LiveCalls:
         """Go by other settings from now on; calls under way go on as they began."""
         self._config = config
         self.routes.configure(config)
+        self.prefixes.configure(config.balance)
         self.mirror.configure(config.trial)
         self.second.configure(config)
 
@@ -119,6 +122,8 @@ class LiveCalls:
             return
         for do in self.book.handle(call, event, time.monotonic() if at_s is None else at_s, **facts):
             if do is _COUNT:
+                if self.prefixes.on:
+                    self.prefixes.counted(call)
                 if self.routes.count(call.replica_id) and self.waiting.line:
                     self.waiting.offer()
             elif do is _RECORD:
@@ -188,6 +193,8 @@ class LiveCalls:
         if call.phase is _WAITING:
             self.book.handle(call, _CHOOSE, now_s, replica_id=picks.ids[i])
             picks.count(i, int(call.others) + 1)
+            if self.prefixes.on:
+                self.prefixes.counted(call)
         else:
             self.choose_by_id(call, picks.ids[i])
 
@@ -331,6 +338,8 @@ class LiveCalls:
         """The reader of a stream has an item; in its thread."""
         reading = cast("Reading", call.reading)
         reading.got(item, asked_s, time.monotonic())
+        if reading.items == 1 and self.prefixes.on:
+            tell(self.loop, self.prefixes.computed, call)
         if reading.items == 1 and call.metadata.is_http_request:
             reading.status = http_status(item)
         elif reading.items == MARK and call.pair is not None:
@@ -365,6 +374,7 @@ class LiveCalls:
         call.pair = self.mirror.copy(pending, candidate, (call.replica_id, call.others), result.inner, call.reading)
         if call.pair is not None:
             self.ledger.count("mirrored")
+            self.prefixes.copied(call, candidate_id)
 
     # ------------------------------------------------------------------ for results and reports
 
