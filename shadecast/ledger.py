@@ -147,6 +147,13 @@ class Ledger:
             self._durations.add(duration_s)
         self._new.clear()
 
+    @property
+    def mean_s(self) -> float:
+        """The mean duration of all calls that went well; 0 without any."""
+        self._count_new()
+        counted = self._durations.durations()
+        return counted.sum_s / max(sum(counted.counts), 1)
+
     def rescue(self, how: str) -> None:
         """A call goes on elsewhere: it was "retried", "moved" or "resumed"."""
         self.count("rescued")

@@ -27,6 +27,7 @@ from serve_app.routing.second_attempts import SecondAttempts
 from serve_app.routing.waiting import Waiting
 from serve_app.routing.watched_result import WatchedReplica, WatchedResult
 from serve_app.shadow import is_of_copy
+from serve_app.undispatched import Undispatched
 from serve_app.user_functions import UserFunction
 from shadecast.calls import TRANSITIONS, Call, Calls, Do, Event, Phase
 from shadecast.config import Config
@@ -38,8 +39,6 @@ from shadecast.reading import MARK, Reading
 logger = logging.getLogger("ray.serve")
 
 _COUNT, _RECORD, _CLOSE, _WAITING, _CHOOSE = Do.COUNT, Do.RECORD, Do.CLOSE, Phase.WAITING, Event.CHOOSE
-_PICK_COUNTS_S = 1.0
-"""A pick that is not sent through this router counts for so long: until other routers' reports show its request."""
 
 
 class LiveCall(Call):
@@ -97,6 +96,7 @@ class LiveCalls:
         self.soon = Soon(lambda: bool(self.waiting.line))
         """For the ends of calls: caught up with before every choice and report."""
         self.second = SecondAttempts(self, config)
+        self.undispatched = Undispatched(self)
         self.observing = False
         """Requests go as Serve sends them; nothing is copied, or sent again."""
         self._config = config
@@ -155,7 +155,7 @@ class LiveCalls:
             call.pair.primary_done(call.duration_s, ok=call.ok)
 
     def _close(self, call: LiveCall) -> None:
-        self._open.pop(id(call.metadata), None)
+        self.forget(call)
         if call.reading is not None:
             self._count_items(call)
         if call.pair is not None:
@@ -182,6 +182,10 @@ class LiveCalls:
             call.cost = self._cost(pending)
         return call
 
+    def forget(self, call: LiveCall) -> None:
+        """Nobody asks for it any more."""
+        self._open.pop(id(call.metadata), None)
+
     def find(self, metadata: object) -> LiveCall | None:
         """The call of that very metadata object, unless a replica has accepted it."""
         return self._open.get(id(metadata))
@@ -207,15 +211,10 @@ class LiveCalls:
         self.tell(call, Event.CHOOSE, replica_id=replica_id)
 
     def picked(self, pending: PendingRequest, replica_id: str) -> None:
-        """A replica was picked for a request that is sent there on another way, if at all: it counts for a moment."""
+        """A replica was picked for a request that is sent there on another way: it counts as long as is usual."""
         call = self.open(pending)
         self.choose_by_id(call, replica_id)
-        if call.phase is Phase.CHOSEN:
-            self.loop.call_later(_PICK_COUNTS_S, self._pick_is_over, call)
-
-    def _pick_is_over(self, call: LiveCall) -> None:
-        if call.phase is Phase.CHOSEN:
-            self.drop(call)
+        self.undispatched.picked(call)
 
     def sending(self, pending: PendingRequest, replica_id: str, *, pinned: bool) -> LiveCall:
         """A request is about to be sent to a replica: chosen for it, or (`pinned`) meant for that very one."""
@@ -276,7 +275,7 @@ class LiveCalls:
         else:
             others = self.book.in_flight(replica_id) - 1.0
         self.tell(call, Event.ACCEPT, others=others)
-        self._open.pop(id(call.metadata), None)
+        self.forget(call)
         self.routes.answered(replica_id)
         if queue is not None:
             self.routes.told(replica_id, float(queue))

@@ -172,7 +172,7 @@ class Router(ServeRouter):
         """Who picks takes the first, and sends on a way of its own: no replica says whether it has a place."""
         routes, picks = self._routes, self._routes.picks
         if by_two:
-            drawn = sorted(routes.two_random(), key=picks.in_flight.__getitem__)
+            drawn = sorted(routes.two_random(), key=picks.queue)
         else:
             i = self.calls.prefixes.pick(pending_request, pool)
             i = i if i >= 0 and picks.has_room(i) else routes.pick(pool)

@@ -198,16 +198,15 @@ async def test_a_full_replica_is_left_and_where_all_are_full_the_next_request_wa
 
 @in_virtual_time
 async def test_a_prompt_that_finds_its_replica_full_goes_elsewhere_and_is_known_there():
-    a, b = replicas("ab")
-    async with serving(a, b, **AUTO) as serve:
-        serve.take(even("ab"))
+    names = "abcdefgh"
+    async with serving(*replicas(names), **AUTO) as serve:
+        serve.take(even(names))
         own = serve.replicas[await ask(serve, chat("x", "y"))]
-        other = b if own is a else a
         own.says = "no"
-        assert await ask(serve, chat("x", "y", "z")) == other.name
-        own.says = "yes"
-        at = {await ask(serve, chat("x", "y", "z", turn)) for turn in "pq"}
-        assert other.name in at
+        other = await ask(serve, chat("x", "y", "z"))
+        assert other != own.name
+        serve.take(table(2, **{name: float(name != own.name) for name in names}))
+        assert {await ask(serve, chat("x", "y", "z", turn)) for turn in "pq"} == {other}
 
 
 @in_virtual_time
