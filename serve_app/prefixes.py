@@ -6,6 +6,7 @@ Everything runs on the router's event loop, and whatever goes wrong here leaves 
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ from serve_app.user_functions import UserFunction
 from shadecast.calls import Call, Phase
 from shadecast.config import CHOICES, BalanceConfig
 from shadecast.prefix import PrefixIndex
+from shadecast.prefix_exchange import Decisions
+from shadecast.prefix_mail import News, load_columns, others_load, read_news
 from shadecast.prefix_score import Load, choose, drawn
 from shadecast.prompts import Prompt, find_body, read_prompt
 from shadecast.rendezvous import Rendezvous, session_key
@@ -27,6 +30,8 @@ logger = logging.getLogger("ray.serve")
 
 KV_TOKENS = 280_000
 """Of a replica that does not say: a model of 32 billion parameters on two H100."""
+_BETWEEN_S, _EXCHANGES_PER_S = 0.2, 200.0
+"""Loads that are told each second are no better than none at all; those of all routers together take this many."""
 _KV_STAT = "kv_tokens"
 """What `record_routing_stats` of a deployment may tell: the tokens that the replica's cache holds."""
 
@@ -52,6 +57,12 @@ class Prefixes:
         """Where each call's prompt is not computed yet, and how many tokens of it."""
         self._pending: dict[str, float] = {}
         """Those tokens by replica."""
+        self._sent = Decisions()
+        self._news = News()
+        """What the other routers have said last."""
+        self._others: dict[str, float] = {}
+        """Their pending tokens by replica, as good as they are known."""
+        self._key_is_shared = False
         self._said = False
 
     # ------------------------------------------------------------------ settings
@@ -69,6 +80,7 @@ class Prefixes:
 
     def use_secret(self, secret: bytes | None) -> None:
         """Hash by the cluster's secret from now on, as all routers do; None: it will not be known."""
+        self._key_is_shared = self._key_is_shared or bool(secret)
         if secret and secret != self._key:
             self._key = secret
             self._forget()
@@ -78,6 +90,7 @@ class Prefixes:
         self._alive = self._ring = self._last = None
         self._placed.clear()
         self._pending.clear()
+        self._sent, self._news, self._others = Decisions(), News(self._news.number), {}
 
     # ------------------------------------------------------------------ choosing
 
@@ -114,7 +127,7 @@ class Prefixes:
         if alone:
             loads = [Load(ids[i], self._pending.get(ids[i], 0.0), float(picks.in_flight[i])) for i in compared]
         else:
-            loads = [Load(ids[i], self._pending.get(ids[i], 0.0), picks.queue(i), picks.speed(i)) for i in compared]
+            loads = [Load(ids[i], self._tokens_on(ids[i]), picks.queue(i), picks.speed(i)) for i in compared]
         cold = None
         if not cached:
             whose = pending.metadata.session_id or (prompt.hashes[0] if prompt.hashes else b"")
@@ -123,6 +136,9 @@ class Prefixes:
                 cold = ring, session_key(whose, self._key)
         at = choose(loads, prompt.tokens, cached, random, cold=cold)
         return compared[at] if at >= 0 else -1
+
+    def _tokens_on(self, replica_id: str) -> float:
+        return self._pending.get(replica_id, 0.0) + self._others.get(replica_id, 0.0)
 
     def _holder(self, cached: Mapping[str, int], pool: Sequence[int]) -> int:
         """Of many replicas, one with the longest match that has a place; -1 without any."""
@@ -192,7 +208,7 @@ class Prefixes:
             left = max(prompt.tokens - cached.get(name, 0), 1)
             self._placed[call] = name, left, prompt
             self._pending[name] = self._pending.get(name, 0.0) + left
-            self._index.insert(name, prompt)
+            self._sent.add(self._index.insert(name, prompt))
 
     def computed(self, call: Any) -> None:
         """A call's first item is there, or it is over: nothing of its prompt waits any more."""
@@ -207,4 +223,36 @@ class Prefixes:
     def copied(self, call: Any, candidate_id: str) -> None:
         """A copy of the call was sent to a replica on trial: that has its prompt, too."""
         if call in self._placed:
-            self._index.insert(candidate_id, self._placed[call][2])
+            self._sent.add(self._index.insert(candidate_id, self._placed[call][2]))
+
+    # ------------------------------------------------------------------ other routers
+
+    @property
+    def between_s(self) -> float:
+        """Most time between two exchanges: while prompts are looked at, others must hear of them soon."""
+        table = self._routes.table
+        if not self.on or table is None or table.routers <= 1:
+            return math.inf
+        return max(_BETWEEN_S, table.routers / _EXCHANGES_PER_S)
+
+    def post(self, router_id: str) -> dict[str, Any] | None:
+        """What the other routers should know, and what this one has had of them; None while it is switched off."""
+        if not (self.on and self._key_is_shared):
+            return None
+        posted = {"router_id": router_id, "after": self._news.number, **load_columns(self._pending)}
+        return {**posted, "decisions": self._sent.take()} if self._sent else posted
+
+    def hear(self, received: Any) -> None:
+        """What the others have said; None where the coordinator has nothing. Never raises."""
+        if received is None or not self.on:
+            return
+        try:
+            self._look_at_members()
+            self._news = news = read_news(received)
+            alive = {replica_id for replica_id, _, _ in self._routes.alive}
+            for decision in news.decisions:
+                if decision.replica_id in alive:
+                    self._index.learn(decision)
+            self._others = others_load(news.tokens, news.age_s, alive)
+        except Exception as error:
+            self._fails(error)

@@ -74,7 +74,7 @@ class Ledger:
     """Evidence and counts of one router. Threads: the owner calls everything from one event loop."""
 
     def __init__(self, router_id: str, deployment: str, calls: Calls[Any]) -> None:
-        self._router_id, self._deployment, self._calls = router_id, deployment, calls
+        self.router_id, self._deployment, self._calls = router_id, deployment, calls
         self._replicas: dict[str, _Told] = {}
         self._alive: Sequence[tuple[str, str, int]] = ()
         self._members: dict[str, tuple[str, int]] = {}
@@ -205,7 +205,7 @@ class Ledger:
             ]
         return message(
             "report",
-            router_id=self._router_id,
+            router_id=self.router_id,
             deployment=self._deployment,
             seq=self._seq,
             base=base,

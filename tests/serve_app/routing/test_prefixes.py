@@ -4,12 +4,16 @@
 """
 
 import asyncio
+import json
 from collections import Counter
+from contextlib import asynccontextmanager
 
 import pytest
 
+from actors.coordinator import Coordinator
 from shadecast.config import Config
 from shadecast.errors import ConfigError
+from shadecast.messages import message
 from shadecast.types import RoutingTable, State, TableRow
 from tests.serve_app.routing.serve import (
     Log,
@@ -403,6 +407,120 @@ async def test_a_model_that_is_loaded_on_demand_is_asked_for_where_it_is_loaded(
         assert len(at) == 1
         assert at <= {"a", "b"}
         assert await ask(serve, chat("x", "y")) == base
+
+
+# ------------------------------------------------------------------ several routers
+
+
+class Cluster:
+    """Routers of one deployment, which speak to the product's own coordinator."""
+
+    def __init__(self, *routers):
+        self.routers = routers
+        self.coordinator = Coordinator(epoch=1)
+        for serve in routers:
+            serve.router.use_secret(b"s" * 16)
+
+    async def exchange(self):
+        """Once for each router, in turn."""
+        for number, serve in enumerate(self.routers):
+            prefixes = serve.router.calls.prefixes
+            asked = message(
+                "exchange",
+                deployment="app/model",
+                epoch=1,
+                table_version=1 << 40,
+                wait_s=0.0,
+                report=None,
+                prefixes=prefixes.post(f"router-{number}"),
+            )
+            answer = await self.coordinator.exchange(json.loads(json.dumps(asked)))
+            prefixes.hear(json.loads(json.dumps(answer["prefixes"])))
+
+    async def close(self):
+        await self.coordinator.close()
+
+
+@asynccontextmanager
+async def two_routers(names):
+    async with serving(*replicas(names), **AUTO) as one, serving(*replicas(names), **AUTO) as two:
+        for serve in (one, two):
+            serve.take(even(names))
+        cluster = Cluster(one, two)
+        try:
+            yield one, two, cluster
+        finally:
+            await cluster.close()
+
+
+@in_virtual_time
+async def test_routers_learn_of_each_other_where_a_conversation_is():
+    async with two_routers("abcdefgh") as (one, two, cluster):
+        for number in range(10):
+            body = chat(f"{number:03}" * 3000)
+            own = await ask(one, body)
+            busy = await busy_with_something_else(one, own), await busy_with_something_else(two, own)
+            await cluster.exchange()
+            await cluster.exchange()
+            assert await ask(two, chat(f"{number:03}" * 3000, "more" * 100)) == own
+            for result in busy:
+                result.end()
+            await settle()
+
+
+@in_virtual_time
+async def test_a_router_leaves_a_replica_that_another_one_has_filled():
+    async with two_routers("ab") as (one, two, cluster):
+        long = await one.send(chat("a" * 800_000), stream=True)
+        await cluster.exchange()
+        await cluster.exchange()
+        at = {await ask(two, chat(f"{n:03}" * 300)) for n in range(8)}
+        assert at == set("ab") - {long.replica.name}
+        long.inner.give("token")
+        await long.__anext__()
+        await settle()
+        await cluster.exchange()
+        await cluster.exchange()
+        held = [await two.send(chat(f"{n:03}" * 300)) for n in range(100, 106)]
+        assert long.replica.name in {result.replica.name for result in held}
+        for result in (*held, long):
+            result.end()
+        await _read(long, {"stream": True})
+
+
+@in_virtual_time
+async def test_routers_tell_each_other_nothing_by_hashes_that_others_do_not_have():
+    async with serving(Replica("a"), **AUTO) as serve:
+        serve.take(even("a"))
+        await ask(serve, chat("x"))
+        assert serve.router.calls.prefixes.post("r") is None, "the cluster's secret is not known yet"
+        serve.router.use_secret(b"s" * 16)
+        assert serve.router.calls.prefixes.post("r") is not None
+        serve.router.use_settings(False, {})
+        assert serve.router.calls.prefixes.post("r") is None
+
+
+@pytest.mark.parametrize("news", [7, {}, {"number": 1, "age_s": 0.0, "decisions": [{"replicas": 3}]}, {"number": "x"}])
+@in_virtual_time
+async def test_news_that_cannot_be_read_are_told_once_and_change_nothing(news):
+    async with serving(*replicas("ab"), **AUTO) as serve:
+        serve.take(even("ab"))
+        own = await ask(serve, chat("x", "y"))
+        with Log() as log:
+            for _ in range(3):
+                serve.router.calls.prefixes.hear(news)
+        assert len(log.lines()) <= 1
+        assert {await ask(serve, chat("x", "y", turn)) for turn in "pq"} == {own}
+
+
+@in_virtual_time
+async def test_news_of_replicas_that_this_router_does_not_have_are_left_out():
+    async with two_routers("ab") as (one, two, cluster):
+        one.scale(*replicas("xy"))
+        await ask(one, chat("x", "y"))
+        await cluster.exchange()
+        await cluster.exchange()
+        assert {await ask(two, chat("x", "y", turn)) for turn in "pqr"} <= set("ab")
 
 
 @pytest.mark.parametrize("value", [True, "on", "module", 3, None])
