@@ -219,7 +219,7 @@ _RULES = [
     Rule("round robin", _round_robin),
     Rule("power of two (Serve)", _power_of_two),
     Rule("least requests", _least_requests),
-    Rule("Ray prefix router", _ray_prefix, endless=True),
+    Rule("Ray prefix router", _ray_prefix, endless=True, others=0.5, report_s=1.0),  # what serves it best
     Rule("Shadecast without prefixes", _today),
     *(Rule(f"step 1, own x {weight:g}", _product(weight)) for weight in WEIGHTS),
     *(Rule(f"step 1, room {room:g}", _product(OWN_WEIGHT), room=room) for room in (0.5, 0.75)),
