@@ -6,6 +6,7 @@ out costs a prompt that is computed again. Nothing here outlives the coordinator
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ def trust(age_s: float) -> float:
 
     Without it routers herd: all send to what was idle when they heard of it (docs/decisions/0090).
     """
-    return _TRUST * 0.5 ** (max(age_s, 0.0) / _HALF_LIFE_S)
+    return _TRUST * math.exp2(-max(age_s, 0.0) / _HALF_LIFE_S)
 
 
 def others_load(tokens: Mapping[str, float], age_s: float, replica_ids: Collection[str]) -> dict[str, float]:
@@ -113,7 +114,8 @@ class Mail:
 
     def take(self, router_id: str, after: int, now_s: float) -> dict[str, Any]:
         """What others have posted behind `after`; after a restart of the coordinator, all there is."""
-        number, size, decisions = after if after <= self._number else 0, 0, []
+        number, size = after if after <= self._number else 0, 0
+        decisions: list[dict[str, Any]] = []
         for at, _, whose, posted, length in self._posted:
             if at <= number:
                 continue
