@@ -67,12 +67,12 @@ class Prefixes:
 
     # ------------------------------------------------------------------ settings
 
-    def configure(self, config: BalanceConfig) -> None:
-        """Go by other settings from now on. What is known of replicas stays, unless it is switched off."""
+    def configure(self, config: BalanceConfig, *, observing: bool = False) -> None:
+        """Go by other settings from now on, and forget what was known if they differ. Who observes reads nothing."""
+        self.on = config.prefix != "off" and not observing
         if (config.prefix, config.kv_tokens) == (self._setting, self._kv_tokens):
             return
         self._setting, self._kv_tokens = config.prefix, config.kv_tokens
-        self.on = config.prefix != "off"
         own = config.prefix not in ("off", "auto")
         otherwise = "requests are routed without regard to prompts"
         self._read_with = UserFunction("balance.prefix", config.prefix, otherwise) if own else None
@@ -197,8 +197,14 @@ class Prefixes:
     # ------------------------------------------------------------------ what becomes of calls
 
     def counted(self, call: Any) -> None:
-        """A call is chosen for a replica, which will have its prompt, or has left one."""
-        self.computed(call)
+        """A call is chosen for a replica, which will have its prompt, or has left one. Never raises."""
+        try:
+            self.computed(call)
+            self._place(call)
+        except Exception as error:
+            self._fails(error)
+
+    def _place(self, call: Any) -> None:
         if call.phase is not Phase.CHOSEN or call.pending is None:
             return
         prompt, cached = self._look(call.pending)

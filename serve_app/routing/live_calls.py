@@ -110,7 +110,7 @@ class LiveCalls:
         """Go by other settings from now on; calls under way go on as they began."""
         self._config = config
         self.routes.configure(config)
-        self.prefixes.configure(config.balance)
+        self.prefixes.configure(config.balance, observing=self.observing)
         self.mirror.configure(config.trial)
         self.second.configure(config)
 

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from actors.coordinator import Coordinator
+from serve_app.router import ObservingRouter
 from shadecast.config import Config
 from shadecast.errors import ConfigError
 from shadecast.messages import message
@@ -329,6 +330,14 @@ async def test_off_is_the_default_and_prompts_are_not_looked_at():
             at = {await ask(serve, Untouched(messages="x" * 9000)) for _ in range(40)}
         assert at == set("abcd")
         assert log.lines() == []
+
+
+@in_virtual_time
+async def test_who_observes_reads_no_prompt():
+    async with serving(*replicas("abcd"), kind=ObservingRouter, options={}, **AUTO) as serve:
+        serve.take(even("abcd"))
+        assert {await ask(serve, chat("x", "y")) for _ in range(60)} == set("abcd")
+        assert serve.router.calls.prefixes.post("r") is None
 
 
 @in_virtual_time
