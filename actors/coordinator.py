@@ -104,13 +104,16 @@ class Coordinator:
         except MessageError as error:
             self._warn(str(error))
             raise
-        deployment, report = str(found.get("deployment", "")), found.get("report")
+        deployment, report, prefixes = str(found.get("deployment", "")), found.get("report"), found.get("prefixes")
+        reader = self._post(deployment, prefixes) if prefixes is not None else None
         answer = self._report(deployment, report) if report is not None else {}
         known = None
         if answer.get("acknowledged") != 0 and not answer.get("table_wanted"):  # else it has more to say first
             known = await self._newer(deployment, (int(epoch), int(version)), wait_s)
         if known is not None:
             answer |= known.table((int(epoch), int(version)), self._now_s())
+        if reader is not None and deployment in self._deployments:
+            answer["prefixes"] = self._deployments[deployment].mail.take(*reader, self._now_s())
         return message("answer", **answer)
 
     def _report(self, deployment: str, received: Any) -> dict[str, Any]:
@@ -127,6 +130,15 @@ class Coordinator:
         if report is not None:
             self._serving.take(report, now_s)
         return {"acknowledged": acknowledged, "table_wanted": holds_one and known.wants_table()}
+
+    def _post(self, deployment: str, received: Any) -> tuple[str, int] | None:
+        """Keep what a router tells the others of prompts; who it is, and what it has had. None if it is unreadable."""
+        now_s = self._now_s()
+        try:
+            return self._known(deployment, now_s).mail.post(received, now_s)
+        except MessageError as error:
+            self._warn(str(error))
+            return None
 
     async def node(self, received: Any) -> tuple[float, float]:
         """Take a node's telemetry and forecast; what Serve has there: (requests in flight, arrivals per second)."""

@@ -17,6 +17,7 @@ from shadecast.errors import ConfigError, MessageError
 from shadecast.histogram import TICK_BOUNDS_S, Durations, Histogram
 from shadecast.inbox import Inbox
 from shadecast.ledger import REFUSALS
+from shadecast.prefix_mail import Mail
 from shadecast.tables import Publisher
 from shadecast.types import NodeReport, Observed, RouterReport, State
 
@@ -52,6 +53,8 @@ class Deployment:
         self._settings_of = -1.0
         """When the router was started whose settings they are, by its clock; infinite if they are Serve's own word."""
         self._inbox, self._publisher = Inbox(), Publisher()
+        self.mail = Mail()
+        """What routers tell each other of prompts."""
         self._packed: dict[tuple[int, int], bytes] = {}
         """What was sent of the last table, by (epoch, version) held, and by (0, version on which it builds)."""
         self.nodes: list[NodeReport] = []

@@ -117,8 +117,17 @@ class BalanceConfig(_Section):
     """Keyword argument by which streaming methods take the items that a reader has had, to go on after them; a stream
     that stalls on a slow replica, or whose replica died, so goes on elsewhere. Empty: streams stay."""
 
+    prefix: str = "off"
+    """Whether a prompt goes where most of its beginning is cached: "off", "auto" (the first argument with `messages` or
+    a `prompt`), or a "module:function" of (args, kwargs) that gives such a body, a text, token ids, or None."""
+
+    kv_tokens: int = _bounded(
+        0, 0, 1_000_000_000, "tokens that a replica's cache holds, host memory included; 0: its own word, else 280,000"
+    )
+
     def __post_init__(self) -> None:
         super(BalanceConfig, self).__post_init__()
+        _check_function("balance.prefix", self.prefix, ("off", "auto"), "it gives a call's prompt")
         _check_function("balance.cost", self.cost, ("",), "it gives the cost of a call")
         name: Any = self.resume
         if not isinstance(name, str) or (name and (not name.isidentifier() or iskeyword(name))):

@@ -74,7 +74,7 @@ class Ledger:
     """Evidence and counts of one router. Threads: the owner calls everything from one event loop."""
 
     def __init__(self, router_id: str, deployment: str, calls: Calls[Any]) -> None:
-        self._router_id, self._deployment, self._calls = router_id, deployment, calls
+        self.router_id, self._deployment, self._calls = router_id, deployment, calls
         self._replicas: dict[str, _Told] = {}
         self._alive: Sequence[tuple[str, str, int]] = ()
         self._members: dict[str, tuple[str, int]] = {}
@@ -147,6 +147,13 @@ class Ledger:
             self._durations.add(duration_s)
         self._new.clear()
 
+    @property
+    def mean_s(self) -> float:
+        """The mean duration of all calls that went well; 0 without any."""
+        self._count_new()
+        counted = self._durations.durations()
+        return counted.sum_s / max(sum(counted.counts), 1)
+
     def rescue(self, how: str) -> None:
         """A call goes on elsewhere: it was "retried", "moved" or "resumed"."""
         self.count("rescued")
@@ -198,7 +205,7 @@ class Ledger:
             ]
         return message(
             "report",
-            router_id=self._router_id,
+            router_id=self.router_id,
             deployment=self._deployment,
             seq=self._seq,
             base=base,

@@ -95,7 +95,7 @@ class PickTable:
     """
 
     __slots__ = (
-        *("_base", "_cost", "_ejected", "_inverse", "_last", "_limit", "_partial", "_routers"),
+        *("_base", "_cost", "_ejected", "_inverse", "_last", "_limit", "_partial", "_routers", "_then"),
         *("ids", "in_flight", "index", "pool", "scores", "share"),
     )
 
@@ -130,6 +130,8 @@ class PickTable:
         self.share = [0.0] * count
         self._inverse = [1.0] * count
         self._base = [0.0] * count
+        self._then = [0] * count
+        """Own calls when the queue was told."""
         self._ejected = [False] * count
         self._limit = [float(limit) for limit in limits] if limits is not None else [float(_MAX_QUEUE)] * count
         for i, replica_id in enumerate(self.ids):
@@ -141,6 +143,7 @@ class PickTable:
             self._inverse[i] = 1.0 / max(capacity, _MIN_CAPACITY)
             told, mine = (seen or {}).get(replica_id) or (row.queue, mine_at_table.get(replica_id, 0))
             self._base[i] = told - self._routers * mine
+            self._then[i] = mine
         if not any(self.share):
             self.share = [1.0] * count
         self.pool = [i for i in range(count) if self.share[i] > 0.0]
@@ -159,6 +162,7 @@ class PickTable:
     def note(self, i: int, queue: float) -> None:
         """The replica at index `i` has told its queue length, all routers' requests, just now."""
         self._base[i] = queue - self._routers * self.in_flight[i]
+        self._then[i] = self.in_flight[i]
         self.scores[i] = self.score(i)
 
     def eject(self, i: int, out: bool) -> None:
@@ -175,6 +179,18 @@ class PickTable:
     def has_room(self, i: int) -> bool:
         """Whether the replica at index `i` has fewer of this router's calls than it takes, and is not ejected."""
         return self.in_flight[i] < self._limit[i] and not self._ejected[i]
+
+    def takes(self, i: int) -> bool:
+        """Whether the replica at index `i` has a place by all routers' calls, too."""
+        return self.in_flight[i] < self._limit[i] and self.scores[i] < _FULL
+
+    def queue(self, i: int) -> float:
+        """Requests of all routers on the replica at index `i`, as told, with this router's own changes since."""
+        return max(self._base[i] + (self._routers - 1.0) * self._then[i] + self.in_flight[i], 0.0)
+
+    def speed(self, i: int) -> float:
+        """Capacity of the replica at index `i`, 1 = nominal."""
+        return 1.0 / self._inverse[i]
 
     def score(self, i: int) -> float:
         """Predicted relative time of one more request on the replica at index `i`; a full one is worse than others."""

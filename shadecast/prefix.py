@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from shadecast.prompts import BLOCK_BYTES, BYTES_PER_TOKEN, ENDS, Prompt
@@ -158,6 +158,11 @@ class PrefixIndex:
             self._slots[cache.bit.bit_length() - 1] = None
             self._gone.append(cache)
             self._sweep(_SWEPT)
+
+    def keep(self, replica_ids: Collection[str]) -> None:
+        """Only these replicas are left."""
+        for replica_id in self._caches.keys() - replica_ids:
+            self.forget(replica_id)
 
     def _join(self, replica_id: str) -> _Cache:
         if self._free:

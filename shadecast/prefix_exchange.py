@@ -33,6 +33,10 @@ class Decisions:
         self.left_out = 0
         """Blocks that did not fit, since the start."""
 
+    def __bool__(self) -> bool:
+        """Whether there is anything to tell."""
+        return bool(self._made)
+
     def add(self, decision: Decision | None) -> None:
         """What `PrefixIndex.insert` says, None included."""
         if decision is None:

@@ -45,6 +45,15 @@ def prefill_score(
     return work * (requests + 1.0) / max(speed, _MIN_SPEED)
 
 
+def drawn(pool: Sequence[int], holder: int, random: Callable[[], float]) -> Sequence[int]:
+    """Those of a pool to compare: all of a few; of many the longest match's `holder`, if not -1, and some others."""
+    count = len(pool)
+    if count <= _LOOK_AT_ALL:
+        return pool
+    first = [holder] if holder >= 0 else []
+    return first + [pool[int(random() * count)] for _ in range(_DRAWS + (not first))]
+
+
 def choose(
     loads: Sequence[Load],
     prompt_tokens: int,
@@ -60,12 +69,10 @@ def choose(
     whose score is within a tenth of the best, to its place on the ring of `cold`, by the key of its first block: other
     routers, which do not know of this choice yet, send what begins alike to the same replica.
     """
-    count = len(loads)
-    compared: Sequence[int] = range(count)
-    if count > _LOOK_AT_ALL:
-        holder = max(compared, key=lambda i: cached.get(loads[i].replica_id, 0))
-        first = [holder] if cached else []
-        compared = first + [int(random() * count) for _ in range(_DRAWS + (not first))]
+    everybody = range(len(loads))
+    many = len(loads) > _LOOK_AT_ALL and bool(cached)
+    holder = max(everybody, key=lambda i: cached.get(loads[i].replica_id, 0)) if many else -1
+    compared = drawn(everybody, holder, random)
     scores = {
         i: prefill_score(
             load.pending_tokens, prompt_tokens - cached.get(load.replica_id, 0), load.requests, load.speed, own_weight

@@ -1,7 +1,7 @@
 """The rules that choose a replica for each prompt, each as it is published, and ours.
 
 A router knows what it sent and what came back. Of several routers each has its own book; what the others have sent and
-had back it learns from their reports, once a second.
+had back it learns from their reports, four times a second.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from bench.llm.engine import BLOCK_TOKENS, Job
 from shadecast.pick import load_cost
 from shadecast.prefix import Decision, PrefixIndex
 from shadecast.prefix_exchange import Decisions, read_decisions
+from shadecast.prefix_mail import others_load
 from shadecast.prefix_score import OWN_WEIGHT, Load, choose
 from shadecast.prompts import Prompt
 from shadecast.rendezvous import Rendezvous, session_key
@@ -34,11 +35,15 @@ class Rule:
     make: Callable[[Router], Callable[[Job], int]]
     shares: bool = True
     """Whether routers tell each other of their decisions."""
+    believes: bool = False
+    """Whether loads that others tell are taken as they are, though they are old."""
+    report_s: float = 0.25
+    """Between two reports."""
     endless: bool = False
     """Its index drops nothing."""
     room: float = 1.0
     """Fraction of an engine's memory that its index reckons with: answers take some, too."""
-    others: float = 0.5
+    others: float = 0.0
     """How far a router's own changes since the last report are taken for those of each other router."""
 
 
@@ -115,11 +120,15 @@ class Router:
 
     def hear(self, fleet: Sequence[Router], decisions: Sequence[Decision]) -> None:
         """All routers' reports: their counts, and the others' decisions."""
+        tokens = {
+            load.replica_id: sum(router.mine[i].pending_tokens for router in fleet if router is not self)
+            for i, load in enumerate(self.loads)
+        }
+        if not self.rule.believes:
+            tokens = others_load(tokens, 0.0, tokens)
         for i, base in enumerate(self.base):
             base.requests = sum(router.mine[i].requests for router in fleet) - self.weight * self.mine[i].requests
-            base.pending_tokens = (
-                sum(router.mine[i].pending_tokens for router in fleet) - self.weight * self.mine[i].pending_tokens
-            )
+            base.pending_tokens = tokens[base.replica_id] - (self.weight - 1.0) * self.mine[i].pending_tokens
             self._reckon(i)
         for decision in decisions if self.rule.shares else ():
             self.index.learn(decision, _ENDS)
@@ -210,14 +219,16 @@ _RULES = [
     Rule("round robin", _round_robin),
     Rule("power of two (Serve)", _power_of_two),
     Rule("least requests", _least_requests),
-    Rule("Ray prefix router", _ray_prefix, endless=True),
+    Rule("Ray prefix router", _ray_prefix, endless=True, others=0.5, report_s=1.0),  # what serves it best
     Rule("Shadecast without prefixes", _today),
     *(Rule(f"step 1, own x {weight:g}", _product(weight)) for weight in WEIGHTS),
     *(Rule(f"step 1, room {room:g}", _product(OWN_WEIGHT), room=room) for room in (0.5, 0.75)),
     Rule("step 1, cold prefixes anywhere", _product(OWN_WEIGHT, cold=False)),
     Rule("step 1, decisions not exchanged", _product(OWN_WEIGHT), shares=False),
     Rule("step 1, neither", _product(OWN_WEIGHT, cold=False), shares=False),
-    Rule("step 1, own changes only", _product(OWN_WEIGHT), others=0.0),
-    Rule("step 1, all others alike", _product(OWN_WEIGHT), others=1.0),
+    Rule("step 1, half of the changes of others, too", _product(OWN_WEIGHT), others=0.5),
+    Rule("step 1, loads believed", _product(OWN_WEIGHT), believes=True),
+    Rule("step 1, reports each second", _product(OWN_WEIGHT), report_s=1.0),
+    Rule("step 1, all three", _product(OWN_WEIGHT), others=0.5, believes=True, report_s=1.0),
 ]
 RULES = {rule.name: rule for rule in _RULES}

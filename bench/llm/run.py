@@ -12,7 +12,6 @@ from bench.llm.engine import Engine, Job, Machine
 from bench.llm.routers import Router, Rule
 
 SLO_FIRST_S, SLO_TOKEN_S = 3.0, 0.1
-_REPORT_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +43,7 @@ def simulate(
     fleet = [Router(rule, speeds, machine.cache_tokens, seed * 1000 + number, routers) for number in range(routers)]
     due: list[tuple[float, int]] = []
     """Ends of engines' steps; one that was cut short leaves its old entry behind."""
-    report_s = _REPORT_S if routers > 1 else math.inf
+    report_s = rule.report_s if routers > 1 else math.inf
 
     def until(limit_s: float) -> None:
         while due and due[0][0] <= limit_s:
@@ -62,7 +61,7 @@ def simulate(
         while report_s <= job.at_s:
             until(report_s)
             _exchange(fleet)
-            report_s += _REPORT_S
+            report_s += rule.report_s
         until(job.at_s)
         job.router = rng.randrange(routers)
         i = fleet[job.router].route(job)

@@ -18,6 +18,7 @@ from typing import Any, cast
 
 from ray.serve.request_router import PendingRequest, RunningReplica
 
+from serve_app.prefixes import Prefixes
 from serve_app.ray_api import http_status, is_by_reference, reserved_slot
 from serve_app.routing.ends import Soon, tell, was_cancelled, watch_end
 from serve_app.routing.mirror import Mirror
@@ -26,6 +27,7 @@ from serve_app.routing.second_attempts import SecondAttempts
 from serve_app.routing.waiting import Waiting
 from serve_app.routing.watched_result import WatchedReplica, WatchedResult
 from serve_app.shadow import is_of_copy
+from serve_app.undispatched import Undispatched
 from serve_app.user_functions import UserFunction
 from shadecast.calls import TRANSITIONS, Call, Calls, Do, Event, Phase
 from shadecast.config import Config
@@ -37,8 +39,6 @@ from shadecast.reading import MARK, Reading
 logger = logging.getLogger("ray.serve")
 
 _COUNT, _RECORD, _CLOSE, _WAITING, _CHOOSE = Do.COUNT, Do.RECORD, Do.CLOSE, Phase.WAITING, Event.CHOOSE
-_PICK_COUNTS_S = 1.0
-"""A pick that is not sent through this router counts for so long: until other routers' reports show its request."""
 
 
 class LiveCall(Call):
@@ -89,12 +89,14 @@ class LiveCalls:
         """The router's; known once it has replicas."""
         self.book: Calls[LiveCall] = Calls()
         self.routes = Routes(deployment, self.book, config, own_place)
+        self.prefixes = Prefixes(self.routes, deployment)
         self.ledger = Ledger(router_id, deployment, self.book)
         self.mirror = Mirror(config.trial, self.ledger.pair, lambda: self.ledger.count("mirror_dropped"))
         self.waiting = Waiting()
         self.soon = Soon(lambda: bool(self.waiting.line))
         """For the ends of calls: caught up with before every choice and report."""
         self.second = SecondAttempts(self, config)
+        self.undispatched = Undispatched(self)
         self.observing = False
         """Requests go as Serve sends them; nothing is copied, or sent again."""
         self._config = config
@@ -108,6 +110,7 @@ class LiveCalls:
         """Go by other settings from now on; calls under way go on as they began."""
         self._config = config
         self.routes.configure(config)
+        self.prefixes.configure(config.balance, observing=self.observing)
         self.mirror.configure(config.trial)
         self.second.configure(config)
 
@@ -119,6 +122,8 @@ class LiveCalls:
             return
         for do in self.book.handle(call, event, time.monotonic() if at_s is None else at_s, **facts):
             if do is _COUNT:
+                if self.prefixes.on:
+                    self.prefixes.counted(call)
                 if self.routes.count(call.replica_id) and self.waiting.line:
                     self.waiting.offer()
             elif do is _RECORD:
@@ -150,7 +155,7 @@ class LiveCalls:
             call.pair.primary_done(call.duration_s, ok=call.ok)
 
     def _close(self, call: LiveCall) -> None:
-        self._open.pop(id(call.metadata), None)
+        self.forget(call)
         if call.reading is not None:
             self._count_items(call)
         if call.pair is not None:
@@ -177,6 +182,10 @@ class LiveCalls:
             call.cost = self._cost(pending)
         return call
 
+    def forget(self, call: LiveCall) -> None:
+        """Nobody asks for it any more."""
+        self._open.pop(id(call.metadata), None)
+
     def find(self, metadata: object) -> LiveCall | None:
         """The call of that very metadata object, unless a replica has accepted it."""
         return self._open.get(id(metadata))
@@ -188,6 +197,8 @@ class LiveCalls:
         if call.phase is _WAITING:
             self.book.handle(call, _CHOOSE, now_s, replica_id=picks.ids[i])
             picks.count(i, int(call.others) + 1)
+            if self.prefixes.on:
+                self.prefixes.counted(call)
         else:
             self.choose_by_id(call, picks.ids[i])
 
@@ -200,15 +211,10 @@ class LiveCalls:
         self.tell(call, Event.CHOOSE, replica_id=replica_id)
 
     def picked(self, pending: PendingRequest, replica_id: str) -> None:
-        """A replica was picked for a request that is sent there on another way, if at all: it counts for a moment."""
+        """A replica was picked for a request that is sent there on another way: it counts as long as is usual."""
         call = self.open(pending)
         self.choose_by_id(call, replica_id)
-        if call.phase is Phase.CHOSEN:
-            self.loop.call_later(_PICK_COUNTS_S, self._pick_is_over, call)
-
-    def _pick_is_over(self, call: LiveCall) -> None:
-        if call.phase is Phase.CHOSEN:
-            self.drop(call)
+        self.undispatched.picked(call)
 
     def sending(self, pending: PendingRequest, replica_id: str, *, pinned: bool) -> LiveCall:
         """A request is about to be sent to a replica: chosen for it, or (`pinned`) meant for that very one."""
@@ -269,7 +275,7 @@ class LiveCalls:
         else:
             others = self.book.in_flight(replica_id) - 1.0
         self.tell(call, Event.ACCEPT, others=others)
-        self._open.pop(id(call.metadata), None)
+        self.forget(call)
         self.routes.answered(replica_id)
         if queue is not None:
             self.routes.told(replica_id, float(queue))
@@ -331,6 +337,8 @@ class LiveCalls:
         """The reader of a stream has an item; in its thread."""
         reading = cast("Reading", call.reading)
         reading.got(item, asked_s, time.monotonic())
+        if reading.items == 1 and self.prefixes.on:
+            tell(self.loop, self.prefixes.computed, call)
         if reading.items == 1 and call.metadata.is_http_request:
             reading.status = http_status(item)
         elif reading.items == MARK and call.pair is not None:
@@ -365,6 +373,7 @@ class LiveCalls:
         call.pair = self.mirror.copy(pending, candidate, (call.replica_id, call.others), result.inner, call.reading)
         if call.pair is not None:
             self.ledger.count("mirrored")
+            self.prefixes.copied(call, candidate_id)
 
     # ------------------------------------------------------------------ for results and reports
 

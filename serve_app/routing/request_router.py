@@ -98,10 +98,10 @@ class Router(ServeRouter):
         now_s = time.monotonic()
         if now_s > routes.fresh_until_s and routes.check_level() == "power_of_two":
             return None
-        picks = routes.picks
-        if not metadata.session_id:
+        picks, prefixes = routes.picks, calls.prefixes
+        if not metadata.session_id or prefixes.reads(pending_request):
             pool = routes.preferred(pending_request) if routes.has_near else None
-            i = picks.pick(routes.random, CHOICES, -1, pool)
+            i = prefixes.pick(pending_request, pool) if prefixes.on else picks.pick(routes.random, CHOICES, -1, pool)
         elif routes.sessions.settled:
             i = routes.affinity(metadata)
         else:
@@ -136,22 +136,24 @@ class Router(ServeRouter):
             i = routes.pick()
             return [[routes.replicas[i]]] if i >= 0 else []
         context, metadata = pending_request.routing_context, pending_request.metadata
-        call = calls.find(metadata)
+        call, prefixes = calls.find(metadata), calls.prefixes
         again, context.should_backoff = context.should_backoff, True
-        if metadata.session_id:
+        by_prefix = prefixes.reads(pending_request)
+        if metadata.session_id and not by_prefix:
             if not routes.sessions.settled:
                 await routes.sessions.wait_for_secret()
             kept = await self._session_ranks(pending_request, call)
             if kept is not None:
                 return kept
         pool = routes.preferred(pending_request) if routes.has_near or metadata.multiplexed_model_id else None
-        if pool is None and level == "power_of_two":
-            return self._serves_pair()
+        by_two = pool is None and level == "power_of_two" and not by_prefix
         if call is None:
-            return self._pick_only(pending_request, pool)
+            return self._pick_only(pending_request, pool, by_two)
+        if by_two:
+            return self._serves_pair()
         if pool is None and (again or call.replica_id):
             return routes.next_best(call.replica_id)
-        first = routes.picks.pick(routes.random, CHOICES, -1, pool)
+        first = prefixes.pick(pending_request, pool)
         if first < 0 or not routes.picks.has_room(first):
             first = routes.pick(pool)
         if first < 0 and pool is not None:
@@ -164,16 +166,22 @@ class Router(ServeRouter):
         calls.choose(call, first, now_s)
         return [[routes.replicas[first]]]
 
-    def _pick_only(self, pending_request: PendingRequest, pool: Sequence[int] | None) -> list[list[RunningReplica]]:
-        routes = self._routes
-        i = routes.pick(pool)
-        if i < 0:
-            i = routes.picks.pick(routes.random, CHOICES)
-        if i < 0:
+    def _pick_only(
+        self, pending_request: PendingRequest, pool: Sequence[int] | None, by_two: bool
+    ) -> list[list[RunningReplica]]:
+        """Who picks takes the first, and sends on a way of its own: no replica says whether it has a place."""
+        routes, picks = self._routes, self._routes.picks
+        if by_two:
+            drawn = sorted(routes.two_random(), key=picks.queue)
+        else:
+            i = self.calls.prefixes.pick(pending_request, pool)
+            i = i if i >= 0 and picks.has_room(i) else routes.pick(pool)
+            drawn = [i if i >= 0 else picks.pick(routes.random, CHOICES)]
+        if not drawn or drawn[0] < 0:
             return []
-        routes.picks.commit(i)
-        self.calls.picked(pending_request, routes.picks.ids[i])
-        return [[routes.replicas[i]]]
+        picks.commit(drawn[0])
+        self.calls.picked(pending_request, picks.ids[drawn[0]])
+        return [[routes.replicas[i] for i in drawn]]
 
     def _serves_pair(self) -> list[list[RunningReplica]]:
         """Two random replicas, of which Serve takes the one with the shorter queue: its default rule.
@@ -327,3 +335,4 @@ class Router(ServeRouter):
     def use_secret(self, secret: bytes | None) -> None:
         """What all routers of the cluster place sessions by; None if it will not be known."""
         self._routes.sessions.use_secret(secret)
+        self.calls.prefixes.use_secret(secret)

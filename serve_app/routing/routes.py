@@ -7,7 +7,6 @@ Membership is Serve's, whatever the table says. What is known is laid out once f
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import random
 import time
@@ -16,19 +15,18 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, RunningReplica
 
-from serve_app.shadow import is_of_copy
+from serve_app.sessions import Sessions
 from shadecast.calls import Calls
 from shadecast.config import CHOICES, TABLE_TTL_S, Config
 from shadecast.locality import Locality
 from shadecast.pick import PickTable, ToldQueues, cost_table
 from shadecast.rescue import VERY_SLOW, Ejections, slow_replicas
-from shadecast.sessions import SessionMap, worth_waiting_s
+from shadecast.sessions import worth_waiting_s
 from shadecast.tables import level
 from shadecast.types import RoutingTable
 
 _FORGET_TABLE_S = 60.0
 """After so long without a coordinator, replicas that the last table kept out are used again."""
-_SECRET_WAIT_S = 0.5
 _DRAWS_FOR_ROOM = 3
 """Of many replicas, a pick may fall on full ones while others have places."""
 _TIMERS_EARLY_S = 0.005
@@ -214,15 +212,15 @@ class Routes:
 
         Serve asks a rank's replicas for their queues at the same time.
         """
-        drawn, away = _sample(self._allowed(), _OFFERED), {tried, *self.slow}
+        drawn, away = _sample(self.allowed(), _OFFERED), {tried, *self.slow}
         return [[self.replicas[i] for i in rank] for rank in self.picks.ranks(drawn, away, self.random, CHOICES)]
 
     def two_random(self) -> list[int]:
         """What Serve's own rule looks at, of those that the last table has not kept out."""
-        allowed = self._allowed()
+        allowed = self.allowed()
         return _sample([i for i in allowed if self.picks.has_room(i)] or allowed, 2)
 
-    def _allowed(self) -> Sequence[int]:
+    def allowed(self) -> Sequence[int]:
         """What the table has not kept out; all, if that is long ago."""
         forgotten = time.monotonic() - self._table_s > _FORGET_TABLE_S
         return range(len(self.picks.ids)) if forgotten else self.picks.pool
@@ -242,62 +240,3 @@ class Routes:
 
 def _sample(pool: Sequence[int], most: int) -> list[int]:
     return list(pool) if len(pool) <= most else random.sample(pool, most)
-
-
-class Sessions:
-    """`shadecast.sessions`, fed with the router's tables. The map is made with the first request that has a session.
-
-    All routers of a cluster place sessions alike, by one secret, so that no client can choose its replica.
-    """
-
-    def __init__(self, config: Config, deployment: str) -> None:
-        self._config = config
-        self._secret = deployment.encode()
-        self._secret_known = asyncio.Event()
-        self._born_s = time.monotonic()
-        self._map: SessionMap | None = None
-
-    def configure(self, config: Config) -> None:
-        """Go by other settings; sessions stay where they are."""
-        self._config = config
-        if self._map is not None:
-            self._map.configure(config.session, config.trial.drain_s)
-
-    @property
-    def settled(self) -> bool:
-        """Whether the secret is known, or is not waited for any more."""
-        return self._secret_known.is_set()
-
-    def use_secret(self, secret: bytes | None) -> None:
-        """Place sessions by the cluster's secret from now on; None: it will not be known."""
-        if secret is not None and secret != self._secret:
-            self._secret = secret
-            self._map = None
-        self._secret_known.set()
-
-    async def wait_for_secret(self) -> None:
-        """In a router's first instants: sessions placed by another secret would not be where others place them."""
-        left_s = self._born_s + _SECRET_WAIT_S - time.monotonic()
-        if left_s > 0.0:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(left_s):
-                    await self._secret_known.wait()
-        self._secret_known.set()
-
-    def forget(self) -> None:
-        """Place all sessions anew."""
-        self._map = None
-
-    def update(self, picks: PickTable, table: RoutingTable | None) -> None:
-        """Tell the sessions of a new table or membership."""
-        if self._map is not None:
-            self._map.take(picks, table, time.monotonic())
-
-    def find(self, metadata: Any, away: Collection[str], picks: PickTable, table: RoutingTable | None) -> int:
-        """Index of the replica that has the session, or stands in for one of `away`; -1 if none takes traffic."""
-        if self._map is None:
-            self._map = SessionMap(self._config.session, self._secret, self._config.trial.drain_s)
-            self.update(picks, table)
-        find = self._map.peek if is_of_copy(metadata) else self._map.lookup
-        replica_id = find(metadata.session_id, time.monotonic(), away)
-        return picks.index.get(replica_id, -1) if replica_id is not None else -1

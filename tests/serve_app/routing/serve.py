@@ -344,7 +344,7 @@ class Serve(AsyncioRouter):
 async def serving(*replicas: Replica, **config: Any) -> AsyncIterator[Serve]:
     """A `Serve` for one scenario, at whose end every call must be over and nothing may be pending.
 
-    Takes 1.2 s at the end, because picks that nobody sends count for a second: for scenarios in `VirtualTime`.
+    Takes 1.2 s at the end, because picks that nobody sends count for a second at first: for scenarios in `VirtualTime`.
     """
     before = asyncio.all_tasks()
     serve = Serve(*replicas, **config)

@@ -383,6 +383,43 @@ def test_a_router_and_the_coordinator_itself_understand_each_other(monkeypatch, 
     run(scenario)
 
 
+def test_routers_in_touch_with_one_coordinator_know_each_others_prompts_within_a_second(monkeypatch, ray_up):
+    async def scenario():
+        coordinator = RealCoordinator(now_s=time.monotonic)
+        exchange = Call(coordinator.exchange)
+        monkeypatch.setattr(module, "find_coordinator", lambda: SimpleNamespace(exchange=exchange))
+        names = "abcdefgh"
+        ours, theirs = (
+            Serve(*(Replica(name) for name in names), balance={"prefix": "auto", "bootstrap_s": 100.0}) for _ in "ab"
+        )
+        links = [task for task in asyncio.all_tasks() if task.get_coro().__name__ == "keep_in_touch"]
+        await asyncio.sleep(4.0)
+        assert {serve.router.level for serve in (ours, theirs)} == {"table"}
+        for number in range(12):
+            body = {"messages": [{"role": "user", "content": f"{number:03}" * 4000}]}
+            result = await ours.send(body)
+            own = result.replica.name
+            result.end()
+            await settle()
+            while (busy := await theirs.send(7)).replica.name != own:  # so that a new prompt would go elsewhere
+                busy.end()
+                await settle()
+            await asyncio.sleep(0.7)
+            body["messages"].append({"role": "user", "content": "and then?"})
+            result = await theirs.send(body)
+            assert result.replica.name == own
+            for each in (result, busy):
+                each.end()
+            await settle()
+        often = sum(1 for at_s, _ in exchange.calls if at_s > time.monotonic() - 2.0)
+        assert 8 <= often <= 24, "four times a second each"
+        for link in links:
+            link.cancel()
+        await coordinator.close()
+
+    run(scenario)
+
+
 # ------------------------------------------------------------------ other versions, and nonsense
 
 

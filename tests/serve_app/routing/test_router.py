@@ -62,7 +62,13 @@ def names(ranks):
 async def offered(serve, pending=None):
     """What the router would offer to Serve."""
     router = serve.router
-    return names(await router.choose_replicas(list(router.curr_replicas.values()), pending or request()))
+    if pending is not None:
+        return names(await router.choose_replicas(list(router.curr_replicas.values()), pending))
+    router.asked(pending := request())
+    try:
+        return names(await router.choose_replicas(list(router.curr_replicas.values()), pending))
+    finally:
+        router.given_up(pending)
 
 
 async def ask(serve, **labels):

@@ -23,6 +23,7 @@ from ray.exceptions import ActorDiedError, TaskCancelledError
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 
 from serve_app.router import PredictiveRouter
+from shadecast.residence import LONGEST_S
 from shadecast.types import RoutingTable, State, TableRow
 from tests.serve_app.routing.serve import Log, Replica, Result, Serve, VirtualTime, metadata, settle
 
@@ -471,7 +472,7 @@ class RouterMachine(RuleBasedStateMachine):
         self.callers.clear()  # nobody holds a result any more
         await self.end_all()
         gc.collect()
-        await asyncio.sleep(1.2)
+        await asyncio.sleep(LONGEST_S + 1.0)  # so long at most a pick counts that nobody sends
         self.count()
         await self.take_report()
         for replica in self.replicas:

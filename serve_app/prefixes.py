@@ -1,0 +1,264 @@
+"""Where a prompt goes by what replicas have cached of it: a router's part of `shadecast.prefix`, `balance.prefix`.
+
+Everything runs on the router's event loop, and whatever goes wrong here leaves a request to the usual choice.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ray.serve.request_router import PendingRequest
+
+from serve_app.user_functions import UserFunction
+from shadecast.calls import Call, Phase
+from shadecast.config import CHOICES, BalanceConfig
+from shadecast.prefix import PrefixIndex
+from shadecast.prefix_exchange import Decisions
+from shadecast.prefix_mail import News, load_columns, others_load, read_news
+from shadecast.prefix_score import Load, choose, drawn
+from shadecast.prompts import Prompt, find_body, read_prompt
+from shadecast.rendezvous import Rendezvous, session_key
+
+if TYPE_CHECKING:
+    from serve_app.routing.routes import Routes
+
+logger = logging.getLogger("ray.serve")
+
+KV_TOKENS = 280_000
+"""Of a replica that does not say: a model of 32 billion parameters on two H100."""
+_BETWEEN_S, _EXCHANGES_PER_S = 0.2, 200.0
+"""Loads that are told each second are no better than none at all; those of all routers together take this many."""
+_KV_STAT = "kv_tokens"
+"""What `record_routing_stats` of a deployment may tell: the tokens that the replica's cache holds."""
+
+
+class Prefixes:
+    """Prompts of one router's calls: read once, placed by `shadecast.prefix_score`, and pending until computed."""
+
+    def __init__(self, routes: Routes, deployment: str) -> None:
+        self.on = False
+        """Whether prompts are looked at, at all."""
+        self._routes, self._deployment = routes, deployment
+        self._setting, self._kv_tokens = "off", 0
+        self._key = os.urandom(16)
+        """Until the cluster's is known: what clients do not know."""
+        self._read_with: UserFunction | None = None
+        self._index = PrefixIndex(KV_TOKENS)
+        self._alive: object = None
+        """The membership that the index knows."""
+        self._ring: Rendezvous | None = None
+        self._last: tuple[PendingRequest, Prompt | None, Mapping[str, int]] | None = None
+        """The request that was looked at last, so that no choice reads its prompt twice."""
+        self._placed: dict[Call, tuple[str, int, Prompt]] = {}
+        """Where each call's prompt is not computed yet, and how many tokens of it."""
+        self._pending: dict[str, float] = {}
+        """Those tokens by replica."""
+        self._sent = Decisions()
+        self._news = News()
+        """What the other routers have said last."""
+        self._others: dict[str, float] = {}
+        """Their pending tokens by replica, as good as they are known."""
+        self._key_is_shared = False
+        self._said = False
+
+    # ------------------------------------------------------------------ settings
+
+    def configure(self, config: BalanceConfig, *, observing: bool = False) -> None:
+        """Go by other settings from now on, and forget what was known if they differ. Who observes reads nothing."""
+        self.on = config.prefix != "off" and not observing
+        if (config.prefix, config.kv_tokens) == (self._setting, self._kv_tokens):
+            return
+        self._setting, self._kv_tokens = config.prefix, config.kv_tokens
+        own = config.prefix not in ("off", "auto")
+        otherwise = "requests are routed without regard to prompts"
+        self._read_with = UserFunction("balance.prefix", config.prefix, otherwise) if own else None
+        self._forget()
+
+    def use_secret(self, secret: bytes | None) -> None:
+        """Hash by the cluster's secret from now on, as all routers do; None: it will not be known."""
+        self._key_is_shared = self._key_is_shared or bool(secret)
+        if secret and secret != self._key:
+            self._key = secret
+            self._forget()
+
+    def _forget(self) -> None:
+        self._index = PrefixIndex(self._kv_tokens or KV_TOKENS)
+        self._alive = self._ring = self._last = None
+        self._placed.clear()
+        self._pending.clear()
+        self._sent, self._news, self._others = Decisions(), News(self._news.number), {}
+
+    # ------------------------------------------------------------------ choosing
+
+    def reads(self, pending: PendingRequest) -> bool:
+        """Whether a request has a prompt that is gone by: then its session is only a hint."""
+        return self.on and self._look(pending)[0] is not None
+
+    def pick(self, pending: PendingRequest, pool: Sequence[int] | None = None) -> int:
+        """Index of the replica for a request, of `pool` if given; the usual pick where prompts do not say."""
+        routes = self._routes
+        try:
+            i = self._choose(pending, pool) if self.on else -1
+        except Exception as error:
+            self._fails(error)
+            i = -1
+        return i if i >= 0 else routes.picks.pick(routes.random, CHOICES, -1, pool)
+
+    def _choose(self, pending: PendingRequest, pool: Sequence[int] | None) -> int:
+        """Only among those that take traffic and have a place; -1 if there is none, or no prompt."""
+        prompt, cached = self._look(pending)
+        if prompt is None:
+            return -1
+        routes, picks, random = self._routes, self._routes.picks, self._routes.random
+        alone = routes.level == "power_of_two"  # without the control plane: by this router's own calls
+        if pool is None:
+            pool = routes.allowed() if alone else picks.pool
+        shares = picks.share
+        compared = [
+            i
+            for i in drawn(pool, self._holder(cached, pool), random)
+            if picks.takes(i) and (shares[i] >= 1.0 or alone or random() < shares[i])
+        ]
+        ids = picks.ids
+        if alone:
+            loads = [Load(ids[i], self._pending.get(ids[i], 0.0), float(picks.in_flight[i])) for i in compared]
+        else:
+            loads = [Load(ids[i], self._tokens_on(ids[i]), picks.queue(i), picks.speed(i)) for i in compared]
+        cold = None
+        if not cached:
+            whose = pending.metadata.session_id or (prompt.hashes[0] if prompt.hashes else b"")
+            if whose:
+                self._ring = ring = self._ring or Rendezvous(dict.fromkeys(ids, 1.0), self._key)
+                cold = ring, session_key(whose, self._key)
+        at = choose(loads, prompt.tokens, cached, random, cold=cold)
+        return compared[at] if at >= 0 else -1
+
+    def _tokens_on(self, replica_id: str) -> float:
+        return self._pending.get(replica_id, 0.0) + self._others.get(replica_id, 0.0)
+
+    def _holder(self, cached: Mapping[str, int], pool: Sequence[int]) -> int:
+        """Of many replicas, one with the longest match that has a place; -1 without any."""
+        picks, among = self._routes.picks, frozenset[int]()
+        held: Collection[tuple[int, int]] = ()
+        if cached and drawn(pool, -1, self._routes.random) is not pool:
+            among = frozenset(pool)
+            held = [(tokens, i) for name, tokens in cached.items() if (i := picks.index.get(name, -1)) in among]
+        return max(((tokens, i) for tokens, i in held if picks.takes(i)), default=(0, -1))[1]
+
+    def _look(self, pending: PendingRequest) -> tuple[Prompt | None, Mapping[str, int]]:
+        """A request's prompt, and how much of it each replica has."""
+        if self._last is None or self._last[0] is not pending:
+            prompt, cached = None, {}
+            try:
+                self._look_at_members()
+                prompt = self._read(pending)
+                cached = self._index.match(prompt) if prompt is not None else {}
+            except Exception as error:  # whatever a request holds
+                self._fails(error)
+                prompt = None
+            self._last = pending, prompt, cached
+        return self._last[1], self._last[2]
+
+    def _read(self, pending: PendingRequest) -> Prompt | None:
+        if self._read_with is None:
+            body = find_body(pending.args, pending.kwargs)
+        else:
+            body = self._read_with(pending.args, pending.kwargs)
+            if isinstance(body, (str, list, tuple)):
+                body = {"prompt": body}
+        return read_prompt(body, self._key, pending.metadata.multiplexed_model_id) if body is not None else None
+
+    def _look_at_members(self) -> None:
+        """Forget replicas that are gone, and take newcomers' word of their memory."""
+        alive = self._routes.alive
+        if alive is self._alive:
+            return
+        names = {replica_id for replica_id, _, _ in alive}
+        self._index.keep(names)
+        for replica in self._routes.replicas if not self._kv_tokens else ():
+            told = (getattr(replica, "routing_stats", None) or {}).get(_KV_STAT)
+            if isinstance(told, int) and told > 0:
+                self._index.resize(replica.replica_id.unique_id, told)
+        self._alive, self._ring = alive, None
+
+    def _fails(self, error: Exception) -> None:
+        if not self._said:
+            self._said = True
+            logger.exception(
+                f"shadecast: {self._deployment}: balance.prefix failed: {error!r}: such requests are routed without "
+                "regard to prompts; further failures are not logged",
+                exc_info=error,
+            )
+
+    # ------------------------------------------------------------------ what becomes of calls
+
+    def counted(self, call: Any) -> None:
+        """A call is chosen for a replica, which will have its prompt, or has left one. Never raises."""
+        try:
+            self.computed(call)
+            self._place(call)
+        except Exception as error:
+            self._fails(error)
+
+    def _place(self, call: Any) -> None:
+        if call.phase is not Phase.CHOSEN or call.pending is None:
+            return
+        prompt, cached = self._look(call.pending)
+        self._last = None
+        if prompt is not None:
+            name = call.replica_id
+            left = max(prompt.tokens - cached.get(name, 0), 1)
+            self._placed[call] = name, left, prompt
+            self._pending[name] = self._pending.get(name, 0.0) + left
+            self._sent.add(self._index.insert(name, prompt))
+
+    def computed(self, call: Any) -> None:
+        """A call's first item is there, or it is over: nothing of its prompt waits any more."""
+        placed = self._placed.pop(call, None)
+        if placed is not None:
+            left = self._pending[placed[0]] - placed[1]
+            if left > 0.0:
+                self._pending[placed[0]] = left
+            else:
+                del self._pending[placed[0]]
+
+    def copied(self, call: Any, candidate_id: str) -> None:
+        """A copy of the call was sent to a replica on trial: that has its prompt, too."""
+        if call in self._placed:
+            self._sent.add(self._index.insert(candidate_id, self._placed[call][2]))
+
+    # ------------------------------------------------------------------ other routers
+
+    @property
+    def between_s(self) -> float:
+        """Most time between two exchanges: while prompts are looked at, others must hear of them soon."""
+        table = self._routes.table
+        if not self.on or table is None or table.routers <= 1:
+            return math.inf
+        return max(_BETWEEN_S, table.routers / _EXCHANGES_PER_S)
+
+    def post(self, router_id: str) -> dict[str, Any] | None:
+        """What the other routers should know, and what this one has had of them; None while it is switched off."""
+        if not (self.on and self._key_is_shared):
+            return None
+        posted = {"router_id": router_id, "after": self._news.number, **load_columns(self._pending)}
+        return {**posted, "decisions": self._sent.take()} if self._sent else posted
+
+    def hear(self, received: Any) -> None:
+        """What the others have said; None where the coordinator has nothing. Never raises."""
+        if received is None or not self.on:
+            return
+        try:
+            self._look_at_members()
+            self._news = news = read_news(received)
+            alive = {replica_id for replica_id, _, _ in self._routes.alive}
+            for decision in news.decisions:
+                if decision.replica_id in alive:
+                    self._index.learn(decision)
+            self._others = others_load(news.tokens, news.age_s, alive)
+        except Exception as error:
+            self._fails(error)
