@@ -148,6 +148,7 @@ class Link:
                 self._reported_s = -math.inf  # a new coordinator: it waits for our table, or for all of our counts
         elif "refused" in answer:
             self._absence.warn("refused", str(answer["refused"]))
+        router.explained.asked(answer.get("questions"))
         if answer.get("table") is not None:
             router.use_settings(bool(answer.get("observing")), answer.get("settings"))
             table = self.read_table(answer["table"], router.table)

@@ -169,13 +169,9 @@ class Routes:
         self._locality = Locality(picks.pool, self.replicas, node, zone, collapsed)
         self.has_near = self._locality.any_near
         self.fresh_until_s = self._table_s + TABLE_TTL_S if self._laid_out_for == "table" else -math.inf
-        rows = table.rows if table is not None else ()
         self.sessions.update(picks, table)
-        self.mirrored = [
-            (row.replica_id, row.mirror_fraction)
-            for row in rows
-            if row.mirror_fraction > 0.0 and row.replica_id in picks.index
-        ]
+        rows = [row for row in table.rows if row.mirror_fraction > 0.0] if table is not None else []
+        self.mirrored = [(row.replica_id, row.mirror_fraction) for row in rows if row.replica_id in picks.index]
 
     # ------------------------------------------------------------------ the fail-open ladder
 
@@ -256,6 +252,7 @@ class Sessions:
         self._secret_known = asyncio.Event()
         self._born_s = time.monotonic()
         self._map: SessionMap | None = None
+        self.on_moved: Callable[[Any, str, str], object] = lambda _request, _before, _after: None
 
     def configure(self, config: Config) -> None:
         """Go by other settings; sessions stay where they are."""
@@ -297,7 +294,8 @@ class Sessions:
         """Index of the replica that has the session, or stands in for one of `away`; -1 if none takes traffic."""
         if self._map is None:
             self._map = SessionMap(self._config.session, self._secret, self._config.trial.drain_s)
+            self._map.on_moved = self.on_moved
             self.update(picks, table)
         find = self._map.peek if is_of_copy(metadata) else self._map.lookup
-        replica_id = find(metadata.session_id, time.monotonic(), away)
+        replica_id = find(metadata.session_id, time.monotonic(), away, metadata)
         return picks.index.get(replica_id, -1) if replica_id is not None else -1
