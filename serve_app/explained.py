@@ -7,6 +7,7 @@ wrong here, the request is routed.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -57,8 +58,8 @@ class Explained:
         now_s, metadata = time.monotonic(), pending.metadata
         every = bool(self._watched) or self._tracing
         self.unseen = 0 if every else EVERY
-        asked_for = metadata.request_id in self._watched
-        if not (asked_for or self._tracing or self._sampler.usual(now_s)):
+        kept = metadata.request_id in self._watched or self._sampler.usual(now_s)
+        if not (kept or self._tracing):
             return choose(pending)
         routes, seen = self._calls.routes, _SeenPicks(self._calls.routes.picks)
         stands_in: Any = seen
@@ -69,7 +70,7 @@ class Explained:
             if routes.picks is stands_in:  # else they were laid out anew meanwhile
                 routes.picks = seen.picks
         if chosen is not None:
-            self._keep(pending, chosen.replica_id.unique_id, looked=seen.looked, keep=asked_for or not self._tracing)
+            self._keep(pending, chosen.replica_id.unique_id, looked=seen.looked, keep=kept)
         return chosen
 
     def compared(self, pending: PendingRequest, chosen: RunningReplica, *, came_back: bool) -> None:
@@ -250,5 +251,6 @@ class _SeenPicks:
             return draws[-1]
 
         i = self.picks.pick(drawn, choices, without, pool)
-        self.looked = looked_at(self.picks, draws, choices, without, pool)
+        with contextlib.suppress(Exception):  # the choice stands
+            self.looked = looked_at(self.picks, draws, choices, without, pool)
         return i
