@@ -46,7 +46,8 @@ class Explained:
         self._watched: frozenset[str] = frozenset()
         """Ids of requests that somebody asks for: they are kept when they come."""
         self._tracing = False
-        self._compared = 0
+        self._due = False
+        """The next one that is not chosen at once is kept."""
         calls.routes.sessions.on_moved = self._session_moved
 
     # ------------------------------------------------------------------ decisions
@@ -69,7 +70,9 @@ class Explained:
         finally:
             if routes.picks is stands_in:  # else they were laid out anew meanwhile
                 routes.picks = seen.picks
-        if chosen is not None:
+        if chosen is None:
+            self._due = kept
+        else:
             self._keep(pending, chosen.replica_id.unique_id, looked=seen.looked, keep=kept)
         return chosen
 
@@ -77,11 +80,8 @@ class Explained:
         """A request got its replica on Serve's way, where replicas tell their queues and requests wait."""
         now_s, waited_s = time.monotonic(), max(time.time() - pending.created_at, 0.0)
         special = "came back" if came_back else "waited" if waited_s > _WAITED_S else ""
-        self._compared += 1
-        asked_for = pending.metadata.request_id in self._watched
-        kept = asked_for or (special and self._sampler.special(now_s))
-        if not kept and self._compared % EVERY == 0:
-            kept = self._sampler.usual(now_s)
+        due, self._due = self._due, False
+        kept = due or pending.metadata.request_id in self._watched or (special and self._sampler.special(now_s))
         if kept or self._tracing:
             detail = {
                 "came back": "the replica that was chosen first was full",

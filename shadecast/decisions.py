@@ -144,7 +144,8 @@ class Ring:
 
     def last(self) -> Iterator[Decision]:
         """All, the newest first."""
-        yield from sorted((*self._usual, *self._special), key=lambda d: d.at_s, reverse=True)
+        newest_first = (*reversed(self._special), *reversed(self._usual))
+        yield from sorted(newest_first, key=lambda d: -d.at_s)
 
     def of(self, request_id: str) -> list[Decision]:
         """Those of one request, the newest first: one that was sent again has several."""

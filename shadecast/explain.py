@@ -225,7 +225,7 @@ def explain_decision(d: Mapping[str, Any]) -> list[str]:
     chosen, candidates = d["chosen"], d["candidates"]
     found = [_LEVELS.get(d["level"], f"The router was on the level {d['level']!r}.")]
     score = next((c["score"] for c in candidates if c["replica_id"] == chosen), None)
-    of = f"of {d['eligible']} eligible ones, {d['alive']} alive"
+    of = f"({d['eligible']} were eligible, {d['alive']} alive)"
     looked = [c for c in candidates if c["looked_at"]]
     if d["special"] == "refused":
         found.append(f"It got no replica: {d['detail']}.")
@@ -236,15 +236,18 @@ def explain_decision(d: Mapping[str, Any]) -> list[str]:
     elif d["session"] and not looked:
         found.append(f"It went to {chosen}, which has its session, or stands in for the one that has it.")
     elif looked and score is not None:
-        found.append(f"It went to {chosen}: the least score, {score:.2f}, of {len(looked)} that were drawn, {of}.")
+        found.append(
+            f"It went to {chosen}: its score, {score:.2f}, was the least of the {len(looked)} that were drawn {of}."
+        )
         if any(c["out"] == "" and c["score"] is not None and c["score"] < score for c in looked):
             found.append("A lower one counts only if it is lower by a tenth, or its share of the picks was not drawn.")
     else:
-        found.append(f"It went to {chosen}, {of}.")
+        found.append(f"It went to {chosen} {of}.")
+    waited = f"waited for {d['waited_s']:.2f} s" if (d["waited_s"] or 0.0) >= _WAITED_S else ""
     if d["special"] in ("waited", "came back"):
-        found.append(f"It {d['special']}: {d['detail']}.")
-    if (d["waited_s"] or 0.0) >= _WAITED_S:
-        found.append(f"It waited for {d['waited_s']:.2f} s.")
+        found.append(f"It {waited or d['special']}: {d['detail']}.")
+    elif waited:
+        found.append(f"It {waited}.")
     if d["model"]:
         found.append(f"It asked for the multiplexed model {d['model']!r}: replicas that have it are preferred.")
     if d["of_copy"]:

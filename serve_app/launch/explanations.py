@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,13 +21,19 @@ def view(told: Mapping[str, Any], width: int, *, wide: bool = False) -> list[Ren
         return _decisions(told, width, wide=wide)
     name = f"{told['replica_id']} of {told['deployment']}" if told["what"] == "replica" else f"Node {told['node_id']}"
     found: list[RenderableType] = [Text(name, style="bold")]
-    found += [Text(f"- {sentence}") for sentence in told["sentences"]]
+    found += [_hanging(f"- {sentence}", 2, width) for sentence in told["sentences"]]
     if told["changes"]:
         found += [Text(), Text("Last changes", style="bold")]
     for each in told["changes"]:
         who = "" if told["what"] == "replica" else f"{each['replica_id'] if wide else each['replica_id'][:8]}  "
-        found.append(Text(f"{span(each['ago_s']):>7} ago  {who}{each['before']} -> {each['after']}: {each['reason']}"))
+        change = f"{span(each['ago_s']):>7} ago  {who}{each['before']} -> {each['after']}: {each['reason']}"
+        found.append(_hanging(change, 13, width))
     return found
+
+
+def _hanging(text: str, by: int, width: int) -> Text:
+    """A paragraph whose lines but the first are indented."""
+    return Text(textwrap.fill(text, width, subsequent_indent=" " * by, break_on_hyphens=False))
 
 
 def _decisions(told: Mapping[str, Any], width: int, *, wide: bool) -> list[RenderableType]:
@@ -34,7 +41,7 @@ def _decisions(told: Mapping[str, Any], width: int, *, wide: bool) -> list[Rende
     for each in told["decisions"]:
         title = f"{each['request_id']}: {each['method']} of {each['deployment']}, {span(each['ago_s'])} ago"
         found.append(Text(title, style="bold"))
-        found += [Text(f"- {sentence}") for sentence in each["sentences"]]
+        found += [_hanging(f"- {sentence}", 2, width) for sentence in each["sentences"]]
         found += _candidates(each, width, wide=wide) if each["candidates"] else [Text()]
     if told["what"] == "request" and not told["decisions"]:
         found += [Text(line) for line in _not_kept(told["request_id"])]
