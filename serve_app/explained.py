@@ -1,7 +1,8 @@
 """What a router keeps of its decisions for those who ask, and what it puts on OpenTelemetry's spans.
 
-A decision that is not kept costs its request a count. Nothing is sent before somebody asks: the coordinator's answers
-have the open questions, the next report has what was found. `shadecast.decisions` says what is kept. Whatever goes
+A decision that is not kept costs its request nothing: for the one that is, something else stands in the place of
+`choose_at_once`. Nothing is sent before somebody asks: the coordinator's answers have the open questions, the next
+report has what was found. `shadecast.decisions` says what is kept. Whatever goes
 wrong here, the request is routed.
 """
 
@@ -12,16 +13,17 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ray.serve.request_router import PendingRequest, RunningReplica
 
 from serve_app.ray_api import is_tracing, set_span_attributes
 from serve_app.shadow import is_of_copy
-from shadecast.decisions import EVERY, Decision, Question, Ring, Sampler, answer, candidates, looked_at, questions
+from shadecast.decisions import Decision, Limit, Question, Ring, answer, candidates, looked_at, questions
 from shadecast.pick import PickTable
 
 if TYPE_CHECKING:
+    from serve_app.ray_api import ServeRouter
     from serve_app.routing.live_calls import LiveCall, LiveCalls
 
 logger = logging.getLogger("ray.serve")
@@ -38,30 +40,37 @@ class Explained:
     def __init__(self, calls: LiveCalls) -> None:
         self._calls = calls
         self.ring = Ring()
-        self.unseen = 0
-        """Usual decisions until the next one that is looked at; whoever decides counts it down."""
-        self._sampler = Sampler()
+        self._router: Any = None
+        self._limit = Limit()
         self._questions: tuple[Question, ...] = ()
         self._asked_s = -math.inf
         self._watched: frozenset[str] = frozenset()
         """Ids of requests that somebody asks for: they are kept when they come."""
         self._tracing = False
-        self._due = False
-        """The next one that is not chosen at once is kept."""
+        self._due = True
+        """The next decision is kept, whatever it is."""
         calls.routes.sessions.on_moved = self._session_moved
+
+    def of(self, router: ServeRouter) -> Explained:
+        """The same, at work for this router."""
+        self._router = router
+        self._look()
+        return self
+
+    def _look(self) -> None:
+        """Look at the next decision."""
+        self._router.choose_now = self._choose
 
     # ------------------------------------------------------------------ decisions
 
-    def choosing(
-        self, choose: Callable[[PendingRequest], RunningReplica | None], pending: PendingRequest
-    ) -> RunningReplica | None:
-        """Let `choose` choose at once; keep what it has looked at if it is this one's turn."""
-        now_s, metadata = time.monotonic(), pending.metadata
-        every = bool(self._watched) or self._tracing
-        self.unseen = 0 if every else EVERY
-        kept = metadata.request_id in self._watched or self._sampler.usual(now_s)
+    def _choose(self, pending: PendingRequest) -> RunningReplica | None:
+        """In place of `choose_at_once`: the same, and what it has looked at is kept if it is this one's turn."""
+        choose = self._router.choose_at_once
+        if not (self._watched or self._tracing):
+            self._router.choose_now = choose
+        kept = self._due or pending.metadata.request_id in self._watched
         if not (kept or self._tracing):
-            return choose(pending)
+            return cast("RunningReplica | None", choose(pending))
         routes, seen = self._calls.routes, _SeenPicks(self._calls.routes.picks)
         stands_in: Any = seen
         routes.picks = stands_in  # for this one choice, which nothing interrupts
@@ -70,18 +79,17 @@ class Explained:
         finally:
             if routes.picks is stands_in:  # else they were laid out anew meanwhile
                 routes.picks = seen.picks
-        if chosen is None:
-            self._due = kept
-        else:
+        if chosen is not None:
+            self._due = False
             self._keep(pending, chosen.replica_id.unique_id, looked=seen.looked, keep=kept)
-        return chosen
+        return cast("RunningReplica | None", chosen)
 
     def compared(self, pending: PendingRequest, chosen: RunningReplica, *, came_back: bool) -> None:
         """A request got its replica on Serve's way, where replicas tell their queues and requests wait."""
         now_s, waited_s = time.monotonic(), max(time.time() - pending.created_at, 0.0)
         special = "came back" if came_back else "waited" if waited_s > _WAITED_S else ""
         due, self._due = self._due, False
-        kept = due or pending.metadata.request_id in self._watched or (special and self._sampler.special(now_s))
+        kept = due or pending.metadata.request_id in self._watched or (special and self._limit.take(now_s))
         if kept or self._tracing:
             detail = {
                 "came back": "the replica that was chosen first was full",
@@ -95,14 +103,14 @@ class Explained:
         waited_s = max(time.time() - pending.created_at, 0.0)
         cancelled = isinstance(error, BaseException) and not isinstance(error, Exception)
         detail = "its caller gave up, or its deadline passed, while it waited" if cancelled else repr(error)[:200]
-        if pending.metadata.request_id in self._watched or self._sampler.special(time.monotonic()):
+        if pending.metadata.request_id in self._watched or self._limit.take(time.monotonic()):
             self._keep(pending, "", special="refused", detail=detail, waited_s=waited_s)
 
     def rescued(self, call: LiveCall, how: str) -> None:
         """A call goes on elsewhere: it was "retried", "moved" or "resumed"."""
         self._calls.ledger.rescue(how)
         now_s = time.monotonic()
-        if not (call.metadata.request_id in self._watched or self._sampler.special(now_s)):
+        if not (call.metadata.request_id in self._watched or self._limit.take(now_s)):
             return
         took_s = call.duration_s if math.isfinite(call.duration_s) else call.age_s(now_s)
         name, begins = call.replica_id, call.metadata.internal_request_id
@@ -125,7 +133,7 @@ class Explained:
             self.ring.copied(call.metadata.request_id, call.pair.candidate_id)
 
     def _session_moved(self, metadata: Any, before: str, after: str) -> None:
-        if metadata is not None and self._sampler.special(time.monotonic()):
+        if metadata is not None and self._limit.take(time.monotonic()):
             detail = f"its session left {before}, which is gone, drains or is hot, or is not where others look for it"
             index = self._calls.routes.picks.index
             both = [index[each] for each in (before, after) if each in index]
@@ -217,12 +225,13 @@ class Explained:
         self._questions, self._asked_s = questions(received), time.monotonic()
         self._watched = frozenset(q.request_id for q in self._questions if q.request_id)
         if self._watched:
-            self.unseen = 0
+            self._look()
 
     def report(self) -> dict[str, Any]:
         """What the next report says; nothing where nobody asks."""
         now_s = time.monotonic()
-        self.unseen, self._tracing = 0, is_tracing()
+        self._due, self._tracing = True, is_tracing()
+        self._look()
         if now_s - self._asked_s > _WATCHED_S:
             self._questions, self._watched = (), frozenset()
         if not self._questions:

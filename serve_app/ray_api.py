@@ -55,6 +55,11 @@ class ServeRouter(LocalityMixin, MultiplexMixin, RequestRouter):
     explained: Explained
     """What is kept of its decisions."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.choose_now: Callable[[PendingRequest], RunningReplica | None] = self.choose_at_once
+        """`choose_at_once` but for a request whose decision is kept: so the others pay nothing for it."""
+
     # ------------------------------------------------------------------ for the router to define
 
     @abstractmethod
@@ -83,13 +88,7 @@ class ServeRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         self, pending_request: PendingRequest, *, is_retry: bool = False
     ) -> RunningReplica:
         nobody_waits = not (is_retry or self._pending_requests_to_route or self.num_routing_tasks_in_backoff)
-        explained, chosen = self.explained, None
-        if nobody_waits:
-            explained.unseen -= 1
-            if explained.unseen >= 0:
-                chosen = self.choose_at_once(pending_request)
-            else:
-                chosen = explained.choosing(self.choose_at_once, pending_request)
+        chosen = self.choose_now(pending_request) if nobody_waits else None
         if chosen is not None:
             self._record_queue_wait_time(pending_request)  # Serve's metric of the time in the queue
             return chosen
@@ -98,10 +97,10 @@ class ServeRouter(LocalityMixin, MultiplexMixin, RequestRouter):
             chosen = await super()._choose_replica_for_request(pending_request, is_retry=is_retry)
         except BaseException as error:  # perhaps just when it had been chosen for: nobody will send it
             self.given_up(pending_request)
-            explained.refused(pending_request, error)
+            self.explained.refused(pending_request, error)
             raise
         self.chosen(pending_request, chosen)
-        explained.compared(pending_request, chosen, came_back=is_retry)
+        self.explained.compared(pending_request, chosen, came_back=is_retry)
         return cast("RunningReplica", chosen)
 
     def _get_pending_request_matching_internal_request_id(self, request_metadata: Any = None) -> PendingRequest | None:

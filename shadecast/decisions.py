@@ -1,8 +1,8 @@
 """Decisions of a router that are kept so that somebody can ask about them: which replicas, their scores, and why.
 
-Few are kept. `Sampler` says which: now and then one of the usual ones, and those that are special (waited, came back,
-were refused or sent again, whose session moved), both at most so many a second, so that a busy router pays as little as
-a quiet one. `Ring` holds the last ones. Nothing leaves the router unless it is asked for (`answer`).
+Few are kept: the first of every second, and those that are special (waited, came back, were refused or sent again,
+whose session moved), of which `Limit` lets through so many a second, so that a busy router pays as little as a quiet
+one. `Ring` holds the last ones. Nothing leaves the router unless it is asked for (`answer`).
 """
 
 from __future__ import annotations
@@ -19,9 +19,6 @@ from typing import Any
 from shadecast.pick import PickTable
 from shadecast.types import RoutingTable
 
-EVERY = 64
-"""One of so many usual decisions is kept, and the first one after each report."""
-_LEAST_BETWEEN_S = 0.1
 _SPECIAL_PER_S, _SPECIAL_AT_ONCE = 10.0, 20.0
 _KEPT = 128
 """Usual ones, and as many special ones: these must not push out those."""
@@ -98,26 +95,18 @@ class Decision:
     candidates: tuple[Candidate, ...] = ()
 
 
-class Sampler:
-    """Which decisions are kept."""
+class Limit:
+    """How many special decisions are kept."""
 
     def __init__(self) -> None:
-        self._next_s = -math.inf
-        self._special, self._filled_s = _SPECIAL_AT_ONCE, 0.0
+        self._left, self._filled_s = _SPECIAL_AT_ONCE, 0.0
 
-    def usual(self, now_s: float) -> bool:
-        """Whether a usual one, whose turn has come, is kept."""
-        due = now_s >= self._next_s
-        if due:
-            self._next_s = now_s + _LEAST_BETWEEN_S
-        return due
-
-    def special(self, now_s: float) -> bool:
-        """Whether a special one is kept."""
-        self._special = min(self._special + max(now_s - self._filled_s, 0.0) * _SPECIAL_PER_S, _SPECIAL_AT_ONCE)
+    def take(self, now_s: float) -> bool:
+        """Whether one more is kept."""
+        self._left = min(self._left + max(now_s - self._filled_s, 0.0) * _SPECIAL_PER_S, _SPECIAL_AT_ONCE)
         self._filled_s = now_s
-        kept = self._special >= 1.0
-        self._special -= kept
+        kept = self._left >= 1.0
+        self._left -= kept
         return kept
 
 

@@ -55,7 +55,7 @@ def _decisions(told: Mapping[str, Any], width: int, *, wide: bool) -> list[Rende
 def _not_kept(request_id: str) -> list[str]:
     return [
         f"No router has kept a decision on {request_id}.",
-        "They keep the first of every second, one of 64, and those that waited, came back,",
+        "They keep the first of every second, and those that waited, came back,",
         "were refused or sent again, or whose session moved; the last 128 of each kind.",
         "To have it kept, ask before it comes, and send it with this id:",
         f"  shadecast explain --request {request_id} --wait 60s",

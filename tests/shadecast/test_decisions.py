@@ -13,9 +13,9 @@ from shadecast.decisions import (
     MOST_CANDIDATES,
     QUESTIONS,
     Decision,
+    Limit,
     Question,
     Ring,
-    Sampler,
     answer,
     candidates,
     check,
@@ -48,21 +48,16 @@ def decision(request_id: str = "q", at_s: float = 0.0, special: str = "", **more
 # ---------------------------------------------------------------- which are kept
 
 
-def test_however_many_decisions_there_are_few_a_second_are_kept():
-    sampler = Sampler()
-    usual = special = 0
-    for i in range(100_000):
-        now_s = 1000.0 + i / 10_000  # 10 s
-        usual += sampler.usual(now_s)
-        special += sampler.special(now_s)
-    assert 90 <= usual <= 101
-    assert 100 <= special <= 125
+def test_however_many_special_decisions_there_are_few_a_second_are_kept():
+    limit = Limit()
+    kept = sum(limit.take(1000.0 + i / 10_000) for i in range(100_000))  # 10 s
+    assert 100 <= kept <= 125
 
 
 def test_special_ones_are_kept_at_once_after_a_quiet_time():
-    sampler = Sampler()
-    assert sum(sampler.special(0.0) for _ in range(100)) == 20
-    assert sum(sampler.special(1.0) for _ in range(100)) == 10
+    limit = Limit()
+    assert sum(limit.take(0.0) for _ in range(100)) == 20
+    assert sum(limit.take(1.0) for _ in range(100)) == 10
 
 
 def test_many_usual_ones_do_not_push_out_the_special_ones_and_the_ring_is_bounded():
@@ -176,7 +171,7 @@ def test_why_a_replica_could_not_be_taken_is_said():
     [
         (decision(special="refused", detail="its caller gave up"), "It got no replica: its caller gave up."),
         (decision(special="retried", detail="r1 had not accepted it"), "It was retried: r1 had not accepted it."),
-        (decision(special="waited", waited_s=0.5), "It waited for 0.50 s."),
+        (decision(special="waited", waited_s=0.5, detail="all were full"), "It waited for 0.50 s: all were full."),
         (decision(session=True), "It went to r001, which has its session, or stands in for the one that has it."),
         (decision(of_copy=True), "It is for nobody: code called it while it handled a copy."),
         (decision(model="m"), "It asked for the multiplexed model 'm': replicas that have it are preferred."),
