@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ray.serve.request_router import PendingRequest, RunningReplica
 
-from serve_app.ray_api import is_tracing, set_span_attributes
+from serve_app.ray_api import add_span, is_tracing, set_span_attributes
 from serve_app.shadow import is_of_copy
 from shadecast.decisions import Decision, Limit, Question, Ring, answer, candidates, looked_at, questions
 from shadecast.pick import PickTable
@@ -110,6 +110,8 @@ class Explained:
         """A call goes on elsewhere: it was "retried", "moved" or "resumed"."""
         self._calls.ledger.rescue(how)
         now_s = time.monotonic()
+        if self._tracing:
+            self._add_span(call.metadata, how, {"shadecast.from": call.replica_id})
         if not (call.metadata.request_id in self._watched or self._limit.take(now_s)):
             return
         took_s = call.duration_s if math.isfinite(call.duration_s) else call.age_s(now_s)
@@ -131,6 +133,8 @@ class Explained:
         self._calls.ledger.count("mirrored")
         if call.pair is not None:
             self.ring.copied(call.metadata.request_id, call.pair.candidate_id)
+            if self._tracing:
+                self._add_span(call.metadata, "copied", {"shadecast.replica": call.pair.candidate_id})
 
     def _session_moved(self, metadata: Any, before: str, after: str) -> None:
         if metadata is not None and self._limit.take(time.monotonic()):
@@ -206,10 +210,11 @@ class Explained:
     def _put_on_span(self, pending: PendingRequest, chosen: str, special: str, waited_s: float) -> None:
         picks = self._calls.routes.picks
         i = picks.index.get(chosen)
+        parts = picks.parts(i, 1) if i is not None else None  # as they were before this request was counted
         set_span_attributes(
             {
                 "shadecast.replica": chosen,
-                "shadecast.score": picks.parts(i).cost / picks.parts(i).capacity if i is not None else None,
+                "shadecast.score": parts.cost / parts.capacity if parts is not None else None,
                 "shadecast.level": self._level,
                 "shadecast.session": bool(pending.metadata.session_id),
                 "shadecast.of_copy": is_of_copy(pending.metadata),
@@ -217,6 +222,12 @@ class Explained:
                 "shadecast.waited_s": waited_s or None,
             }
         )
+
+    def _add_span(self, metadata: Any, what: str, attributes: dict[str, Any]) -> None:
+        try:
+            add_span(f"shadecast.{what}", metadata, attributes)
+        except Exception:
+            logger.debug("shadecast: a span was not made", exc_info=True)
 
     # ------------------------------------------------------------------ who asks
 

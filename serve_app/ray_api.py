@@ -169,6 +169,13 @@ def set_span_attributes(attributes: dict[str, Any]) -> None:
         _tracing.set_span_attributes(attributes)
 
 
+def add_span(name: str, metadata: Any, attributes: dict[str, Any]) -> None:
+    """A span without length in the trace of a request, for what becomes of it after it was routed."""
+    context = _tracing.extract_propagated_context(metadata.tracing_context) if is_tracing() else None
+    if context is not None:
+        _tracing.get_tracer().start_span(name, context=context, attributes=attributes).end()
+
+
 def current_request_ids() -> list[str]:
     """Serve's internal id of the request that is just being handled, or those of a batch; [""] outside of one."""
     contexts = _get_serve_batch_request_context() or [_get_serve_request_context()]

@@ -11,11 +11,16 @@ import random
 import time
 
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from ray.serve._private import tracing_utils
 
 from serve_app import explained as module
 from serve_app.router import ObservingRouter
 from shadecast.decisions import check
-from tests.serve_app.routing.serve import Replica, in_virtual_time, serving, settle, table
+from shadecast.pick import load_cost
+from tests.serve_app.routing.serve import Replica, in_virtual_time, metadata, serving, settle, table
 
 COPYABLE = {"trial": {"copy_methods": ["*"]}}
 
@@ -298,42 +303,77 @@ def test_a_handful_of_requests_keeps_nothing_of_the_requests_themselves():
 # ---------------------------------------------------------------- spans
 
 
-class Spans:
-    """Stands for Serve's tracing."""
-
-    def __init__(self):
-        self.on, self.attributes = True, []
-
-    def is_tracing_enabled(self):
-        return self.on
-
-    def set_span_attributes(self, attributes):
-        self.attributes.append({k: v for k, v in attributes.items() if v is not None})
-
-
-@in_virtual_time
-async def test_where_serve_traces_each_request_s_span_has_its_replica_score_and_level(monkeypatch):
-    spans = Spans()
-    monkeypatch.setattr("serve_app.ray_api._tracing", spans)
-    async with serving(Replica("a"), Replica("b")) as serve:
-        serve.take(table(1, a=1.0, b=(1.0, 0.5, 0.0)))
-        serve.report()
-        await send(serve, count=5)
-        assert len(spans.attributes) == 5
-        first = spans.attributes[0]
-        assert (first["shadecast.replica"], first["shadecast.level"]) == ("a", "table")
-        assert first["shadecast.score"] > 0.0
-        assert first["shadecast.session"] is False
-        assert len(ask(serve)) == 1, "that each is on its span does not make each be kept"
+@pytest.fixture
+def spans(monkeypatch):
+    """Serve's own tracing, switched on; what it exports."""
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(tracing_utils, "_tracing_enabled", True)
+    monkeypatch.setattr(tracing_utils, "_tracer", provider.get_tracer("test"))
+    yield exporter
+    provider.shutdown()
 
 
-@in_virtual_time
-async def test_where_serve_does_not_trace_nothing_is_put_anywhere(monkeypatch):
-    spans = Spans()
-    spans.on = False
-    monkeypatch.setattr("serve_app.ray_api._tracing", spans)
-    async with serving(Replica("a"), Replica("b")) as serve:
-        serve.take(table(1, a=1.0, b=1.0))
-        serve.report()
-        await send(serve, count=5)
-        assert spans.attributes == []
+async def traced(serve, **labels):
+    """A request as a handle sends it: Serve makes a span of its routing."""
+    made = metadata(**labels)
+    return await serve.assign_request(made, 1)
+
+
+def of(spans, name):
+    return [dict(span.attributes) for span in spans.get_finished_spans() if span.name.startswith(name)]
+
+
+def test_where_serve_traces_each_request_s_span_has_its_replica_score_and_level(spans):
+    @in_virtual_time
+    async def scenario():
+        async with serving(Replica("a"), Replica("b")) as serve:
+            serve.take(table(1, a=1.0, b=(1.0, 0.5, 0.0)))
+            serve.report()
+            for i in range(5):
+                await finish(serve, await traced(serve, request_id=f"q{i}", session_id="s" if i else ""))
+            found = of(spans, "route_to_replica")
+            assert [each["request_id"] for each in found] == ["q0", "q1", "q2", "q3", "q4"]
+            assert (found[0]["shadecast.replica"], found[0]["shadecast.level"]) == ("a", "table")
+            assert found[0]["shadecast.score"] == pytest.approx(load_cost(1.0, 1.0, 0.0))
+            assert [each["shadecast.session"] for each in found] == [False, True, True, True, True]
+            assert all("shadecast.special" not in each for each in found)
+            assert len(ask(serve)) <= 2, "that each is on its span does not make each be kept"
+
+    scenario()
+
+
+def test_a_hop_that_is_repeated_or_copied_is_marked_in_the_request_s_trace(spans):
+    @in_virtual_time
+    async def scenario():
+        async with serving(Replica("a", says="nothing"), Replica("b"), Replica("c"), **COPYABLE) as serve:
+            serve.report()
+            serve.take(table(1, a=1.0, b=0.0, c=(0.0, 1.0, 1.0)))
+            caller = asyncio.create_task(traced(serve, request_id="stuck"))
+            await settle()
+            serve.take(table(2, a=1.0, b=1.0, c=(0.0, 1.0, 1.0)))
+            await finish(serve, await caller)
+            await finish(serve)
+            (route,) = of(spans, "route_to_replica")
+            assert (route["shadecast.replica"], route["shadecast.special"]) == ("b", "came back")
+            assert of(spans, "shadecast.retried") == [{"shadecast.from": "a"}]
+            assert of(spans, "shadecast.copied") == [{"shadecast.replica": "c"}]
+            traces = {span.context.trace_id for span in spans.get_finished_spans()}
+            assert len(traces) == 1
+
+    scenario()
+
+
+def test_where_serve_does_not_trace_there_is_no_span(spans, monkeypatch):
+    monkeypatch.setattr(tracing_utils, "_tracing_enabled", False)
+
+    @in_virtual_time
+    async def scenario():
+        async with serving(Replica("a"), Replica("b")) as serve:
+            serve.take(table(1, a=1.0, b=1.0))
+            serve.report()
+            await finish(serve, await traced(serve))
+            assert spans.get_finished_spans() == ()
+
+    scenario()
