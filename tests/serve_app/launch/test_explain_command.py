@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import re
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 from rich.cells import cell_len
 
+from actors.coordinator import Coordinator
+from serve_app.launch.processes import CoordinatorProcess
 from shadecast.decisions import Decision, Question, Ring, answer, candidates
 from shadecast.pick import PickTable, cost_table
 from tests.serve_app.launch.plane_scene import PlaneScene, run
@@ -170,6 +173,13 @@ def test_beginnings_of_ids_and_host_names_are_enough(
     for given in (NODES[1][:8], "worker-1"):
         assert run(monkeypatch, "explain", "--node", given, "--json") == 0
         assert printed(capsys, "explain")["node_id"] == NODES[1]
+
+
+def test_the_coordinator_s_process_takes_every_call_that_the_coordinator_does() -> None:
+    def calls(kind: type) -> set[str]:
+        return {n for n, f in inspect.getmembers(kind, inspect.iscoroutinefunction) if not n.startswith("_")}
+
+    assert calls(Coordinator) - {"close"} == calls(CoordinatorProcess)
 
 
 # ---------------------------------------------------------------- the documentation
