@@ -19,7 +19,7 @@ from ray.serve.request_router import PendingRequest, RunningReplica
 
 from serve_app.ray_api import add_span, is_tracing, set_span_attributes
 from serve_app.shadow import is_of_copy
-from shadecast.decisions import Decision, Limit, Question, Ring, answer, candidates, looked_at, questions
+from shadecast.decisions import Decision, Question, Ring, answer, candidates, looked_at, questions
 from shadecast.pick import PickTable
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ class Explained:
         self._calls = calls
         self.ring = Ring()
         self._router: Any = None
-        self._limit = Limit()
         self._questions: tuple[Question, ...] = ()
         self._asked_s = -math.inf
         self._watched: frozenset[str] = frozenset()
@@ -89,7 +88,7 @@ class Explained:
         now_s, waited_s = time.monotonic(), max(time.time() - pending.created_at, 0.0)
         special = "came back" if came_back else "waited" if waited_s > _WAITED_S else ""
         due, self._due = self._due, False
-        kept = due or pending.metadata.request_id in self._watched or (special and self._limit.take(now_s))
+        kept = due or pending.metadata.request_id in self._watched or (special and self.ring.wants(special, now_s))
         if kept or self._tracing:
             detail = {
                 "came back": "the replica that was chosen first was full",
@@ -103,7 +102,7 @@ class Explained:
         waited_s = max(time.time() - pending.created_at, 0.0)
         cancelled = isinstance(error, BaseException) and not isinstance(error, Exception)
         detail = "its caller gave up, or its deadline passed, while it waited" if cancelled else repr(error)[:200]
-        if pending.metadata.request_id in self._watched or self._limit.take(time.monotonic()):
+        if pending.metadata.request_id in self._watched or self.ring.wants("refused", time.monotonic()):
             self._keep(pending, "", special="refused", detail=detail, waited_s=waited_s)
 
     def rescued(self, call: LiveCall, how: str) -> None:
@@ -112,7 +111,7 @@ class Explained:
         now_s = time.monotonic()
         if self._tracing:
             self._add_span(call.metadata, how, {"shadecast.from": call.replica_id})
-        if not (call.metadata.request_id in self._watched or self._limit.take(now_s)):
+        if not (call.metadata.request_id in self._watched or self.ring.wants(how, now_s)):
             return
         took_s = call.duration_s if math.isfinite(call.duration_s) else call.age_s(now_s)
         name, begins = call.replica_id, call.metadata.internal_request_id
@@ -137,7 +136,7 @@ class Explained:
                 self._add_span(call.metadata, "copied", {"shadecast.replica": call.pair.candidate_id})
 
     def _session_moved(self, metadata: Any, before: str, after: str) -> None:
-        if metadata is not None and self._limit.take(time.monotonic()):
+        if metadata is not None and self.ring.wants("session moved", time.monotonic()):
             detail = f"its session left {before}, which is gone, drains or is hot, or is not where others look for it"
             index = self._calls.routes.picks.index
             both = [index[each] for each in (before, after) if each in index]

@@ -1,7 +1,7 @@
 """Decisions of a router that are kept so that somebody can ask about them: which replicas, their scores, and why.
 
 Few are kept: the first of every second, and those that are special (waited, came back, were refused or sent again,
-whose session moved), of which `Limit` lets through so many a second, so that a busy router pays as little as a quiet
+whose session moved), of each kind of which `Limit` lets through so many a second, so that a busy router pays as little as a quiet
 one. `Ring` holds the last ones. Nothing leaves the router unless it is asked for (`answer`).
 """
 
@@ -20,8 +20,8 @@ from shadecast.pick import PickTable
 from shadecast.types import RoutingTable
 
 _SPECIAL_PER_S, _SPECIAL_AT_ONCE = 10.0, 20.0
-_KEPT = 128
-"""Usual ones, and as many special ones: these must not push out those."""
+_KEPT, _KEPT_SPECIAL = 128, 32
+"""Usual ones, and special ones of each kind: many of one kind must not push out the few of another."""
 MOST_CANDIDATES = 8
 _FEW = 64
 """Of more replicas, the best of those that were not drawn are not looked for: it takes too long."""
@@ -96,7 +96,7 @@ class Decision:
 
 
 class Limit:
-    """How many special decisions are kept."""
+    """How many special decisions of one kind are kept."""
 
     def __init__(self) -> None:
         self._left, self._filled_s = _SPECIAL_AT_ONCE, 0.0
@@ -114,26 +114,36 @@ class Ring:
     """The last decisions that were kept."""
 
     def __init__(self, size: int = _KEPT) -> None:
-        self._usual: deque[Decision] = deque(maxlen=size)
-        self._special: deque[Decision] = deque(maxlen=size)
+        self._kinds = {"": deque[Decision](maxlen=size)}
+        self._limits: dict[str, Limit] = {}
 
     def __len__(self) -> int:
-        return len(self._usual) + len(self._special)
+        return sum(map(len, self._kinds.values()))
+
+    def wants(self, special: str, now_s: float) -> bool:
+        """Whether one more special decision of that kind is to be kept; counts it."""
+        limit = self._limits.get(special)
+        if limit is None:
+            limit = self._limits[special] = Limit()
+        return limit.take(now_s)
 
     def add(self, decision: Decision) -> None:
         """Keep it; the oldest of its kind goes."""
         decision = replace(decision, request_id=decision.request_id[:_LONGEST_ID])
-        (self._special if decision.special else self._usual).append(decision)
+        kind = self._kinds.get(decision.special)
+        if kind is None:
+            kind = self._kinds[decision.special] = deque(maxlen=_KEPT_SPECIAL)
+        kind.append(decision)
 
     def copied(self, request_id: str, candidate_id: str) -> None:
         """A request was copied to a replica on trial; it was decided a moment ago, if it is here."""
-        for kept in (self._usual, self._special):
+        for kept in self._kinds.values():
             if kept and kept[-1].request_id == request_id[:_LONGEST_ID]:
                 kept[-1] = replace(kept[-1], copied_to=candidate_id)
 
     def last(self) -> Iterator[Decision]:
         """All, the newest first."""
-        newest_first = (*reversed(self._special), *reversed(self._usual))
+        newest_first = (decision for kind in reversed(self._kinds.values()) for decision in reversed(kind))
         yield from sorted(newest_first, key=lambda d: -d.at_s)
 
     def of(self, request_id: str) -> list[Decision]:

@@ -236,11 +236,13 @@ def explain_decision(d: Mapping[str, Any]) -> list[str]:
     elif d["session"] and not looked:
         found.append(f"It went to {chosen}, which has its session, or stands in for the one that has it.")
     elif looked and score is not None:
+        lower = [c["score"] for c in looked if c["score"] is not None and c["score"] < score and not c["out"]]
+        least = "within a tenth of the least of" if lower else "the least of"
+        if lower and min(lower) < _EQUAL * score:
+            least = "the least whose share of the picks was drawn, of"
         found.append(
-            f"It went to {chosen}: its score, {score:.2f}, was the least of the {len(looked)} that were drawn {of}."
+            f"It went to {chosen}: its score, {score:.2f}, was {least} the {len(looked)} that were drawn {of}."
         )
-        if any(c["out"] == "" and c["score"] is not None and c["score"] < score for c in looked):
-            found.append("A lower one counts only if it is lower by a tenth, or its share of the picks was not drawn.")
     else:
         found.append(f"It went to {chosen} {of}.")
     waited = f"waited for {d['waited_s']:.2f} s" if (d["waited_s"] or 0.0) >= _WAITED_S else ""
@@ -258,6 +260,8 @@ def explain_decision(d: Mapping[str, Any]) -> list[str]:
 
 
 _WAITED_S = 0.005
+_EQUAL = 0.9
+"""Scores whose ratio is nearer to 1 count as equal (`shadecast.pick`)."""
 _ELSEWHERE = ("retried", "moved", "resumed")
 _LEVELS = {
     "table": "The router went by a fresh table: the full rule.",

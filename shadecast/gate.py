@@ -168,7 +168,7 @@ class Trial:
         return Ruling(Verdict.CONTINUE, f"{self.pairs} pairs so far prove nothing", evidence)
 
     def missing(self) -> tuple[str, ...]:
-        """What a good verdict still waits for, in words; "" never is among them."""
+        """What a good verdict still waits for, in words; empty where it is due."""
         config, found = self.config, []
         speed = self._speed.interval(config.alpha, config.mixture)
         if self._sound.e_value < 1.0 / config.alpha:

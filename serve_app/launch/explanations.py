@@ -56,7 +56,7 @@ def _not_kept(request_id: str) -> list[str]:
     return [
         f"No router has kept a decision on {request_id}.",
         "They keep the first of every second, and those that waited, came back,",
-        "were refused or sent again, or whose session moved; the last 128 of each kind.",
+        "were refused or sent again, or whose session moved, for some minutes at most.",
         "To have it kept, ask before it comes, and send it with this id:",
         f"  shadecast explain --request {request_id} --wait 60s",
         f"  curl -H 'X-Request-ID: {request_id}' ...",

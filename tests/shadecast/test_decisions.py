@@ -65,7 +65,8 @@ def test_many_usual_ones_do_not_push_out_the_special_ones_and_the_ring_is_bounde
     ring.add(decision("rare", 0.0, "waited"))
     for i in range(1000):
         ring.add(decision(f"q{i}", 1.0 + i))
-    assert len(ring) == 17
+        ring.add(decision(f"came-{i}", 0.5, "came back"))
+    assert len(ring) == 16 + 32 + 1
     assert [d.request_id for d in ring.last()][:2] == ["q999", "q998"]
     assert [d.special for d in ring.of("rare")] == ["waited"]
     assert ring.of("q0") == []
@@ -180,6 +181,23 @@ def test_why_a_replica_could_not_be_taken_is_said():
 def test_each_kind_is_said_in_a_sentence(made, said):
     (read,) = check({"decisions": [to_plain(made, 1.0)]})
     assert said in explain_decision(read)
+
+
+@pytest.mark.parametrize(
+    ("shares", "capacities", "said"),
+    [
+        ((1.0, 1.0), (0.5, 1.0), "its score, 1.05, was the least of the 2 that were drawn (2 were eligible, 2 alive)"),
+        ((1.0, 1.0), (1.0, 0.95), "its score, 1.11, was within a tenth of the least of the 2"),
+        ((0.1, 1.0), (1.0, 0.5), "its score, 2.10, was the least whose share of the picks was drawn, of the 2"),
+    ],
+)
+def test_it_is_said_truly_why_the_chosen_one_was_the_best(shares, capacities, said):
+    rows = tuple(TableRow(f"r{i}", "n", State.ACTIVE, shares[i], capacities[i]) for i in range(2))
+    table = RoutingTable("app/model", 1, 1, 1, rows)
+    picks = PickTable(["r0", "r1"], table, {}, {}, cost_table(1.0, 0.0))
+    seen = candidates(picks, table, (0, 1), "r1", counted=False)
+    made = Decision("q", "predict", 0.0, "table", "r1", eligible=2, alive=2, candidates=seen)
+    assert said in " ".join(explain_decision(to_plain(made, 0.0)))
 
 
 # ---------------------------------------------------------------- questions

@@ -203,6 +203,8 @@ def test_every_setting_of_the_ring_that_the_documentation_names_is_the_code_s() 
 
     text = (DOCS / "explain.md").read_text()
     assert f"at most {decisions._SPECIAL_PER_S:g} a second" in " ".join(text.split())
-    assert f"the last {decisions._KEPT} of each kind" in text
+    assert f"the last {decisions._KEPT} stay, of each kind of the latter {decisions._KEPT_SPECIAL}" in " ".join(
+        text.split()
+    )
     assert f"{decisions.MOST_BYTES // 1024} KiB" in text
     assert json.loads((DOCS / "answers.schema.json").read_text())["$defs"]["explain"]
