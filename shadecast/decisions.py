@@ -1,8 +1,8 @@
 """Decisions of a router that are kept so that somebody can ask about them: which replicas, their scores, and why.
 
 Few are kept: the first of every second, and those that are special (waited, came back, were refused or sent again,
-whose session moved), of each kind of which `Limit` lets through so many a second, so that a busy router pays as little as a quiet
-one. `Ring` holds the last ones. Nothing leaves the router unless it is asked for (`answer`).
+whose session moved). Of each special kind `Limit` lets through so many a second, so that a busy router pays as little
+as a quiet one. `Ring` holds the last ones. Nothing leaves the router unless it is asked for (`answer`).
 """
 
 from __future__ import annotations
