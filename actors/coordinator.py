@@ -17,6 +17,7 @@ from dataclasses import asdict
 from typing import Any
 
 from actors.deployment import FORGET_S, Deployment
+from actors.explanations import Explanations
 from actors.orders import Forecasters, Kept, Orders
 from actors.serving_load import ServingLoad
 from shadecast import former
@@ -90,6 +91,14 @@ class Coordinator:
             audit=audit,
             wall=wall,
         )
+        self._explanations = Explanations(
+            now_s,
+            self._deployments,
+            self._nodes,
+            self._transitions,
+            kept_out=lambda: (self._holds, self._leaving),
+            announced=self._orders.view,
+        )
 
     # ------------------------------------------------------------------ calls from routers and forecasters
 
@@ -114,6 +123,8 @@ class Coordinator:
             answer |= known.table((int(epoch), int(version)), self._now_s())
         if reader is not None and deployment in self._deployments:
             answer["prefixes"] = self._deployments[deployment].mail.take(*reader, self._now_s())
+        if asked := self._explanations.questions():
+            answer["questions"] = asked
         return message("answer", **answer)
 
     def _report(self, deployment: str, received: Any) -> dict[str, Any]:
@@ -129,6 +140,7 @@ class Coordinator:
         holds_one = report is not None and report.table_epoch not in (0, self._epoch)
         if report is not None:
             self._serving.take(report, now_s)
+        self._explanations.take(deployment, received)
         return {"acknowledged": acknowledged, "table_wanted": holds_one and known.wants_table()}
 
     def _post(self, deployment: str, received: Any) -> tuple[str, int] | None:
@@ -261,6 +273,11 @@ class Coordinator:
             return None
         heard_s, view = self._retraining
         return {**view, "age_s": now_s - heard_s}
+
+    async def explain(self, received: Any) -> dict[str, Any]:
+        """Why requests, a replica or a node went, or stand, where they do, as `Explanations.explain`."""
+        self._wake()
+        return await self._explanations.explain(received)
 
     def _summary(self, now_s: float) -> dict[str, Any]:
         """The status without what there is one of for each replica or router, and without the changes of state."""

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from shadecast.balancer import Balancer, TickInput, TickOutput
-from shadecast.config import TICK_S, Config
+from shadecast.config import LOST_AFTER_S, TICK_S, Config
 from shadecast.connection import Event
 from shadecast.errors import ConfigError, MessageError
 from shadecast.histogram import TICK_BOUNDS_S, Durations, Histogram
@@ -210,6 +210,20 @@ class Deployment:
             ],
             "replicas": [{**asdict(view), "ejected_by": ejected[view.replica_id]} for view in views],
         }
+
+    def routers_heard(self, now_s: float) -> set[tuple[str, str]]:
+        """(deployment, id) of those that have reported lately."""
+        return {(self.name, name) for name, heard in self._routers.items() if now_s - heard.at_s < LOST_AFTER_S}
+
+    def explain(self, replica_id: str, why: str) -> dict[str, Any] | None:
+        """Why a replica stands where it does; None where there is none of that id. `why`: its last change's reason."""
+        ejected_by = sum(replica_id in router.ejected for router in self._routers.values())
+        return self.balancer.explain(replica_id, why, ejected_by)
+
+    def replicas_on(self, node_id: str) -> list[str]:
+        """Ids of a node's replicas."""
+        rows = self.output.table.rows if self.output is not None else ()
+        return [row.replica_id for row in rows if row.node_id == node_id]
 
     def summary(self, now_s: float) -> dict[str, Any]:
         """The view without what there is one of for each router or replica: counts of them in its place."""

@@ -12,7 +12,7 @@ import json
 import pickle
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import ray
 from ray._common.constants import HEAD_NODE_RESOURCE_NAME as HEAD_NODE_RESOURCE
@@ -29,6 +29,14 @@ from ray.serve.request_router import (
     RunningReplica,
 )
 
+if TYPE_CHECKING:
+    from serve_app.explained import Explained
+
+try:  # no part of routing: where Ray moves it, spans have nothing of ours
+    from ray.serve._private import tracing_utils as _tracing
+except ImportError:
+    _tracing = None
+
 __all__ = ["HEAD_NODE_RESOURCE", "QueueInfo", "ServeRouter"]
 
 _MAX_STATUS_BYTES = 1_000_000
@@ -43,6 +51,14 @@ class ServeRouter(LocalityMixin, MultiplexMixin, RequestRouter):
     by id is overridden because calls that one request makes share Serve's id, and one of two would wait for ever
     (docs/decisions/0041).
     """
+
+    explained: Explained
+    """What is kept of its decisions."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.choose_now: Callable[[PendingRequest], RunningReplica | None] = self.choose_at_once
+        """`choose_at_once` but for a request whose decision is kept: so the others pay nothing for it."""
 
     # ------------------------------------------------------------------ for the router to define
 
@@ -72,17 +88,19 @@ class ServeRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         self, pending_request: PendingRequest, *, is_retry: bool = False
     ) -> RunningReplica:
         nobody_waits = not (is_retry or self._pending_requests_to_route or self.num_routing_tasks_in_backoff)
-        chosen = self.choose_at_once(pending_request) if nobody_waits else None
+        chosen = self.choose_now(pending_request) if nobody_waits else None
         if chosen is not None:
             self._record_queue_wait_time(pending_request)  # Serve's metric of the time in the queue
             return chosen
         self.asked(pending_request)
         try:
             chosen = await super()._choose_replica_for_request(pending_request, is_retry=is_retry)
-        except BaseException:  # perhaps just when it had been chosen for: nobody will send it
+        except BaseException as error:  # perhaps just when it had been chosen for: nobody will send it
             self.given_up(pending_request)
+            self.explained.refused(pending_request, error)
             raise
         self.chosen(pending_request, chosen)
+        self.explained.compared(pending_request, chosen, came_back=is_retry)
         return cast("RunningReplica", chosen)
 
     def _get_pending_request_matching_internal_request_id(self, request_metadata: Any = None) -> PendingRequest | None:
@@ -138,6 +156,24 @@ def reserved_slot(pending_request: PendingRequest) -> str | None:
 def serialise_lazily(replica: RunningReplica, request: PendingRequest) -> None:
     """Let a replica make what it makes at its first request, which needs an event loop: then it sends from threads."""
     replica._get_replica_wrapper(request)
+
+
+def is_tracing() -> bool:
+    """Whether Serve makes OpenTelemetry spans in this process. Its module is there where Serve routes."""
+    return _tracing is not None and bool(_tracing.is_tracing_enabled())
+
+
+def set_span_attributes(attributes: dict[str, Any]) -> None:
+    """On Serve's span of the request that is being routed, if it has one; those that are None are left out."""
+    if _tracing is not None:
+        _tracing.set_span_attributes(attributes)
+
+
+def add_span(name: str, metadata: Any, attributes: dict[str, Any]) -> None:
+    """A span without length in the trace of a request, for what becomes of it after it was routed."""
+    context = _tracing.extract_propagated_context(metadata.tracing_context) if is_tracing() else None
+    if context is not None:
+        _tracing.get_tracer().start_span(name, context=context, attributes=attributes).end()
 
 
 def current_request_ids() -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from serve_app.shadow import is_of_copy
@@ -29,6 +29,7 @@ class Sessions:
         self._secret_known = asyncio.Event()
         self._born_s = time.monotonic()
         self._map: SessionMap | None = None
+        self.on_moved: Callable[[Any, str, str], object] = lambda _request, _before, _after: None
 
     def configure(self, config: Config) -> None:
         """Go by other settings; sessions stay where they are."""
@@ -70,7 +71,8 @@ class Sessions:
         """Index of the replica that has the session, or stands in for one of `away`; -1 if none takes traffic."""
         if self._map is None:
             self._map = SessionMap(self._config.session, self._secret, self._config.trial.drain_s)
+            self._map.on_moved = self.on_moved
             self.update(picks, table)
         find = self._map.peek if is_of_copy(metadata) else self._map.lookup
-        replica_id = find(metadata.session_id, time.monotonic(), away)
+        replica_id = find(metadata.session_id, time.monotonic(), away, metadata)
         return picks.index.get(replica_id, -1) if replica_id is not None else -1

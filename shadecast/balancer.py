@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from shadecast.admission import Admission
 from shadecast.config import LOST_AFTER_S, TICK_S, Config
 from shadecast.connection import Connection, Event, backoff_s
 from shadecast.estimates import Estimates, is_plausible
+from shadecast.explain import explain_replica
 from shadecast.fleet import Fleet, Replica
 from shadecast.sessions import steady_weight
 from shadecast.trials import Trials
@@ -265,6 +267,21 @@ class Balancer:
         """What people see of each replica, as of the last tick."""
         panic = self._fleet.panic()
         return tuple(self._view(known, self._share(known, panic=panic)) for known in self._fleet.replicas.values())
+
+    def explain(self, replica_id: str, why: str = "", ejected_by: int = 0) -> dict[str, Any] | None:
+        """Why a replica stands where it does, as of the last tick; None where there is none of that id.
+
+        As `shadecast.explain`: plain values and `sentences`. `why` is the reason of its last change of state.
+        """
+        known = self._fleet.replicas.get(replica_id)
+        if known is None:
+            return None
+        panic = self._fleet.panic()
+        share = self._share(known, panic=panic)
+        urgent = self._urgency.why()
+        return explain_replica(
+            known, self._fleet, self._estimates, share=share, panic=panic, urgent=urgent, why=why, ejected_by=ejected_by
+        )
 
     def _view(self, known: Replica, share: float) -> ReplicaView:
         c, rates, ruling, now_s = known.connection, known.rates, known.ruling, self._fleet.now_s

@@ -184,6 +184,10 @@ class Estimates:
         """Log speed that its node's telemetry explains."""
         return cap.explained(self._sensitivity.gamma, self._fleet.headroom(known.connection.node_id))
 
+    def by_telemetry(self, known: Replica) -> float:
+        """Relative speed that its node's telemetry explains."""
+        return math.exp(self._explained(known))
+
     def _noise(self, known: Replica) -> float:
         """Spread of one observation of the kind that says how fast the replica is."""
         return self._pace.noise if self.is_paced(known) else self._duration.noise

@@ -167,6 +167,27 @@ class Trial:
             return Ruling(Verdict.INCONCLUSIVE, f"{end}, and no sign of harm", evidence)
         return Ruling(Verdict.CONTINUE, f"{self.pairs} pairs so far prove nothing", evidence)
 
+    def missing(self) -> tuple[str, ...]:
+        """What a good verdict still waits for, in words; empty where it is due."""
+        config, found = self.config, []
+        speed = self._speed.interval(config.alpha, config.mixture)
+        if self._sound.e_value < 1.0 / config.alpha:
+            found.append(
+                "proof that it does not fail more often than the others: evidence "
+                f"{self._sound.e_value:.2g} of {1.0 / config.alpha:.3g}"
+            )
+        if speed.count < 0.5 * config.min_pairs:
+            found.append(f"its speed: {speed.count:.0f} of {math.ceil(0.5 * config.min_pairs)} judged pairs")
+        if speed.buckets < _FEW_BUCKETS:
+            found.append(f"its speed over time: pairs from {speed.buckets:.0f} of {_FEW_BUCKETS:g} seconds")
+        elif speed.mean >= math.log(config.margin):
+            found.append(f"a mean time below {config.margin:g} times the primaries': it is {math.exp(speed.mean):.2g}")
+        return tuple(found)
+
+    def left(self, now_s: float) -> tuple[int, float]:
+        """Pairs, and seconds, after which the trial ends at the latest."""
+        return max(self.config.max_pairs - self.pairs, 0), max(self.config.timeout_s - self._advance(now_s), 0.0)
+
     def speed(self) -> float:
         """Of the candidate against the primaries, as judged so far: at most 1, and 1 while nothing is known."""
         mean = self._speed.interval(self.config.alpha, self.config.mixture).mean

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 from shadecast.types import RoutingTable
 
@@ -85,6 +86,17 @@ def copied_to(mirrored: Sequence[tuple[str, float]], draw: float) -> str:
         if draw < 0.0:
             return replica_id
     return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a score is made of: cost / capacity."""
+
+    queue: float
+    cost: float
+    capacity: float
+    full: bool
+    """It has all the requests that it takes, by this estimate, or is ejected."""
 
 
 class PickTable:
@@ -199,6 +211,12 @@ class PickTable:
         at = int(queue + 0.5) if queue > 0.0 else 0
         score = (cost[at] if at < len(cost) else cost[-1]) * self._inverse[i]
         return score if queue < self._limit[i] and not self._ejected[i] else score + _FULL
+
+    def parts(self, i: int, less: int = 0) -> Parts:
+        """What the score of the replica at index `i` is made of; was, with so many of this router's calls fewer."""
+        queue = max(self._base[i] + self._routers * (self.in_flight[i] - less), 0.0)
+        cost = self._cost[min(int(queue + 0.5), len(self._cost) - 1)]
+        return Parts(queue, cost, 1.0 / self._inverse[i], queue >= self._limit[i] or self._ejected[i])
 
     def score_within(self, replica_id: str) -> float:
         """The same of a request that is on a replica already; 0 where that is gone."""

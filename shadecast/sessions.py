@@ -18,8 +18,9 @@ the sessions known here, keeps sessions that were silent for long from leaving a
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from shadecast.config import SessionConfig
 from shadecast.pick import PickTable, table_scores
@@ -86,7 +87,7 @@ class SessionMap:
             "_secret",
             "_sessions",
         ),
-        *("_takes", "counts", "moved"),
+        *("_takes", "counts", "moved", "on_moved"),
     )
 
     def __init__(self, config: SessionConfig, secret: bytes, drain_s: float = 30.0) -> None:
@@ -110,6 +111,8 @@ class SessionMap:
         self.counts: dict[str, int] = {}
         """Sessions known here per replica."""
         self.moved = 0
+        self.on_moved: Callable[[Any, str, str], object] = lambda _request, _before, _after: None
+        """Told of a session that moves: the request that `lookup` was given, and both replicas."""
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -178,7 +181,9 @@ class SessionMap:
     def _placed(self, ring: Rendezvous, weights: Mapping[str, float]) -> Rendezvous:
         return ring if ring.weights == weights else Rendezvous(weights, self._secret)
 
-    def lookup(self, session_id: str | bytes, now_s: float, away: Collection[str] = ()) -> str | None:
+    def lookup(
+        self, session_id: str | bytes, now_s: float, away: Collection[str] = (), request: Any = None
+    ) -> str | None:
         """The replica for the session's next request; None if no replica takes traffic. Remembers where it lives.
 
         A session that lives on one of `away`, which are very slow, stays there; its request goes to its fallback.
@@ -195,15 +200,17 @@ class SessionMap:
         else:
             replica_id = held[0]
             if replica_id not in self._open:
-                replica_id = self._moved(key, replica_id, held[1], now_s)
+                replica_id = self._moved(key, replica_id, held[1], now_s, request)
                 if replica_id is None:
                     return None
             elif held[1] < self._changed_s + _DRIFT_S:
-                replica_id = self._drifted(key, replica_id, now_s)
+                replica_id = self._drifted(key, replica_id, now_s, request)
         self._sessions[key] = (replica_id, now_s)
         return replica_id if replica_id not in away else self._around(away).place(key)
 
-    def peek(self, session_id: str | bytes, _now_s: float, away: Collection[str] = ()) -> str | None:
+    def peek(
+        self, session_id: str | bytes, _now_s: float, away: Collection[str] = (), _request: Any = None
+    ) -> str | None:
         """Where a session lives, or would, for a request that must leave no trace: `lookup` that changes nothing."""
         key = session_key(session_id, self._secret)
         held = self._sessions.get(key)
@@ -224,7 +231,7 @@ class SessionMap:
             self._latest_s = now_s
         return self._latest_s
 
-    def _moved(self, key: int, held: str, last_s: float, now_s: float) -> str | None:
+    def _moved(self, key: int, held: str, last_s: float, now_s: float, request: Any) -> str | None:
         """The place of a session whose replica is not open: a new one, or the same if it must wait its turn."""
         leaving = self._leaving.get(held)
         if leaving is not None and not self._may_go(key, held, leaving, last_s, now_s):
@@ -234,11 +241,15 @@ class SessionMap:
             return held  # nothing better is alive
         self._discount(held)
         if target is not None:
-            self.counts[target] = self.counts.get(target, 0) + 1
-            self.moved += 1
+            self._note_move(held, target, request)
         return target
 
-    def _drifted(self, key: int, held: str, now_s: float) -> str:
+    def _note_move(self, held: str, target: str, request: Any) -> None:
+        self.counts[target] = self.counts.get(target, 0) + 1
+        self.moved += 1
+        self.on_moved(request, held, target)
+
+    def _drifted(self, key: int, held: str, now_s: float, request: Any) -> str:
         """The place of a session whose replica is open, but no more where others would look for it."""
         per_s = max(self._config.moves_per_s, 1.0 / _DRIFT_S) if self._config.moves_per_s else 0.0
         if unit(key, _RANK_SALT) >= per_s * (now_s - self._changed_s):
@@ -247,8 +258,7 @@ class SessionMap:
         if target is None or target == held:
             return held
         self._discount(held)
-        self.counts[target] = self.counts.get(target, 0) + 1
-        self.moved += 1
+        self._note_move(held, target, request)
         return target
 
     def _may_go(self, key: int, held: str, leaving: _Leaving, last_s: float, now_s: float) -> bool:

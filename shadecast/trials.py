@@ -19,7 +19,7 @@ from shadecast.sequential import ErrorGuard
 from shadecast.types import Outcome, PairedSample, State, Transition
 from shadecast.urgency import STEP_S, Urgency
 
-_ACTIVE_LIMIT = 9.0
+ACTIVE_LIMIT = 9.0
 """Score of the error guard at which a replica in use is drained; about one false alarm in e^9 requests."""
 _STEP_OUTCOMES = 20
 """A step of the ramp ends early after so many requests."""
@@ -209,7 +209,7 @@ class Trials:
         c = known.connection
         if c.rejections and self._fleet.now_s - c.since_s > self._config.backoff_max_s:
             known.connection = replace(c, rejections=0)
-        if known.errors.score < _ACTIVE_LIMIT:
+        if known.errors.score < ACTIVE_LIMIT:
             return
         replicas = self._fleet.replicas.values()
         others = sum(1 for r in replicas if r is not known and r.connection.state is State.ACTIVE)

@@ -1,4 +1,4 @@
-"""The command line: `shadecast serve | up | down | status | nodes | drain | release | announce | forecaster ...`.
+"""The command line: `shadecast serve | up | down | status | nodes | explain | drain | release | announce | forecaster`.
 
 Ray is imported by the commands that need it: help and completion by the shell answer at once. docs/command_line.md has
 the exit codes and what `--json` prints.
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console, Group, RenderableType
 
-from serve_app.launch import ids, own_installation, tables, tokens
+from serve_app.launch import explanations, ids, own_installation, tables, tokens
 from serve_app.launch.answers import JsonOption, answer, failed, problems
 from serve_app.launch.connection import AddressOption, connected
 from serve_app.launch.registry_commands import forecaster
@@ -28,7 +28,7 @@ from serve_app.launch.times import duration_s, from_now_s
 from serve_app.launch.watching import Watching
 from serve_app.page.address import Address, PageError
 from serve_app.page.watch import to_json
-from shadecast.errors import AwayError, ConfigError, ShadecastError
+from shadecast.errors import AwayError, ConfigError, OrderError, ShadecastError
 
 if TYPE_CHECKING:
     from serve_app.launch.control_plane import ControlPlane
@@ -385,6 +385,57 @@ def nodes(address: AddressOption = "", wide: WideOption = False, as_json: JsonOp
         answer(nodes=tables.node_rows(state))
     else:
         _show(tables.nodes_view(state, _width(), wide=wide), wide=wide)
+
+
+@cli.command()
+def explain(  # noqa: PLR0917 - as above
+    last: Annotated[bool, typer.Option("--last", help="What routers decided last.")] = False,
+    request: Annotated[str, typer.Option(metavar="ID", help="One request, by the x-request-id of its answer.")] = "",
+    replica: Annotated[
+        str, typer.Option(metavar="ID", help="Why it gets what it gets.", autocompletion=ids.complete_targets)
+    ] = "",
+    node: Annotated[
+        str, typer.Option(metavar="ID", help="What is known of it, and why.", autocompletion=ids.complete_nodes)
+    ] = "",
+    wait: Annotated[
+        str, typer.Option(metavar="DURATION", help="With --request: until it comes, 300 s at most. [e.g. 60s]")
+    ] = "",
+    most: Annotated[int, typer.Option(min=1, max=50, help="With --last: so many.")] = 5,
+    address: AddressOption = "",
+    wide: WideOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Say why: where requests went and what the replicas' scores were, what a replica or node gets, what is missing."""
+    given = [(what, target) for what, target in (("request", request), ("replica", replica), ("node", node)) if target]
+    if last:
+        given.append(("last", ""))
+    if len(given) != 1:
+        raise ConfigError("explain: give one of --last, --request ID, --replica ID and --node ID")
+    if wait and not request:
+        raise ConfigError("explain: --wait is for --request: the others are known already")
+    told = _explain(
+        *given[0], address, most=50 if request else most, wait_s=duration_s(wait, "--wait") if wait else 0.0
+    )
+    if as_json:
+        answer(**told)
+    else:
+        _show(explanations.view(told, _width(), wide=wide), wide=wide)
+
+
+def _explain(what: str, target: str, address: str, **more: Any) -> dict[str, Any]:
+    """The coordinator's explanation, as JSON values. Raises OrderError where nothing has that id."""
+    from serve_app.launch.control_plane import ask_coordinator  # noqa: PLC0415 - see above
+
+    with connected(address):
+        if what in ("replica", "node"):
+            state = _status()
+            names = ids.node_names(state) if what == "node" else {}
+            target = ids.resolve(target, names or ids.replica_ids(state), names, what)
+        asked = {"what": what, "target": target, **more}
+        told: dict[str, Any] = to_json(ask_coordinator("explain", asked, timeout_s=30.0 + more["wait_s"]))
+    if "refused" in told:
+        raise OrderError(str(told["refused"]))
+    return told
 
 
 @cli.command()

@@ -99,6 +99,10 @@ class CoordinatorProcess:
         """Drain or release a replica or a node, as older versions order it."""
         return await self._coordinator.command(target, drain)
 
+    async def explain(self, received: Any) -> dict[str, Any]:
+        """Why requests, a replica or a node went, or stand, where they do."""
+        return await self._coordinator.explain(received)
+
     async def status(self) -> dict[str, Any]:
         """Everything that the coordinator knows, as plain values."""
         return await self._coordinator.status()

@@ -34,12 +34,13 @@ from serve_app.http_guard import App, Receive, Scope, Send, send_error
 from serve_app.page.address import Address, PageError, host_name, is_ip_address, is_name
 from serve_app.page.metrics import prometheus_text
 from serve_app.page.rights import ORDERS_PER_S, WRONG_TOKENS_PER_S, Caller, Limits, Rights, Role, bearer, retry_after_s
-from serve_app.page.watch import ControlPlaneAwayError, Watch, one_line
+from serve_app.page.watch import ControlPlaneAwayError, Explanations, Watch, one_line
 from serve_app.protocol_error import ProtocolError
 
 logger = logging.getLogger(__name__)
 
 _MAX_BODY_BYTES = 4096
+_LONGEST_ID = 512
 _COORDINATOR_ANSWER_S = 3.0
 _SAY_S = 10.0
 """Refused tokens are told of in the log at most so often."""
@@ -71,13 +72,14 @@ def make_app(
     rights: Rights,
     *,
     write_down: Callable[[dict[str, Any]], Awaitable[None]] | None = None,
+    explain: Callable[[dict[str, Any]], Awaitable[dict[str, Any]]] | None = None,
     address: Address | None = None,
     now_s: Callable[[], float] = time.monotonic,
 ) -> FastAPI:
     """The page's application.
 
-    `status()` is the coordinator's status; it may raise anything while that is away. `order` and `write_down` are the
-    coordinator's, too. `address` says by which names clients may ask.
+    `status()` is the coordinator's status; it may raise anything while that is away. `order`, `write_down` and
+    `explain` are the coordinator's, too. `address` says by which names clients may ask.
     """
     watch = Watch(status, now_s)
     html = resources.files("serve_app.page").joinpath("page.html").read_text(encoding="utf-8")
@@ -93,6 +95,7 @@ def make_app(
             await asyncio.gather(task, return_exceptions=True)
 
     door = _Door(rights, now_s)
+    explanations = Explanations(explain, now_s)
 
     async def may_look(request: Request) -> None:
         """For every route but the page itself, which knows nothing; orders look at the token themselves."""
@@ -129,6 +132,10 @@ def make_app(
     @app.get("/api/history")
     async def history() -> Response:
         return _json(watch.history())
+
+    @app.get("/api/explain")
+    async def explained(what: str = "", target: str = "") -> Response:
+        return _json(await _explained(explanations, what, target))
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
@@ -178,6 +185,15 @@ def _content_policy(html: str) -> str:
         f"default-src 'none'; script-src {hashed('script')}; style-src {hashed('style')}; connect-src 'self'; "
         "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
+
+
+async def _explained(explanations: Explanations, what: str, target: str) -> dict[str, Any]:
+    if what not in ("replica", "node") or not 0 < len(target) <= _LONGEST_ID:
+        raise HTTPException(422, "ask for /api/explain?what=replica&target=ID, or what=node")
+    answer = await explanations.of(what, target)
+    if "refused" in answer:
+        raise HTTPException(404 if answer.get("unknown") else 503, str(answer["refused"]))
+    return answer
 
 
 class _Door:
@@ -322,7 +338,14 @@ class Page:
 
     def _listen(self) -> _Running:
         listener = self._address.listen()
-        app = make_app(self._status, self._order, self._rights, write_down=self._write_down, address=self._address)
+        app = make_app(
+            self._status,
+            self._order,
+            self._rights,
+            write_down=self._write_down,
+            explain=self._explain,
+            address=self._address,
+        )
         config = uvicorn.Config(
             app,
             log_level="warning",
@@ -341,6 +364,10 @@ class Page:
 
     async def _order(self, order: dict[str, Any]) -> dict[str, Any]:
         answer: dict[str, Any] = await self._call("order", order)
+        return answer
+
+    async def _explain(self, question: dict[str, Any]) -> dict[str, Any]:
+        answer: dict[str, Any] = await self._call("explain", question)
         return answer
 
     async def _write_down(self, entry: dict[str, Any]) -> None:

@@ -132,6 +132,41 @@ class Watch:
         return {"ago_s": [_rounded(now_s - s.at_s) for s in samples], "nodes": nodes, "rates": rates}
 
 
+class Explanations:
+    """Why a replica or node stands where it does: however many ask, the coordinator has one question at a time."""
+
+    def __init__(
+        self, ask: Callable[[dict[str, Any]], Awaitable[dict[str, Any]]] | None, now_s: Callable[[], float]
+    ) -> None:
+        self._ask, self._now_s = ask, now_s
+        self._lock = asyncio.Lock()
+        self._kept: dict[tuple[str, str], tuple[float, dict[str, Any]]] = {}
+
+    async def of(self, what: str, target: str) -> dict[str, Any]:
+        """As JSON values, at most half a second old. Raises ControlPlaneAwayError."""
+        async with self._lock:
+            now_s = self._now_s()
+            self._kept = {key: kept for key, kept in self._kept.items() if now_s - kept[0] < _FRESH_S}
+            kept = self._kept.get((what, target))
+            if kept is None:
+                kept = self._kept[what, target] = (now_s, await self._asked(what, target))
+        return kept[1]
+
+    async def _asked(self, what: str, target: str) -> dict[str, Any]:
+        if self._ask is None:
+            raise ControlPlaneAwayError("nobody to ask")
+        try:
+            async with asyncio.timeout(_ANSWER_S):
+                answer: dict[str, Any] = to_json(await self._ask({"what": what, "target": target}))
+        except TimeoutError:
+            raise ControlPlaneAwayError(f"the coordinator did not answer within {_ANSWER_S:g} s") from None
+        except ControlPlaneAwayError:
+            raise
+        except Exception as error:
+            raise ControlPlaneAwayError(f"asking the coordinator failed: {one_line(error)}") from error
+        return answer
+
+
 def to_json(value: Any) -> Any:
     """`value` with only what JSON can carry: NaN and infinities become None, tuples lists, unknown things text."""
     if value is None or isinstance(value, (bool, int)):

@@ -150,6 +150,7 @@ class Link:
         elif "refused" in answer:
             self._absence.warn("refused", str(answer["refused"]))
         router.calls.prefixes.hear(answer.get("prefixes"))
+        router.explained.asked(answer.get("questions"))
         if answer.get("table") is not None:
             router.use_settings(bool(answer.get("observing")), answer.get("settings"))
             table = self.read_table(answer["table"], router.table)

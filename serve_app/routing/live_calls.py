@@ -18,6 +18,7 @@ from typing import Any, cast
 
 from ray.serve.request_router import PendingRequest, RunningReplica
 
+from serve_app.explained import Explained
 from serve_app.prefixes import Prefixes
 from serve_app.ray_api import http_status, is_by_reference, reserved_slot
 from serve_app.routing.ends import Soon, tell, was_cancelled, watch_end
@@ -97,6 +98,7 @@ class LiveCalls:
         """For the ends of calls: caught up with before every choice and report."""
         self.second = SecondAttempts(self, config)
         self.undispatched = Undispatched(self)
+        self.explained = Explained(self)
         self.observing = False
         """Requests go as Serve sends them; nothing is copied, or sent again."""
         self._config = config
@@ -131,7 +133,8 @@ class LiveCalls:
             elif do is _CLOSE:
                 self._close(call)
             else:
-                self.ledger.rescue("retried" if event is Event.RETRY else "moved" if call.had is None else "resumed")
+                how = "retried" if event is Event.RETRY else "moved" if call.had is None else "resumed"
+                self.explained.rescued(call, how)
                 if call.reading is None:  # streams tell by their pace
                     self.ledger.evidence(call)
 
@@ -243,9 +246,7 @@ class LiveCalls:
 
     def reserving(self, metadata: Any, replica_id: str) -> LiveCall:
         """A place for a request is asked for."""
-        call = self._open.get(id(metadata))
-        if call is None:
-            call = self._new(None, metadata)
+        call = self._open.get(id(metadata)) or self._new(None, metadata)
         self.choose_by_id(call, replica_id)
         self.tell(call, Event.SEND)
         return call
@@ -259,8 +260,7 @@ class LiveCalls:
 
     def released(self, token: str) -> None:
         """A reserved place is given back without having been used."""
-        call = self._reserved.pop(token, None)
-        if call is not None:
+        if (call := self._reserved.pop(token, None)) is not None:
             self.drop(call)
 
     def accepted(self, call: LiveCall, result: WatchedResult, queue: int | None) -> None:
@@ -372,8 +372,8 @@ class LiveCalls:
             return
         call.pair = self.mirror.copy(pending, candidate, (call.replica_id, call.others), result.inner, call.reading)
         if call.pair is not None:
-            self.ledger.count("mirrored")
             self.prefixes.copied(call, candidate_id)
+            self.explained.copied(call)
 
     # ------------------------------------------------------------------ for results and reports
 
@@ -391,7 +391,7 @@ class LiveCalls:
         self.soon.catch_up()
         for call in self.book.all_running():
             self._count_items(call)
-        made = self.ledger.report(time.monotonic(), self.routes.alive, **more)
+        made = self.ledger.report(time.monotonic(), self.routes.alive, **self.explained.report(), **more)
         self.routes.reported()
         return made
 

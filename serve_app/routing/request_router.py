@@ -45,6 +45,7 @@ class Router(ServeRouter):
         self.started_wall_s = time.time()
         self._in_force: tuple[bool, Any] | None = None
         self.calls = LiveCalls(uuid.uuid4().hex, self.deployment, Config(), lambda: self.own_place)
+        self.explained = self.calls.explained.of(self)
         self.calls.observing = self.observes
         self.calls.second.on_died = self.on_replica_actor_died
         self._routes = self.calls.routes

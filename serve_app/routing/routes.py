@@ -167,13 +167,9 @@ class Routes:
         self._locality = Locality(picks.pool, self.replicas, node, zone, collapsed)
         self.has_near = self._locality.any_near
         self.fresh_until_s = self._table_s + TABLE_TTL_S if self._laid_out_for == "table" else -math.inf
-        rows = table.rows if table is not None else ()
         self.sessions.update(picks, table)
-        self.mirrored = [
-            (row.replica_id, row.mirror_fraction)
-            for row in rows
-            if row.mirror_fraction > 0.0 and row.replica_id in picks.index
-        ]
+        rows = [row for row in table.rows if row.mirror_fraction > 0.0] if table is not None else []
+        self.mirrored = [(row.replica_id, row.mirror_fraction) for row in rows if row.replica_id in picks.index]
 
     # ------------------------------------------------------------------ the fail-open ladder
 

@@ -302,6 +302,6 @@ class SecondAttempts:
         for _ in range(_TRIES_AFTER_LOSS):
             begun = await self._go_on(call)
             if begun is not None:
-                self._calls.ledger.rescue("resumed")
+                self._calls.explained.rescued(call, "resumed")
                 return begun
         return None

@@ -99,6 +99,26 @@ def test_status_shows_nodes_and_replicas(serving):
     assert "default/digits" in shown
 
 
+def test_explain_tells_of_a_request_that_is_asked_for_in_advance_and_of_its_replica(serving):
+    _, url, page, env, _ = serving
+    body = {"inputs": [{"name": "pixels", "datatype": "FP32", "shape": [1, 64], "data": [0.0] * 64}]}
+    get(f"{url}/v2/models/digits/infer", body)
+    command = [sys.executable, "-m", "serve_app", "explain", "--request", "mine", "--wait", "60s", "--json"]
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as asking:
+        while asking.poll() is None:  # until the routers know of the question and one of these is kept
+            get(f"{url}/v2/models/digits/infer", body, {"X-Request-ID": "mine"})
+            time.sleep(0.2)
+        told = json.loads(asking.stdout.read())
+    decision = told["decisions"][0]
+    assert (decision["request_id"], decision["deployment"]) == ("mine", "default/digits")
+    assert decision["chosen"] in {c["replica_id"] for c in decision["candidates"]}
+    why = run_in(env, "explain", "--replica", decision["chosen"])
+    assert (why.returncode, why.stderr) == (0, "")
+    assert "It may get any request" in why.stdout
+    asked = json.loads(get(f"{page}/api/explain?what=replica&target={decision['chosen']}"))
+    assert asked["state"] == "active"
+
+
 def run_in(env, *arguments):
     command = [sys.executable, "-m", "serve_app", *arguments]
     return subprocess.run(command, env=env, capture_output=True, timeout=60, text=True, check=False)

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import hashlib
+import math
 import re
 import shutil
 import signal
@@ -69,6 +70,15 @@ class Plane:
             return {"refused": "lasts_s must be more", "unknown": False}
         return {"order": order["order"], "target": order["target"], "concerned": self.known[order["target"]]}
 
+    async def explain(self, question: dict[str, Any]) -> dict[str, Any]:
+        self.asked += 1
+        await asyncio.sleep(0)
+        if self.error is not None:
+            raise self.error
+        if question["target"] not in self.known:
+            return {"refused": f"no {question['what']} has the id {question['target']!r}", "unknown": True}
+        return {**question, "sentences": ["It gets nothing."], "changes": [], "score": math.nan}
+
     async def write_down(self, entry: dict[str, Any]) -> None:
         self.written.append(entry)
 
@@ -87,7 +97,7 @@ def client_of(app: FastAPI) -> httpx.AsyncClient:
 
 def app_of(plane: Plane, **kwargs: Any) -> FastAPI:
     rights = kwargs.pop("rights", RIGHTS)
-    return make_app(plane.status, plane.order, rights, write_down=plane.write_down, **kwargs)
+    return make_app(plane.status, plane.order, rights, write_down=plane.write_down, explain=plane.explain, **kwargs)
 
 
 # ---------------------------------------------------------------- the file
@@ -450,15 +460,84 @@ def test_an_announcement_takes_numbers_and_reaches_the_coordinator() -> None:
     assert ask(app_of(plane), "POST", "/api/reboot", json=body, headers=BEARER).status_code == 404
 
 
+# ---------------------------------------------------------------- why
+
+
+def test_why_a_replica_stands_where_it_does_is_told_as_json() -> None:
+    response = ask(app_of(Plane()), "GET", "/api/explain?what=node&target=node")
+    assert response.status_code == 200
+    assert response.json() == {
+        "what": "node", "target": "node", "sentences": ["It gets nothing."], "changes": [], "score": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("query", "status"),
+    [
+        ("", 422),
+        ("?what=last", 422),
+        ("?what=request&target=q", 422),
+        ("?what=replica&target=", 422),
+        ("?what=replica&target=" + "x" * 513, 422),
+        ("?what=replica&target=nobody", 404),
+    ],
+)
+def test_what_the_page_cannot_explain_is_refused_with_a_reason(query: str, status: int) -> None:
+    plane = Plane()
+    response = ask(app_of(plane), "GET", "/api/explain" + query)
+    assert response.status_code == status
+    assert response.json()["error"]
+    assert plane.asked == (status == 404), "what is wrong is not passed on"
+
+
+def test_however_many_ask_why_the_coordinator_has_one_question_at_a_time() -> None:
+    plane, clock = Plane(), [10.0]
+    most = under_way = 0
+
+    async def explain(question: dict[str, Any]) -> dict[str, Any]:
+        nonlocal most, under_way
+        under_way += 1
+        most = max(most, under_way)
+        try:
+            return await Plane.explain(plane, question)
+        finally:
+            under_way -= 1
+
+    plane.explain = explain  # type: ignore[method-assign]
+
+    async def look() -> list[httpx.Response]:
+        async with client_of(app_of(plane, now_s=lambda: clock[0])) as client:
+            paths = [f"/api/explain?what=replica&target={target}" for target in ("r1", "node", "nobody")] * 20
+            return await asyncio.gather(*(client.get(path) for path in paths))
+
+    assert {r.status_code for r in asyncio.run(look())} == {200, 404}
+    assert (most, plane.asked) == (1, 3)
+
+
+def test_while_the_control_plane_is_away_why_is_answered_with_503() -> None:
+    plane = Plane()
+    plane.error = RuntimeError("the actor died")
+    response = ask(app_of(plane), "GET", "/api/explain?what=replica&target=r1")
+    assert response.status_code == 503
+    assert response.json()["error"] == "control plane away: asking the coordinator failed: RuntimeError: the actor died"
+
+
+def test_every_replica_and_node_has_a_button_that_asks_why() -> None:
+    assert len(re.findall(r"whyButton\(\"(?:replica|node)\"", HTML)) == 2
+    assert "api/explain?" in HTML
+
+
 # ---------------------------------------------------------------- roles
 
 
-READS = ["/api/status", "/api/history", "/metrics"]
+READS = ["/api/status", "/api/history", "/api/explain?what=replica&target=r1", "/metrics"]
 
 
 def test_what_is_read_is_all_that_the_page_has_to_read() -> None:
     routes = {route.path for route in app_of(Plane()).routes if "GET" in (getattr(route, "methods", None) or ())}
-    assert routes == {"/", *READS}, "a new one belongs into READS, so that it is tried without a token"
+    assert routes == {"/", *(path.split("?")[0] for path in READS)}, (
+        "a new one belongs into READS, so that it is tried without a token"
+    )
 
 
 @pytest.mark.parametrize("path", READS)

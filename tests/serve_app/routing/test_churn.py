@@ -64,7 +64,10 @@ def control_plane(kind):
 
 
 def kept(serve):
-    """What hangs on a router, without the event loop, and without what hangs on the replicas of the moment."""
+    """What hangs on a router, without the event loop, and without what hangs on the replicas of the moment.
+
+    Nor its ring of decisions, which has a size of its own (`test_explained`).
+    """
     calls = serve.router.calls
     routes, loop = calls.routes, asyncio.get_running_loop()
     parts = (calls.book, calls.ledger, calls.second.patience, calls.second.stream_patience, calls.soon.left)
@@ -72,7 +75,7 @@ def kept(serve):
     sessions = routes.sessions._map
     places = (routes._told, routes._reported, routes.ejections, routes.alive, routes.mirrored, sessions)
     held = (calls._open, calls._reserved, calls.mirror._under_way, calls.mirror._tasks, calls.second._tasks)
-    return own + sum(deep_size(part, loop, calls, calls.book) for part in (*places, *held))
+    return own + sum(deep_size(part, loop, calls, calls.book, serve.router.explained) for part in (*places, *held))
 
 
 @pytest.mark.parametrize("kind", ["none", "dead", "hangs", "broken", "comes and goes", "well"])
