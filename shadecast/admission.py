@@ -22,8 +22,8 @@ _RARER_S, _LEAST_PAIRS_PER_S = 30.0, 0.2
 """From then on these copies get rarer, half as many after twice as long and so on; but no fewer than these."""
 _FULL_COPIES = 0.5
 """Speed down to which a candidate gets as many copies as an equal one: it has room, and the trial stays short."""
-_SLOWER = 0.5
-"""Part of the median capacity below which a replica is left out by scores alone."""
+_LEFT_OUT = 0.9
+"""Part of the best capacity below which a replica is left out by scores alone where nobody is busy."""
 
 
 class Admission:
@@ -96,10 +96,11 @@ class Admission:
         more would queue on it, and its own queue would be taken for its speed.
         """
         trial, replicas, serving = self._fleet.config.trial, self._fleet.replicas.values(), self._fleet.serving()
-        usual = median([r.capacity for r in serving]) if len(serving) > 1 else 0.0
+        capacities = [r.capacity for r in serving] if len(serving) > 1 else [0.0]
+        usual, best = median(capacities), max(capacities)
         for known in replicas:
             known.mirror_fraction = 0.0
-            if not self._is_doubtful(known, usual):
+            if not self._is_doubtful(known, usual, best):
                 known.doubted_s = None
             elif known.doubted_s is None:
                 known.doubted_s = self._fleet.now_s
@@ -126,7 +127,7 @@ class Admission:
         wanted = max(_PAIRS_PER_S * _RARER_S / doubted_s, _LEAST_PAIRS_PER_S)
         return wanted - known.recent.started_per_s  # its requests show as much
 
-    def _is_doubtful(self, known: Replica, usual: float) -> bool:
+    def _is_doubtful(self, known: Replica, usual: float, best: float) -> bool:
         """An ACTIVE replica whose score keeps requests away: without any, its estimate would stay for minutes.
 
         It stays so until it is as fast as the median: before that a faster one may get every request.
@@ -135,6 +136,6 @@ class Admission:
             return False
         if known.doubted_s is not None:
             return known.capacity < usual
-        by_requests = known.unexplained < math.log(_SLOWER)  # what telemetry says, it also takes back
+        by_requests = known.unexplained < math.log(_LEFT_OUT)  # what telemetry says, it also takes back
         unseen = known.queue < 0.5 and self._fleet.now_s - known.asked_s >= _UNSEEN_S
-        return known.capacity < _SLOWER * usual and by_requests and unseen
+        return known.capacity < _LEFT_OUT * best and by_requests and unseen

@@ -27,6 +27,8 @@ _MAX_COPY_LOG_SPEED = math.log(1.5)
 """A copy on an idle newcomer is not taken for proof that it is much faster than the others."""
 _UNSURE = 2.0
 """Standard errors by which a replica may differ from the median, and still counts as equal."""
+_FEW_PER_S = 1.0
+"""Requests of a replica in doubt that are too few to show a change."""
 _OVERDUE = 2.0
 """Standard deviations beyond its expected log duration from which an unfinished request is evidence."""
 
@@ -114,7 +116,7 @@ class Estimates:
         vetoed = self._veto.step(forecast, fleet.config.trial.memory_limit, fleet.now_s)
         for known in fleet.replicas.values():
             known.speed.settle(self._noise(known))
-            if known.doubted_s is not None:
+            if known.doubted_s is not None and known.recent.started_per_s < _FEW_PER_S:
                 known.speed.renew()
             known.unexplained = self._with_unfinished(known, self._explained(known))
         usual = median([r.unexplained for r in serving] or [0.0])

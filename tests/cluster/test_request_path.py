@@ -134,9 +134,8 @@ def get_on(handle, replica, name):
         return handle.get.remote(name).result(timeout_s=30)
 
 
-def assert_idle(handle):
-    """Nothing in flight anywhere: driver's router, its mirror, and all routers' reports."""
-    router = router_of(handle)
+def assert_at_rest(router):
+    """Nothing in flight in the driver's router and its mirror."""
 
     def busy():
         held = {
@@ -150,6 +149,11 @@ def assert_idle(handle):
     while (left := on_loop(router, busy)) and time.monotonic() < deadline_s:
         time.sleep(0.1)
     assert left == {}, "the driver's router is at rest"
+
+
+def assert_idle(handle):
+    """Nothing in flight anywhere: driver's router, its mirror, and all routers' reports."""
+    assert_at_rest(router_of(handle))
     wait_for(
         lambda: all(r["queue"] == 0 for d in status()["deployments"] for r in d["replicas"]), 15, "all queues are 0"
     )
@@ -157,7 +161,8 @@ def assert_idle(handle):
 
 @contextmanager
 def recorded(router):
-    """Everything that the router reports meanwhile, as the coordinator reads it."""
+    """Everything that the router reports meanwhile, as the coordinator reads it; of calls that begin meanwhile."""
+    assert_at_rest(router)
     seen, inbox = [], Inbox()
     make = router.make_report
 

@@ -30,6 +30,29 @@ def test_a_replica_that_was_slow_for_a_moment_is_found_to_be_well_again():
     assert found.live.get("old0", 0) > 0
 
 
+@pytest.mark.parametrize("seed", range(1, 4))
+@pytest.mark.parametrize("speed", [0.3, 0.5, 0.65])
+def test_a_replica_that_was_a_little_slower_for_five_seconds_has_its_share_again_soon(speed, seed):
+    world = grown(left_below=0.9, rate_per_tick=5, seed=seed)
+    world.machines["old0"].speed = speed
+    world.run(5)
+    world.machines["old0"].speed = 1.0
+    world.run(15)
+    world.live.clear()
+    world.run(10)
+    fair = 10 * 2 * world.rate_per_tick / 4
+    assert world.live.get("old0", 0) > fair / 2
+
+
+def test_what_is_known_of_a_slower_machine_stays_known_while_it_is_in_doubt():
+    world = grown(left_below=0.9, overflow=0.3)
+    world.machines["old0"].speed = 0.6
+    world.run(60)
+    for _ in range(60):
+        world.run(1)
+        assert world.row("old0").capacity == pytest.approx(0.6, abs=0.1)
+
+
 @pytest.mark.parametrize("seed", range(1, 5))
 @pytest.mark.parametrize("overflow", [0.0, 0.03])
 def test_copies_go_on_until_a_replica_is_as_fast_as_the_others_where_a_little_slower_is_left_out(seed, overflow):
