@@ -21,6 +21,7 @@ from serve_app.ray_api import add_span, is_tracing, set_span_attributes
 from serve_app.shadow import is_of_copy
 from shadecast.decisions import Decision, Question, Ring, answer, candidates, looked_at, questions
 from shadecast.pick import PickTable
+from shadecast.prefix_score import Comparison
 
 if TYPE_CHECKING:
     from serve_app.ray_api import ServeRouter
@@ -157,8 +158,16 @@ class Explained:
     ) -> None:
         try:
             if keep:
+                compared = self._calls.prefixes.compared(pending)
                 self._keep_labels(
-                    pending.metadata, chosen, looked, special=special, detail=detail, waited_s=waited_s, counted=True
+                    pending.metadata,
+                    chosen,
+                    looked,
+                    special=special,
+                    detail=detail,
+                    waited_s=waited_s,
+                    counted=True,
+                    compared=compared if chosen else None,
                 )
             if self._tracing and chosen:
                 self._put_on_span(pending, chosen, special, waited_s)
@@ -175,6 +184,7 @@ class Explained:
         detail: str,
         waited_s: float = 0.0,
         counted: bool = False,
+        compared: Comparison | None = None,
     ) -> None:
         """The same where the request itself is not at hand; `counted`: the chosen one's calls have it already."""
         try:
@@ -182,6 +192,8 @@ class Explained:
             picks, table = routes.picks, routes.table
             ejected = routes.ejections.at(now_s) if routes.ejections else ()
             nodes = {replica_id: node_id for replica_id, node_id, _ in routes.alive} if table is None else {}
+            if compared is not None:
+                looked = [picks.index[load.replica_id] for load in compared.loads if load.replica_id in picks.index]
             made = Decision(
                 request_id=str(metadata.request_id),
                 method=str(metadata.call_method),
@@ -196,7 +208,10 @@ class Explained:
                 of_copy=is_of_copy(metadata),
                 eligible=len(picks.pool),
                 alive=len(picks.ids),
-                candidates=candidates(picks, table, looked, chosen, ejected=ejected, nodes=nodes, counted=counted),
+                prompt_tokens=compared.prompt_tokens if compared is not None else 0,
+                candidates=candidates(
+                    picks, table, looked, chosen, ejected=ejected, nodes=nodes, counted=counted, compared=compared
+                ),
             )
             self.ring.add(made)
         except Exception:

@@ -19,7 +19,7 @@ from shadecast.config import CHOICES, BalanceConfig
 from shadecast.prefix import PrefixIndex
 from shadecast.prefix_exchange import Decisions
 from shadecast.prefix_mail import News, load_columns, others_load, read_news
-from shadecast.prefix_score import Load, choose, drawn
+from shadecast.prefix_score import Comparison, Load, choose, drawn
 from shadecast.prompts import Prompt, find_body, read_prompt
 from shadecast.rendezvous import Rendezvous, session_key
 
@@ -53,6 +53,8 @@ class Prefixes:
         self._ring: Rendezvous | None = None
         self._last: tuple[PendingRequest, Prompt | None, Mapping[str, int]] | None = None
         """The request that was looked at last, so that no choice reads its prompt twice."""
+        self._compared: tuple[PendingRequest, Comparison] | None = None
+        """The last request that was chosen for by its prompt, and between what."""
         self._placed: dict[Call, tuple[str, int, Prompt]] = {}
         """Where each call's prompt is not computed yet, and how many tokens of it."""
         self._pending: dict[str, float] = {}
@@ -87,7 +89,7 @@ class Prefixes:
 
     def _forget(self) -> None:
         self._index = PrefixIndex(self._kv_tokens or KV_TOKENS)
-        self._alive = self._ring = self._last = None
+        self._alive = self._ring = self._last = self._compared = None
         self._placed.clear()
         self._pending.clear()
         self._sent, self._news, self._others = Decisions(), News(self._news.number), {}
@@ -128,6 +130,7 @@ class Prefixes:
             loads = [Load(ids[i], self._pending.get(ids[i], 0.0), float(picks.in_flight[i])) for i in compared]
         else:
             loads = [Load(ids[i], self._tokens_on(ids[i]), picks.queue(i), picks.speed(i)) for i in compared]
+        self._compared = pending, Comparison(prompt.tokens, loads, cached)
         cold = None
         if not cached:
             whose = pending.metadata.session_id or (prompt.hashes[0] if prompt.hashes else b"")
@@ -136,6 +139,10 @@ class Prefixes:
                 cold = ring, session_key(whose, self._key)
         at = choose(loads, prompt.tokens, cached, random, cold=cold)
         return compared[at] if at >= 0 else -1
+
+    def compared(self, pending: PendingRequest) -> Comparison | None:
+        """What the choice for a request has just compared; None if its prompt did not choose."""
+        return self._compared[1] if self._compared is not None and self._compared[0] is pending else None
 
     def _tokens_on(self, replica_id: str) -> float:
         return self._pending.get(replica_id, 0.0) + self._others.get(replica_id, 0.0)

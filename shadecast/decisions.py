@@ -17,6 +17,7 @@ from heapq import nsmallest
 from typing import Any
 
 from shadecast.pick import PickTable
+from shadecast.prefix_score import Comparison
 from shadecast.types import RoutingTable
 
 _SPECIAL_PER_S, _SPECIAL_AT_ONCE = 10.0, 20.0
@@ -58,6 +59,12 @@ class Candidate:
     state: str
     out: str = ""
     """Why it could not be taken: "full", "ejected", "not eligible"; "" if it could."""
+    cached_tokens: float = math.nan
+    """Of the request's prompt, in its cache; this and the next two NaN where no prompt chose, or not between it."""
+    waiting_tokens: float = math.nan
+    """Of other prompts, sent there and not computed yet."""
+    prefix_score: float = math.nan
+    """By `shadecast.prefix_score`, which chose in place of `score`; the least wins."""
 
     @property
     def forecast_factor(self) -> float:
@@ -84,6 +91,8 @@ class Decision:
     """It belongs to a session, which has a replica of its own."""
     model: str = ""
     """Multiplexed model that it asked for."""
+    prompt_tokens: int = 0
+    """Of its prompt, by which it was placed; 0 where no prompt chose."""
     waited_s: float = 0.0
     of_copy: bool = False
     """Somebody's code called it while it handled a copy."""
@@ -192,12 +201,14 @@ def candidates(
     ejected: Collection[str] = (),
     nodes: Mapping[str, str] | None = None,
     counted: bool = True,
+    compared: Comparison | None = None,
 ) -> tuple[Candidate, ...]:
     """Those that were looked at, the chosen one, and the best of the others; each with what its score is made of.
 
     `nodes` are those of the replicas that are alive: the table need not know them. `counted`: the chosen one's calls
-    have the request already, and are shown as they were before.
+    have the request already, and are shown as they were before. `compared`: by the request's prompt.
     """
+    prompts = {load.replica_id: load for load in compared.loads} if compared is not None else {}
     at = picks.index.get(chosen, -1)
     shown = dict.fromkeys([*([at] if at >= 0 else []), *sorted(seen, key=lambda i: picks.scores[i])][:MOST_CANDIDATES])
     if len(shown) < MOST_CANDIDATES and (not seen or len(picks.pool) <= _FEW):
@@ -227,6 +238,9 @@ def candidates(
                 out if share > 0.0 else "not eligible",
             )
         )
+        if compared is not None and (load := prompts.get(replica_id)) is not None:
+            cached, score = float(compared.cached_tokens(load)), compared.score(load)
+            found[-1] = replace(found[-1], cached_tokens=cached, waiting_tokens=load.pending_tokens, prefix_score=score)
     return tuple(found)
 
 
@@ -328,7 +342,7 @@ _DECISION: Mapping[str, _Read] = {
     **dict.fromkeys(("request_id", "method", "level", "chosen", "special", "detail", "model", "copied_to"), _text),
     **dict.fromkeys(("session", "of_copy"), bool),
     **dict.fromkeys(("ago_s", "waited_s"), _number),
-    **dict.fromkeys(("eligible", "alive"), _count),
+    **dict.fromkeys(("eligible", "alive", "prompt_tokens"), _count),
 }
 _CANDIDATE: Mapping[str, _Read] = {
     **dict.fromkeys(("replica_id", "node_id", "state", "out"), _text),
@@ -336,6 +350,7 @@ _CANDIDATE: Mapping[str, _Read] = {
         ("score", "cost", "queue", "capacity", "live_capacity", "forecast_factor", "share"),
         _number,
     ),
+    **dict.fromkeys(("cached_tokens", "waiting_tokens", "prefix_score"), _number),
     "looked_at": bool,
     "mine": _count,
 }

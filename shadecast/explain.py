@@ -222,29 +222,7 @@ def _capacity(known: Replica, estimates: Estimates, forecast_factor: float, weig
 
 def explain_decision(d: Mapping[str, Any]) -> list[str]:
     """One decision of a router, as `shadecast.decisions.check` gives it, in sentences."""
-    chosen, candidates = d["chosen"], d["candidates"]
-    found = [_LEVELS.get(d["level"], f"The router was on the level {d['level']!r}.")]
-    score = next((c["score"] for c in candidates if c["replica_id"] == chosen), None)
-    of = f"({d['eligible']} were eligible, {d['alive']} alive)"
-    looked = [c for c in candidates if c["looked_at"]]
-    if d["special"] == "refused":
-        found.append(f"It got no replica: {d['detail']}.")
-    elif d["special"] in _ELSEWHERE:
-        found.append(f"It was {d['special']}: {d['detail']}.")
-    elif d["special"] == "session moved":
-        found.append(f"It went to {chosen}: {d['detail']}.")
-    elif d["session"] and not looked:
-        found.append(f"It went to {chosen}, which has its session, or stands in for the one that has it.")
-    elif looked and score is not None:
-        lower = [c["score"] for c in looked if c["score"] is not None and c["score"] < score and not c["out"]]
-        least = "within a tenth of the least of" if lower else "the least of"
-        if lower and min(lower) < _EQUAL * score:
-            least = "the least whose share of the picks was drawn, of"
-        found.append(
-            f"It went to {chosen}: its score, {score:.2f}, was {least} the {len(looked)} that were drawn {of}."
-        )
-    else:
-        found.append(f"It went to {chosen} {of}.")
+    found = [_LEVELS.get(d["level"], f"The router was on the level {d['level']!r}."), *_went(d)]
     waited = f"waited for {d['waited_s']:.2f} s" if (d["waited_s"] or 0.0) >= _WAITED_S else ""
     if d["special"] in ("waited", "came back"):
         found.append(f"It {waited or d['special']}: {d['detail']}.")
@@ -256,6 +234,51 @@ def explain_decision(d: Mapping[str, Any]) -> list[str]:
         found.append("It is for nobody: code called it while it handled a copy.")
     if d["copied_to"]:
         found.append(f"A copy of it went to {d['copied_to']}, which is on trial.")
+    return found
+
+
+def _went(d: Mapping[str, Any]) -> list[str]:
+    """Where a request went, and why."""
+    chosen, of = d["chosen"], f"({d['eligible']} were eligible, {d['alive']} alive)"
+    looked = [c for c in d["candidates"] if c["looked_at"]]
+    score = next((c["score"] for c in d["candidates"] if c["replica_id"] == chosen), None)
+    if d["special"] == "refused":
+        return [f"It got no replica: {d['detail']}."]
+    if d["special"] in _ELSEWHERE:
+        return [f"It was {d['special']}: {d['detail']}."]
+    if d["special"] == "session moved":
+        return [f"It went to {chosen}: {d['detail']}."]
+    if d["prompt_tokens"]:
+        return _by_prompt(d, looked, of)
+    if d["session"] and not looked:
+        return [f"It went to {chosen}, which has its session, or stands in for the one that has it."]
+    if not looked or score is None:
+        return [f"It went to {chosen} {of}."]
+    lower = [c["score"] for c in looked if c["score"] is not None and c["score"] < score and not c["out"]]
+    least = "within a tenth of the least of" if lower else "the least of"
+    if lower and min(lower) < _EQUAL * score:
+        least = "the least whose share of the picks was drawn, of"
+    return [f"It went to {chosen}: its score, {score:.2f}, was {least} the {len(looked)} that were drawn {of}."]
+
+
+def _by_prompt(d: Mapping[str, Any], looked: Sequence[Mapping[str, Any]], of: str) -> list[str]:
+    """Of a request that was placed by its prompt."""
+    chosen, prompt = d["chosen"], f"Its prompt has about {d['prompt_tokens']} tokens"
+    compared = [c for c in looked if c["prefix_score"] is not None]
+    its = next((c for c in compared if c["replica_id"] == chosen), None)
+    if its is None:
+        return [f"{prompt}.", f"It went to {chosen} {of}: what its prompt chose had no place any more."]
+    score = its["prefix_score"]
+    least = "the least" if score <= min(c["prefix_score"] for c in compared) else "within a tenth of the least"
+    found = [
+        f"{prompt}; {chosen} has {its['cached_tokens']:.0f} of them in its cache, "
+        f"and {its['waiting_tokens']:.0f} of other prompts wait there to be computed.",
+        f"It went there: its prefix score, {score:.0f}, was {least} of the {len(compared)} that were compared {of}.",
+    ]
+    if not any(c["cached_tokens"] for c in compared):
+        found.append(
+            "Nobody has its beginning: of those within a tenth of the best it went to the beginning's own place."
+        )
     return found
 
 

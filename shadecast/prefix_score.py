@@ -45,6 +45,24 @@ def prefill_score(
     return work * (requests + 1.0) / max(speed, _MIN_SPEED)
 
 
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What a prompt's choice has compared."""
+
+    prompt_tokens: int
+    loads: Sequence[Load]
+    cached: Mapping[str, int]
+
+    def cached_tokens(self, load: Load) -> int:
+        """Of the prompt, in that replica's cache."""
+        return self.cached.get(load.replica_id, 0)
+
+    def score(self, load: Load) -> float:
+        """As `choose` has it."""
+        uncached = self.prompt_tokens - self.cached_tokens(load)
+        return prefill_score(load.pending_tokens, uncached, load.requests, load.speed)
+
+
 def drawn(pool: Sequence[int], holder: int, random: Callable[[], float]) -> Sequence[int]:
     """Those of a pool to compare: all of a few; of many the longest match's `holder`, if not -1, and some others."""
     count = len(pool)

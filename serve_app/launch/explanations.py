@@ -65,12 +65,19 @@ def _not_kept(request_id: str) -> list[str]:
 
 def _candidates(each: Mapping[str, Any], width: int, *, wide: bool) -> list[RenderableType]:
     """The replicas that a decision saw, and what their scores are made of."""
-    rows = sorted(each["candidates"], key=lambda c: (not c["looked_at"], c["score"] is None, c["score"]))
+    by = "prefix_score" if each["prompt_tokens"] else "score"
+    rows = sorted(each["candidates"], key=lambda c: (not c["looked_at"], c[by] is None, c[by]))
     ids = [row["replica_id"] for row in rows]
     short = dict(zip(ids, ids, strict=True)) if wide else short_ids(ids)
+    prompt = [
+        Column("prefix score", [number(row["prefix_score"], 0) for row in rows], 0, True),
+        Column("cached", [number(row["cached_tokens"], 0) for row in rows], 0, True),
+        Column("waiting", [number(row["waiting_tokens"], 0) for row in rows], 0, True),
+    ]
     columns = [
         Column("replica", [short[row["replica_id"]] for row in rows]),
         Column("", [_role(row, each["chosen"]) for row in rows]),
+        *(prompt if each["prompt_tokens"] else []),
         Column("score", [number(row["score"]) for row in rows], 0, True),
         Column("cost", [number(row["cost"]) for row in rows], 0, True),
         Column("queue", [number(row["queue"], 1) for row in rows], 0, True),

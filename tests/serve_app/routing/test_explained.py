@@ -19,6 +19,7 @@ from ray.serve._private import tracing_utils
 from serve_app import explained as module
 from serve_app.router import ObservingRouter
 from shadecast.decisions import check
+from shadecast.explain import explain_decision
 from shadecast.pick import load_cost
 from tests.serve_app.routing.serve import Replica, in_virtual_time, metadata, serving, settle, table
 
@@ -63,6 +64,32 @@ async def test_the_last_decision_says_which_replicas_were_looked_at_and_what_the
         assert {c["replica_id"]: c["score"] for c in told["candidates"]} == pytest.approx(scores)
         assert all(c["looked_at"] and c["out"] == "" for c in told["candidates"])
         assert [c["capacity"] for c in sorted(told["candidates"], key=lambda c: c["replica_id"])] == [1.0, 0.5, 0.25]
+
+
+@in_virtual_time
+async def test_of_a_prompt_it_says_what_each_replica_has_of_it_and_what_waits_there():
+    prompt = {"messages": [{"role": "user", "content": "x" * 8000}]}
+    async with serving(Replica("a"), Replica("b"), balance={"prefix": "auto"}) as serve:
+        serve.take(table(1, a=1.0, b=1.0))
+        first = await serve.send(prompt)
+        first.end()
+        await settle()
+        own, other = first.replica.name, {"a": "b", "b": "a"}[first.replica.name]
+        waiting = await serve.send({"messages": [{"role": "user", "content": "y" * 4000}]})
+        serve.report()
+        await finish(serve, await serve.send(prompt, request_id="mine"), waiting)
+        (told,) = ask(serve, "mine")
+        seen = {c["replica_id"]: c for c in told["candidates"]}
+        assert (told["chosen"], told["prompt_tokens"]) == (own, pytest.approx(2000, rel=0.1))
+        assert seen[own]["cached_tokens"] > 1800
+        assert seen[other]["cached_tokens"] == 0
+        assert seen[waiting.replica.name]["waiting_tokens"] == pytest.approx(1000, rel=0.1)
+        assert seen[own]["prefix_score"] < seen[other]["prefix_score"]
+        assert all(c["looked_at"] for c in seen.values())
+        said = " ".join(explain_decision(told))
+        assert f"{own} has {seen[own]['cached_tokens']:.0f} of them in its cache" in said
+        await finish(serve, await serve.send(1))
+        assert ask(serve)[0]["prompt_tokens"] in (0, told["prompt_tokens"])
 
 
 @in_virtual_time
