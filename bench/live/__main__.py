@@ -35,6 +35,7 @@ def main(
     scenario: Annotated[str, typer.Option(help=f"all, soak, chaos, or with commas: {', '.join(SCENARIOS)}")] = "all",
     arms: Annotated[str, typer.Option(help=f"comma separated; known: {', '.join(ARMS)}")] = _DEFAULT_ARMS,
     seeds: Annotated[int, typer.Option(min=1, max=100, help="seeds 0 .. K-1 for every arm")] = 3,
+    first_seed: Annotated[int, typer.Option(min=0, help="the first of the K seeds")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="write rows here, after every run")] = None,
     resume: Annotated[bool, typer.Option(help="keep the rows of the file and run only what is missing")] = False,
     quick: Annotated[bool, typer.Option(help="a third of the requests: a p99 means little (tables say so)")] = False,
@@ -84,7 +85,7 @@ def main(
                     continue
                 ready = each.shortened() if quick else each
                 try:
-                    failures += bench.scenario(ready, chosen, range(seeds))
+                    failures += bench.scenario(ready, chosen, range(first_seed, first_seed + seeds))
                 except LabError as error:
                     failures.append(str(error))
                     say(f"FAILED {error}")
