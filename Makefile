@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve demo test check bench-sim bench-forecast bench-micro bench-llm bench-scale bench-live protos clean
+.PHONY: help setup serve demo test test-quick check bench-sim bench-forecast bench-micro bench-llm bench-scale bench-live protos clean
 
 help: ## List the commands
 	@grep -E '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk 'BEGIN {FS = ":.*?## "}; {printf "  make %-16s %s\n", $$1, $$2}'
@@ -26,8 +26,13 @@ serve: $(STAMP) ## Start a local multi-node cluster, the control plane and an ap
 demo: $(STAMP) ## Replay a trace while three replicas join: one well, one slow, one failing; both routers side by side
 	@$(BIN)/python -m examples.demo $(ARGS)
 
-test: $(STAMP) ## Run all tests, the real clusters too
-	@$(BIN)/python -m pytest -n 2 --no-loadscope-reorder $(ARGS)
+PYTEST := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder -p tests.progress -o console_output_style=classic
+
+test: $(STAMP) ## Run all tests, the real clusters too (16 minutes on two cores)
+	@$(PYTEST) $(ARGS)
+
+test-quick: $(STAMP) ## Run the tests that need no cluster, but the slowest (3 minutes)
+	@$(PYTEST) -m "not cluster and not slow" $(ARGS)
 
 check: $(STAMP) ## ruff, mypy strict, import rules, known vulnerabilities of the pinned dependencies
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-cache

@@ -16,7 +16,7 @@ import sys
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -133,6 +133,14 @@ class _Router:
         """The coordinator's answer."""
         assert not table_wanted
         self.ledger.acknowledged(acknowledged)
+
+    between_s = math.inf
+
+    def post(self) -> None:
+        """Nothing for the other routers."""
+
+    def hear(self, answer: Mapping[str, Any]) -> None:
+        """Nothing from them."""
 
     def use_settings(self, observing: bool, settings: Any) -> None:
         """The same ones always."""

@@ -135,9 +135,9 @@ class Link:
             deployment=router.deployment,
             epoch=epoch,
             table_version=version,
-            wait_s=min(max(self._reported_s + REPORT_S - now_s, _FAST_S), router.calls.prefixes.between_s),
+            wait_s=min(max(self._reported_s + REPORT_S - now_s, _FAST_S), router.between_s),
             report=report,
-            prefixes=router.calls.prefixes.post(router.calls.ledger.router_id),
+            prefixes=router.post(),
         )
 
     def _take(self, router: Router, answer: Mapping[str, Any]) -> float:
@@ -149,8 +149,7 @@ class Link:
                 self._reported_s = -math.inf  # a new coordinator: it waits for our table, or for all of our counts
         elif "refused" in answer:
             self._absence.warn("refused", str(answer["refused"]))
-        router.calls.prefixes.hear(answer.get("prefixes"))
-        router.explained.asked(answer.get("questions"))
+        router.hear(answer)
         if answer.get("table") is not None:
             router.use_settings(bool(answer.get("observing")), answer.get("settings"))
             table = self.read_table(answer["table"], router.table)

@@ -11,7 +11,7 @@ import logging
 import time
 import uuid
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RunningReplica
@@ -332,6 +332,20 @@ class Router(ServeRouter):
         """The coordinator has taken the report of that number; after a restart it asks for the table that we hold."""
         self.calls.ledger.acknowledged(acknowledged)
         self._table_wanted = table_wanted
+
+    @property
+    def between_s(self) -> float:
+        """Most time between two exchanges, for what the other routers have to hear soon."""
+        return self.calls.prefixes.between_s
+
+    def post(self) -> dict[str, Any] | None:
+        """What the other routers should know."""
+        return self.calls.prefixes.post(self.calls.ledger.router_id)
+
+    def hear(self, answer: Mapping[str, Any]) -> None:
+        """What the other routers have said, and what somebody asks."""
+        self.calls.prefixes.hear(answer.get("prefixes"))
+        self.explained.asked(answer.get("questions"))
 
     def use_secret(self, secret: bytes | None) -> None:
         """What all routers of the cluster place sessions by; None if it will not be known."""

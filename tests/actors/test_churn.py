@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 
+import pytest
+
 from actors.coordinator import Coordinator
 from actors.serving_load import ServingLoad
 from serve_app.page.watch import HISTORY_S, Watch
@@ -71,6 +73,7 @@ def telemetry(node_id, seq):
     return node_message(NodeReport(node_id, seq, NodeSnapshot(0.2, 0.2, 0.3, 0.0, 0.0, 0.0, 0.0), forecast))
 
 
+@pytest.mark.slow
 def test_what_the_coordinator_and_its_page_keep_does_not_grow_with_what_has_gone():
     async def scenario():
         nodes = []

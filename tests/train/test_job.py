@@ -145,6 +145,7 @@ def test_bad_telemetry_is_one_clear_line(
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_retraining_goes_on_from_the_champion_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments(tmp_path, "--version", "one", "--promote", "always")) == 0
     assert main([*arguments(tmp_path, "--version", "two"), "--promote", "never"]) == 0

@@ -116,6 +116,7 @@ def children() -> set[int]:
     return {p.pid for p in psutil.Process().children(recursive=True)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plain", [True, False])
 def test_two_machines_are_recorded_each_in_its_folder_and_nothing_of_them_is_left(
     tmp_path: Path, plain: bool, capsys: pytest.CaptureFixture[str]
@@ -152,6 +153,7 @@ def test_two_machines_are_recorded_each_in_its_folder_and_nothing_of_them_is_lef
     assert "has a recording in it already" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_a_recording_that_is_ended_early_ends_its_machines_and_keeps_what_it_has(
     tmp_path: Path, how: signal.Signals

@@ -10,6 +10,7 @@ from tests.serve_app.gateway.local_server import everything, served
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_two_thousand_requests_made_from_the_description_give_no_5xx_and_answers_as_described() -> None:
     api, _ = everything()
     with served(api) as address:

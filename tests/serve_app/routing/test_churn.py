@@ -78,6 +78,7 @@ def kept(serve):
     return own + sum(deep_size(part, loop, calls, calls.book, serve.router.explained) for part in (*places, *held))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["none", "dead", "hangs", "broken", "comes and goes", "well"])
 def test_what_a_router_keeps_does_not_grow_with_replicas_that_have_gone(monkeypatch, kind):
     async def scenario():

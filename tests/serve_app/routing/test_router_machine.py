@@ -491,7 +491,8 @@ class RouterMachine(RuleBasedStateMachine):
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
-TestRouterMachine = pytest.mark.timeout(900)(RouterMachine.TestCase)  # where it fails, it looks for a short example
+# where it fails, it looks for a short example
+TestRouterMachine = pytest.mark.slow(pytest.mark.timeout(900)(RouterMachine.TestCase))
 TestRouterMachine.settings = settings(
     max_examples=25, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
 )
