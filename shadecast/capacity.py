@@ -22,6 +22,8 @@ from shadecast.types import HORIZONS_S, RESOURCES, Forecast, NodeSnapshot
 _MIN_HEADROOM = 0.05
 _NO_SIGNAL = 0.2
 """Change of log headroom that telemetry's own noise makes, too."""
+_FOLLOW = 0.25
+"""Part of such a change that a sample brings."""
 _MIN_LOG_SPEED = math.log(0.01)
 _MAX_LOG_SPEED = math.log(4.0)
 _PRIOR_SIGMA = 0.5
@@ -79,6 +81,18 @@ def headroom_now(snapshot: NodeSnapshot | None) -> Headroom:
         log_headroom(snapshot.memory_fraction),
         log_headroom(snapshot.network_background_fraction),
     )
+
+
+def steady(before: Headroom, now: Headroom) -> Headroom:
+    """The headroom to go by after a new sample: what telemetry's own noise may be counts in part, more at once.
+
+    Equal nodes whose samples differ by noise would else get unequal shares, each in turn.
+    """
+    changes = [b - a for a, b in zip(before, now, strict=True)]
+    cpu, memory, network = (
+        a + (_FOLLOW if abs(change) < _NO_SIGNAL else 1.0) * change for a, change in zip(before, changes, strict=True)
+    )
+    return (cpu, memory, network)
 
 
 def horizon_weights(age_s: float, span_s: float) -> tuple[float, ...]:
@@ -272,12 +286,12 @@ NO_OUTLOOK = Outlook()
 
 def outlook(
     forecast: Forecast | None,
-    snapshot: NodeSnapshot | None,
+    now: Headroom | None,
     gamma: Headroom,
     age_s: float,
     ahead_s: float,
 ) -> Outlook:
-    """What a forecast that is `age_s` old says of a request placed now that stays `ahead_s` (median).
+    """What a forecast that is `age_s` old says of a request placed at headroom `now` that stays `ahead_s` (median).
 
     The change of speed is to the *expected* log headroom over what requests live through: calibrated quantiles say how
     sure they are, and an onset that may come is worth its probability. The worst moment is looked for until
@@ -285,9 +299,8 @@ def outlook(
     The worst is by medians, more likely than not: what only may come is in the expected value already.
     A broken or missing part counts as no change.
     """
-    if forecast is None or snapshot is None:
+    if forecast is None or now is None:
         return NO_OUTLOOK
-    now = headroom_now(snapshot)
     weights = horizon_weights(age_s, min(_RESIDENCES * ahead_s, HORIZONS_S[-1]))
     soonest = min(bisect_right(HORIZONS_S, age_s), len(HORIZONS_S) - 1)
     latest = max(bisect_right(HORIZONS_S, age_s + ahead_s + _TABLE_LIFE_S) - 1, soonest)

@@ -110,7 +110,8 @@ class Estimates:
             node = fleet.fresh_node(node_id)
             if node is not None:
                 report, age_s = node.report, fleet.age_s(node)
-                outlooks[node_id] = cap.outlook(report.forecast, report.snapshot, gamma, age_s, self.look_ahead_s())
+                now = node.headroom if report.snapshot is not None else None
+                outlooks[node_id] = cap.outlook(report.forecast, now, gamma, age_s, self.look_ahead_s())
         outlooks = cap.limit_down(outlooks)
         forecast = outlooks if weight > 0.0 else {}
         vetoed = self._veto.step(forecast, fleet.config.trial.memory_limit, fleet.now_s)

@@ -126,6 +126,7 @@ class Node:
     report: NodeReport
     made_s: float
     headroom: cap.Headroom
+    """To go by: of the last samples, as far as they differ by noise alone."""
     changes: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """Change of log headroom between the last four samples, the greatest of all resources."""
     back_s: float = -math.inf
@@ -200,6 +201,7 @@ class Fleet:
             return
         change = max(abs(b - a) for a, b in zip(before.headroom, headroom, strict=True))
         back_s = self.now_s if made_s - before.made_s > LOST_AFTER_S else before.back_s
+        headroom = cap.steady(before.headroom, headroom)
         self.nodes[report.node_id] = Node(report, made_s, headroom, (change, *before.changes[:2]), back_s)
 
     def take_router(self, report: RouterReport) -> bool:

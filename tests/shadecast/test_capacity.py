@@ -13,8 +13,8 @@ from shadecast.service_curve import CurveLearner
 from shadecast.types import HORIZONS_S, Forecast, NodeSnapshot
 
 
-def snapshot(cpu=0.0, memory=0.0, network=0.0):
-    return NodeSnapshot(cpu, cpu, memory, network, network, 0.0, 0.0)
+def room(cpu=0.0, memory=0.0, network=0.0):
+    return cap.headroom_now(NodeSnapshot(cpu, cpu, memory, network, network, 0.0, 0.0))
 
 
 def forecast(cpu, spread=0.0, gate=1.0, veto=False, memory=0.0):
@@ -121,17 +121,17 @@ def test_a_forecast_holds_its_first_and_last_value_outside_its_horizons():
 
 def test_a_drop_counts_by_how_much_of_a_requests_life_it_takes():
     late = forecast([0.0, 0.0, 0.0, 0.0, 0.8, 0.8])
-    changes = [cap.outlook(late, snapshot(), (1.0, 0.0, 0.0), 0.0, h).log_change for h in (0.5, 2.5, 4.0)]
+    changes = [cap.outlook(late, room(), (1.0, 0.0, 0.0), 0.0, h).log_change for h in (0.5, 2.5, 4.0)]
     assert changes[0] == 0.0
     assert changes[0] > changes[1] > changes[2] > math.log(0.2)
 
 
 def test_a_veto_looks_until_the_next_table_is_in_use_and_at_memory_as_far_as_it_can():
     pause = forecast([0.0, 0.97, 0.0, 0.0, 0.0, 0.0])
-    worst = [cap.outlook(pause, snapshot(), (1.0, 0.0, 0.0), age_s, 0.5).worst_log_speed for age_s in (0.0, 1.0, 2.5)]
+    worst = [cap.outlook(pause, room(), (1.0, 0.0, 0.0), age_s, 0.5).worst_log_speed for age_s in (0.0, 1.0, 2.5)]
     assert worst[0] == worst[1] < math.log(0.15) < worst[2]
     climbing = forecast([0.0] * 6, memory=0.99)
-    assert cap.outlook(climbing, snapshot(), (1.0, 0.0, 0.0), 0.0, 0.5).memory_high == pytest.approx(0.99)
+    assert cap.outlook(climbing, room(), (1.0, 0.0, 0.0), 0.0, 0.5).memory_high == pytest.approx(0.99)
 
 
 @pytest.mark.parametrize(
@@ -145,11 +145,11 @@ def test_a_veto_looks_until_the_next_table_is_in_use_and_at_memory_as_far_as_it_
     ],
 )
 def test_a_broken_forecast_changes_nothing(broken):
-    assert cap.outlook(broken, snapshot(), (1.0, 1.0, 1.0), 0.0, 5.0).log_change == 0.0
+    assert cap.outlook(broken, room(), (1.0, 1.0, 1.0), 0.0, 5.0).log_change == 0.0
 
 
 def test_a_forecast_of_what_is_already_there_changes_nothing():
-    view = cap.outlook(forecast([0.6] * 6), snapshot(cpu=0.6), (1.0, 0.0, 0.0), 0.0, 5.0)
+    view = cap.outlook(forecast([0.6] * 6), room(cpu=0.6), (1.0, 0.0, 0.0), 0.0, 5.0)
     assert view.log_change == pytest.approx(0.0)
 
 
@@ -158,7 +158,7 @@ def test_an_onset_that_may_come_is_worth_its_probability():
     changes = []
     for row in rows:
         unsure = Forecast({"cpu": row}, gate={"cpu": 1.0})
-        changes.append(cap.outlook(unsure, snapshot(), (1.0, 0.0, 0.0), 0.0, 5.0).log_change)
+        changes.append(cap.outlook(unsure, room(), (1.0, 0.0, 0.0), 0.0, 5.0).log_change)
     assert changes[0] == pytest.approx(0.3 * math.log(0.2))
     assert changes[1] == pytest.approx(0.4 * math.log(0.6) + 0.3 * math.log(0.2))
     assert changes[2] == pytest.approx(0.7 * math.log(0.2))
@@ -168,7 +168,7 @@ def test_an_onset_that_may_come_is_worth_its_probability():
 def test_what_is_expected_lies_between_the_quantiles(loads, now, gate):
     low, median, high = sorted(loads)
     made = Forecast({"cpu": ((low, median, high),) * 6}, gate={"cpu": gate})
-    change = cap.outlook(made, snapshot(cpu=now), (1.0, 0.0, 0.0), 0.0, 5.0).log_change
+    change = cap.outlook(made, room(cpu=now), (1.0, 0.0, 0.0), 0.0, 5.0).log_change
     best, worst = (cap.log_headroom(load) - cap.log_headroom(now) for load in (low, high))
     assert gate * worst - 1e-9 <= change <= gate * best + 1e-9
 
@@ -183,9 +183,7 @@ def test_capacity_moves_no_faster_than_its_rates(before, wanted, elapsed_s):
 def test_vetoes_need_leave_and_hit_the_worst_few():
     gamma = (1.0, 0.0, 0.0)
     views = {
-        f"n{i}": cap.outlook(
-            forecast([0.95] * 6, veto=i != 0, memory=0.99 if i == 3 else 0.0), snapshot(), gamma, 0.0, 5.0
-        )
+        f"n{i}": cap.outlook(forecast([0.95] * 6, veto=i != 0, memory=0.99 if i == 3 else 0.0), room(), gamma, 0.0, 5.0)
         for i in range(8)
     }
     vetoed = cap.vetoes(views, memory_limit=0.92)
@@ -196,7 +194,7 @@ def test_vetoes_need_leave_and_hit_the_worst_few():
 
 def test_a_veto_outlasts_its_forecast_by_half_a_sample_and_never_takes_more_than_its_share():
     gamma = (1.0, 0.0, 0.0)
-    dire = {f"n{i}": cap.outlook(forecast([0.95] * 6, veto=True), snapshot(), gamma, 0.0, 5.0) for i in range(8)}
+    dire = {f"n{i}": cap.outlook(forecast([0.95] * 6, veto=True), room(), gamma, 0.0, 5.0) for i in range(8)}
     well = {**dict.fromkeys(dire, cap.NO_OUTLOOK), "n7": dire["n7"]}
     veto = cap.Veto()
     first = veto.step(dire, 0.92, 100.0)
@@ -290,5 +288,24 @@ def test_a_node_is_left_for_what_is_likely_and_not_for_what_only_may_come(now):
     for median, is_dire in ((0.5, False), (0.95, True)):
         rows = tuple((0.2, median, 0.97) for _ in range(6))
         made = Forecast({"cpu": rows, "memory": calm, "network": calm}, gate={"cpu": 1.0}, veto_allowed=True)
-        view = cap.outlook(made, snapshot(cpu=now), (1.0, 0.0, 0.0), 0.0, 0.5)
+        view = cap.outlook(made, room(cpu=now), (1.0, 0.0, 0.0), 0.0, 0.5)
         assert bool(cap.vetoes(dict.fromkeys("abcd", view), 0.97)) == is_dire
+
+
+def test_noise_of_telemetry_makes_no_node_unlike_another_and_a_hog_counts_at_once():
+    rng, held, last = random.Random(5), room(cpu=0.1), []
+    for _ in range(200):
+        held = cap.steady(held, room(cpu=0.1 + rng.gauss(0.0, 0.035), memory=0.3))
+        last.append(held[0])
+    assert statistics.pstdev(last[20:]) < 0.02
+    assert statistics.fmean(last[20:]) == pytest.approx(math.log(0.9), abs=0.01)
+    assert held[1] == pytest.approx(math.log(0.7), abs=1e-6)
+    assert cap.steady(held, room(cpu=0.5))[0] == pytest.approx(math.log(0.5)), "a hog"
+
+
+def test_a_load_that_rises_little_by_little_is_followed_within_two_seconds():
+    held = room()
+    for sample in range(60):  # two samples a second
+        held = cap.steady(held, room(cpu=0.01 * sample))
+        behind = held[0] - room(cpu=0.01 * max(sample - 4, 0))[0]
+        assert behind <= 1e-9
