@@ -3,6 +3,7 @@
 import ast
 import inspect
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -23,11 +24,13 @@ from serve_app import ray_api
 from serve_app.router import ObservingRouter, PredictiveRouter
 from serve_app.routing import request_router
 
-SUPPORTED = (2, 60)
+RAY = tuple(int(part) for part in version("ray").split(".")[:2])
+SUPPORTED = [(2, minor) for minor in range(57, 61)]
 ROOT = Path(__file__).resolve().parents[2]
 ROUTER_SOURCE = "".join(
     map(inspect.getsource, (module, inspect.getmodule(LocalityMixin), inspect.getmodule(MultiplexMixin)))
 )
+RESULT_SOURCE = inspect.getsource(replica_result.ActorReplicaResult)
 CORE_WORKER = getattr(ray._private.worker, "CoreWorker", None) or ray._raylet.CoreWorker
 
 
@@ -47,7 +50,10 @@ CLAIMS = {
     "_internal_kv_put": (has(ray.experimental.internal_kv), "the same"),
     "internal_kv": (has(ray.experimental), "the same, and operators' holds"),
     "internal_kv_get_gcs_client": (has(ray.experimental.internal_kv), "nodes that Ray is about to take away"),
-    "get_draining_nodes": (has(ray._raylet.InnerGcsClient), "the same"),
+    "get_draining_nodes": (
+        lambda name: hasattr(ray._raylet.InnerGcsClient, name) or hasattr(ray._private.state.state, name),
+        "the same",
+    ),
     "_private": (has(ray), "where Serve's router lives"),
     "_get_serve_request_context": (has(ray.serve.context), "calls that one request makes are known by its id"),
     "_get_serve_batch_request_context": (has(ray.serve.context), "the same, for batches"),
@@ -67,7 +73,14 @@ CLAIMS = {
     "_by_reference": (has(RequestMetadata("r", "i")), "how an answer can be watched"),
     "_reserved_slot_token": (has(RequestMetadata("r", "i")), "a reserved place is another's"),
     "_get_replica_wrapper": (has(RunningReplica), "large copies are sent from a thread"),
-    "_on_ready": (has(ray.ObjectRef), "outcomes without fetching answers; else the slower way"),
+    "_on_ready": (
+        lambda name: hasattr(ray.ObjectRef, name) or RAY < (2, 60),
+        "outcomes without fetching answers; before Ray 2.60 the end of the call tells",
+    ),
+    "_obj_ref_gen": (is_set_by(RESULT_SOURCE), "before Ray 2.60 an answer's object is looked at ahead of its caller"),
+    "_obj_ref": (is_set_by(RESULT_SOURCE), "the same"),
+    "_is_streaming": (is_set_by(RESULT_SOURCE), "the same"),
+    "_get_next_ref_n": (has(ray.ObjectRefGenerator), "the same"),
     "_on_completed": (has(ray.ObjectRef), "errors of user code"),
     "_fetch_future_result_async": (
         lambda name: hasattr(DeploymentResponse, name) and hasattr(DeploymentResponseGenerator, name),
@@ -190,10 +203,14 @@ def test_a_process_with_another_version_takes_the_class_says_so_and_routes_as_se
 
 
 def test_this_is_a_supported_ray():
-    found = tuple(int(part) for part in version("ray").split(".")[:2])
-    assert found == SUPPORTED, (
-        f"Ray {found} is not supported yet: run the tests, then widen pyproject.toml and SUPPORTED"
-    )
+    assert RAY in SUPPORTED, f"Ray {RAY} is not supported yet: run the tests, then widen pyproject.toml and SUPPORTED"
+
+
+def test_the_versions_that_are_supported_are_those_that_the_package_asks_for_and_the_readme_names():
+    (ray_line,) = re.findall(r'"ray\[serve\](.*?)"', (ROOT / "pyproject.toml").read_text())
+    assert ray_line == ">={}.{},<{}.{}".format(*SUPPORTED[0], SUPPORTED[-1][0], SUPPORTED[-1][1] + 1)
+    rows = re.findall(r"^\| (\d+)\.(\d+)\.\d+ \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert sorted((int(major), int(minor)) for major, minor in rows) == SUPPORTED
 
 
 @pytest.mark.parametrize(
