@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve demo test test-install test-rays check bench-sim bench-forecast bench-micro bench-llm bench-scale bench-live protos clean
+.PHONY: help setup wheel serve demo test test-install test-rays check bench-sim bench-forecast bench-micro bench-llm bench-scale bench-live protos clean
 
 help: ## List the commands
 	@grep -E '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk 'BEGIN {FS = ":.*?## "}; {printf "  make %-16s %s\n", $$1, $$2}'
@@ -19,6 +19,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 setup: $(STAMP) ## Create .venv and install everything
+
+wheel: $(STAMP) ## Build dist/shadecast-*.whl
+	@$(BIN)/python -m pip wheel -q --no-deps -w dist . && ls dist/shadecast-*.whl
 
 serve: $(STAMP) ## Start a local multi-node cluster, the control plane and an application; Ctrl-C stops all
 	@$(BIN)/shadecast serve $(ARGS)

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import inspect
 import json
+import logging
 import pickle
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -42,6 +43,8 @@ except ImportError:
     _tracing = None
 
 __all__ = ["HEAD_NODE_RESOURCE", "QueueInfo", "ServeRouter"]
+
+logger = logging.getLogger("ray.serve")
 
 _MAX_STATUS_BYTES = 1_000_000
 """The status of an HTTP answer comes with the beginning of its body; larger first parts are not read twice for it."""
@@ -106,6 +109,56 @@ class ServeRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         self.chosen(pending_request, chosen)
         self.explained.compared(pending_request, chosen, came_back=is_retry)
         return cast("RunningReplica", chosen)
+
+    async def _fulfill_pending_requests(self) -> None:
+        if hasattr(RequestRouter, "_cancel_routing_task_for_pending_request"):
+            await super()._fulfill_pending_requests()
+        else:  # before Ray 2.60
+            await self.route_those_that_wait()
+
+    async def route_those_that_wait(self) -> None:
+        """One of Serve's routing tasks, as from Ray 2.60 on: it stays with a request until that is routed or given up.
+
+        Before, a task that found fewer requests than tasks left its own for others to route, which those of a router
+        that matches requests exactly do not; and a task without a request picked replicas for nobody, without a pause.
+        """
+        routing = cast("asyncio.Task[None]", asyncio.current_task())
+        try:
+            while (pending := self._get_next_pending_request_to_route()) is not None:
+                await self.route_one(pending, routing)
+        except Exception:
+            logger.exception("shadecast: a routing task has failed")
+        finally:
+            self._routing_tasks.discard(routing)
+            self.num_routing_tasks_gauge.set(self.curr_num_routing_tasks)
+            while self._pending_requests_to_fulfill and self._pending_requests_to_fulfill[0].future.done():
+                self._pending_requests_to_fulfill.popleft()
+            if self._pending_requests_to_route:
+                self._maybe_start_routing_tasks()
+
+    async def route_one(self, pending_request: PendingRequest, routing: asyncio.Task[None]) -> None:
+        """Offer it replicas until one takes it. Its end from elsewhere ends the task `routing`, which waits for it."""
+        future, under_way, attempts = pending_request.future, True, 0
+
+        def end(_: object) -> None:
+            if under_way:
+                routing.cancel()
+
+        future.add_done_callback(end)
+        offered = self._choose_replicas_with_backoff(pending_request)
+        try:
+            async for candidates in offered:
+                if future.done():
+                    break
+                replica = await self._select_from_candidate_replicas(candidates, attempts)
+                if replica is not None:
+                    self._fulfill_next_pending_request(replica, pending_request.metadata)
+                    if future.done():
+                        break
+                attempts += 1
+        finally:
+            under_way = False
+            await offered.aclose()
 
     def _get_pending_request_matching_internal_request_id(self, request_metadata: Any = None) -> PendingRequest | None:
         pending = self.pending_of(request_metadata)
