@@ -60,7 +60,7 @@ def gateway() -> None:
     sys.path.insert(0, os.getcwd())
     said = ""
     try:
-        build(AppArgs())
+        build(AppArgs.model_validate({}))
     except ArgumentError as error:
         said = error.format_message()
     assert "pip install 'shadecast[control]'" in said, f"of the example model, without torch: {said!r}"
@@ -69,7 +69,9 @@ def gateway() -> None:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        serve.run(build(AppArgs(model="mine:Twice", replicas=2, num_cpus=0.1)), route_prefix="/")
+        serve.run(
+            build(AppArgs.model_validate({"model": "mine:Twice", "replicas": 2, "num_cpus": 0.1})), route_prefix="/"
+        )
         asked = {"inputs": [{"name": "x", "datatype": "INT64", "shape": [1], "data": [21]}]}
         url = f"http://127.0.0.1:{port}/v2/models/twice/infer"
         request = urllib.request.Request(url, json.dumps(asked).encode(), {"Content-Type": "application/json"})
@@ -132,7 +134,8 @@ def answers_through_our_router() -> None:
         def twice(self, x: int) -> int:
             return 2 * x
 
-    handle: Any = serve.run(Model.bind(), name="trial", route_prefix=None)
+    deployment: Any = Model
+    handle: Any = serve.run(deployment.bind(), name="trial", route_prefix=None)
     assert [handle.twice.remote(i).result(timeout_s=60) for i in range(40)] == [2 * i for i in range(40)]
     assert "serve_app.routing.request_router" in sys.modules, "Serve routed by itself"
 
