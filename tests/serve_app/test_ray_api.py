@@ -146,6 +146,14 @@ def test_no_other_file_touches_what_is_private_to_ray():
             foreign = {name for name, own in names_of(path) if is_private(name) and not own and name in CLAIMS}
             assert not foreign, f"{path}: {foreign}"
             text = path.read_text(encoding="utf-8")
+            imported = {
+                f"{node.module}.{alias.name}"
+                for node in ast.walk(ast.parse(text))
+                if isinstance(node, ast.ImportFrom) and node.module
+                for alias in node.names
+            }
+            theirs = {name for name in imported if name.split(".")[0] == "ray"}
+            assert not {name for name in theirs if any(is_private(part) for part in name.split("."))}, path
             for where in ("ray._private", "ray.serve._private", "ray._raylet", "ray._common", "internal_kv"):
                 assert where not in text, f"{path}: {where} belongs into serve_app/ray_api.py"
 
