@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve demo test test-quick check bench-sim bench-forecast bench-micro bench-llm bench-scale bench-live protos clean
+.PHONY: help setup wheel serve demo test test-quick test-install test-rays check bench-sim bench-forecast bench-micro bench-llm bench-scale bench-live protos clean
 
 help: ## List the commands
 	@grep -E '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk 'BEGIN {FS = ":.*?## "}; {printf "  make %-16s %s\n", $$1, $$2}'
@@ -19,6 +19,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 setup: $(STAMP) ## Create .venv and install everything
+
+wheel: $(STAMP) ## Build dist/shadecast-*.whl
+	@$(BIN)/python -m pip wheel -q --no-deps -w dist . && ls dist/shadecast-*.whl
 
 serve: $(STAMP) ## Start a local multi-node cluster, the control plane and an application; Ctrl-C stops all
 	@$(BIN)/shadecast serve $(ARGS)
@@ -33,6 +36,12 @@ test: $(STAMP) ## Run all tests, the real clusters too (16 minutes on two cores)
 
 test-quick: $(STAMP) ## Run the tests that need no cluster, but the slowest (3 minutes)
 	@$(PYTEST) -m "not cluster and not slow" $(ARGS)
+
+test-install: $(STAMP) ## Build a wheel from a clean clone, install it with each extra alone, try it elsewhere (12 min, 6 GB)
+	@$(BIN)/python -m checks.install $(ARGS)
+
+test-rays: $(STAMP) ## Router and adoption tests with every supported Ray, each in its own environment (25 min, 5 GB; ARGS=2.58)
+	@$(BIN)/python -m checks.rays $(ARGS)
 
 check: $(STAMP) ## ruff, mypy strict, import rules, known vulnerabilities of the pinned dependencies
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-cache
@@ -59,5 +68,5 @@ bench-live: $(STAMP) ## All routers on isolated hosts, real faults, docs/benchma
 protos: $(STAMP) ## Compile the descriptors of the gRPC service from its published .proto files
 	@cd serve_app/gateway/protos && $(CURDIR)/$(BIN)/python -m grpc_tools.protoc -I . --include_imports --descriptor_set_out=grpc_service.binpb grpc_service.proto
 
-clean: ## Remove .venv and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+clean: ## Remove .venv, the environments of checks and caches
+	rm -rf $(VENV) .venvs .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

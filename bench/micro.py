@@ -12,6 +12,7 @@ import gc
 import json
 import logging
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -113,6 +114,7 @@ def main(
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     repeats = 30 if quick else 200
     rows = asyncio.run(_decisions(repeats, console))
+    rows += _imports(3 if quick else 9)
     rows += _rebuild(quick)
     rows += _calls(repeats)
     rows += [Row(*each) for each in micro_prefix.measure(repeats, 250_000 if quick else MOST_ENTRIES)]
@@ -283,6 +285,22 @@ def _stop(router: Any) -> None:
 # ---------------------------------------------------------------- parts
 
 
+def _imports(times: int) -> list[Row]:
+    """CPU time of what a process imports over ray.serve's own: the class that it is sent, then what a router does."""
+    code = (
+        "import time, ray.serve, ray.serve.config; began = time.process_time(); import serve_app.router; "
+        "taken = time.process_time(); import serve_app.routing.request_router; "
+        "print(taken - began, time.process_time() - began)"
+    )
+    command = [sys.executable, "-c", code]
+    told = [subprocess.check_output(command, text=True).split() for _ in range(times)]  # noqa: S603 - see above
+    taken, made = ([float(each[i]) for each in told] for i in (0, 1))
+    return [
+        Row("import", "serve_app.router", 0, "median_ms", statistics.median(taken) * 1e3),
+        Row("import", "serve_app.routing", 0, "median_ms", statistics.median(made) * 1e3),
+    ]
+
+
 def _rebuild(quick: bool) -> list[Row]:
     rows = []
     costs = cost_table(2.0, 0.0)
@@ -374,6 +392,8 @@ def checks(rows: Iterable[Row]) -> list[tuple[str, float, float, bool]]:
     for tokens, bound in ((1_000, 20.0), (12_000, 260.0)):
         took = found["prefix_all", f"prompt_{tokens}_tokens", micro_prefix.REPLICAS, "median_us"]
         made.append((f"a prompt of {tokens:,} tokens in the prefix index, us", took, bound, took <= bound))
+    imported = found["import", "serve_app.router", 0, "median_ms"]
+    made.append(("import of serve_app.router over ray.serve's own, ms", imported, 30.0, imported <= 30.0))
     ratio = found.get(("throughput", "shadecast", 4, "ratio_to_default"))
     if ratio is not None:
         made.append(("throughput, times the default's", ratio, 0.98, ratio >= 0.98))

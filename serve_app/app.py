@@ -17,6 +17,7 @@ from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
 from serve_app.gateway.ingress import SESSION_HEADER, Gateway, GatewaySettings
 from serve_app.gateway.model_server import BUILT_IN, RESUME, ModelInfo, ModelServer, import_folder, load_class
+from serve_app.ray_api import rejecting
 from shadecast.config import Config
 from shadecast.errors import ConfigError
 
@@ -136,7 +137,7 @@ def build(args: AppArgs) -> Application:
         num_replicas=args.gateway_replicas,
         max_ongoing_requests=args.gateway_max_ongoing_requests,
         max_queued_requests=args.gateway_max_ongoing_requests,
-        backpressure_config={"retry_after_s": 1},
+        **rejecting(retry_after_s=1),
         **common,
     )
     server = model.bind(args.model, args.model_args, args.max_ongoing_requests, import_folder(args.model))

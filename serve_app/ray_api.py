@@ -1,6 +1,7 @@
 """Every private name of Ray that this project uses, each with its reason; nothing else touches one.
 
-Ray's router API is alpha. When Ray moves, `tests/serve_app/test_ray_api.py` names what broke, and it is mended here.
+Ray's router API is alpha. When Ray moves, `tests/serve_app/test_ray_api.py` names what broke, and it is mended here, as
+is what differs between the supported versions (docs/decisions/0082): what is there is used, no version is read.
 Imported in users' processes: ray.serve and the standard library only.
 """
 
@@ -8,18 +9,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import json
+import logging
 import pickle
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import ray
+from ray import serve
 from ray._common.constants import HEAD_NODE_RESOURCE_NAME as HEAD_NODE_RESOURCE
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put, internal_kv_get_gcs_client
 from ray.serve._private.common import ReplicaQueueLengthInfo as QueueInfo
 from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
 from ray.serve.context import _get_serve_batch_request_context, _get_serve_request_context
+from ray.serve.exceptions import BackPressureError
 from ray.serve.request_router import (
     LocalityMixin,
     MultiplexMixin,
@@ -38,6 +43,8 @@ except ImportError:
     _tracing = None
 
 __all__ = ["HEAD_NODE_RESOURCE", "QueueInfo", "ServeRouter"]
+
+logger = logging.getLogger("ray.serve")
 
 _MAX_STATUS_BYTES = 1_000_000
 """The status of an HTTP answer comes with the beginning of its body; larger first parts are not read twice for it."""
@@ -102,6 +109,56 @@ class ServeRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         self.chosen(pending_request, chosen)
         self.explained.compared(pending_request, chosen, came_back=is_retry)
         return cast("RunningReplica", chosen)
+
+    async def _fulfill_pending_requests(self) -> None:
+        if hasattr(RequestRouter, "_cancel_routing_task_for_pending_request"):
+            await super()._fulfill_pending_requests()
+        else:  # before Ray 2.60
+            await self.route_those_that_wait()
+
+    async def route_those_that_wait(self) -> None:
+        """One of Serve's routing tasks, as from Ray 2.60 on: it stays with a request until that is routed or given up.
+
+        Before, a task that found fewer requests than tasks left its own for others to route, which those of a router
+        that matches requests exactly do not; and a task without a request picked replicas for nobody, without a pause.
+        """
+        routing = cast("asyncio.Task[None]", asyncio.current_task())
+        try:
+            while (pending := self._get_next_pending_request_to_route()) is not None:
+                await self.route_one(pending, routing)
+        except Exception:
+            logger.exception("shadecast: a routing task has failed")
+        finally:
+            self._routing_tasks.discard(routing)
+            self.num_routing_tasks_gauge.set(self.curr_num_routing_tasks)
+            while self._pending_requests_to_fulfill and self._pending_requests_to_fulfill[0].future.done():
+                self._pending_requests_to_fulfill.popleft()
+            if self._pending_requests_to_route:
+                self._maybe_start_routing_tasks()
+
+    async def route_one(self, pending_request: PendingRequest, routing: asyncio.Task[None]) -> None:
+        """Offer it replicas until one takes it. Its end from elsewhere ends the task `routing`, which waits for it."""
+        future, under_way, attempts = pending_request.future, True, 0
+
+        def end(_: object) -> None:
+            if under_way:
+                routing.cancel()
+
+        future.add_done_callback(end)
+        offered = self._choose_replicas_with_backoff(pending_request)
+        try:
+            async for candidates in offered:
+                if future.done():
+                    break
+                replica = await self._select_from_candidate_replicas(candidates, attempts)
+                if replica is not None:
+                    self._fulfill_next_pending_request(replica, pending_request.metadata)
+                    if future.done():
+                        break
+                attempts += 1
+        finally:
+            under_way = False
+            await offered.aclose()
 
     def _get_pending_request_matching_internal_request_id(self, request_metadata: Any = None) -> PendingRequest | None:
         pending = self.pending_of(request_metadata)
@@ -182,13 +239,31 @@ def current_request_ids() -> list[str]:
     return [str(context._internal_request_id) for context in contexts]
 
 
-def when_ready(ref: Any, call: Callable[[], None], settle: Callable[[Any], None]) -> None:
-    """Have `call` called once an object is there, without fetching it, or `settle` with the object where that fails.
+def object_of(result: Any) -> Any:
+    """The object that an accepted unary request's answer comes as.
 
-    From another thread. A done-callback of a result does not show errors that user code raised.
+    Raises AssertionError, RuntimeError or AttributeError where there is none: a stream, or an answer by value. Before
+    Ray 2.60 `to_object_ref` waits for the answer, and a router that calls it does nothing else meanwhile.
+    """
+    stream = getattr(result, "_obj_ref_gen", None)
+    if stream is not None and result._obj_ref is None and not result._is_streaming:
+        [ref] = stream._get_next_ref_n(1)  # looked at, and left for the caller to take
+        return ref
+    try:
+        return result.to_object_ref()
+    except TypeError as error:  # before Ray 2.60 an answer by value asks for a time limit before it says so
+        raise RuntimeError("there is no object") from error
+
+
+def when_ready(result: Any, ref: Any, call: Callable[[], None], settle: Callable[[Any], None]) -> None:
+    """Have `call` called once a result's object is there, without fetching it, or `settle` with what it failed with.
+
+    From another thread. A done-callback of a result does not show errors that user code raised: `call` looks for them.
     """
     if hasattr(ref, "_on_ready"):
         ref._on_ready(lambda _: call())
+    elif getattr(result, "_obj_ref_gen", None) is not None:  # before Ray 2.60: it is there once its stream has ended
+        result.add_done_callback(lambda outcome: settle(outcome) if isinstance(outcome, BaseException) else call())
     else:
         ref._on_completed(settle)
 
@@ -239,6 +314,17 @@ def route_in_this_loop(handle: Any) -> None:
         handle._init(_run_router_in_separate_loop=False)
 
 
+def rejecting(retry_after_s: float) -> dict[str, Any]:
+    """Options of a deployment that tells rejected clients when to come back; {} where Serve cannot (Ray 2.57)."""
+    known = "backpressure_config" in inspect.signature(serve.deployment).parameters
+    return {"backpressure_config": {"retry_after_s": retry_after_s}} if known else {}
+
+
+def retry_after_s(error: BackPressureError) -> float | None:
+    """What a deployment that rejects a request says of that; None where it says nothing (always with Ray 2.57)."""
+    return cast("float | None", getattr(error, "retry_after_s", None))
+
+
 # ---------------------------------------------------------------- the cluster
 
 
@@ -269,7 +355,10 @@ class Kept:
 
 def draining_nodes() -> list[str]:
     """Ids of the nodes that Ray is about to take away: preempted, scaled down, `ray drain-node`. Blocks."""
-    return list(internal_kv_get_gcs_client().get_draining_nodes(timeout=5))
+    client = internal_kv_get_gcs_client()
+    if hasattr(client, "get_draining_nodes"):
+        return list(client.get_draining_nodes(timeout=5))
+    return list(ray._private.state.state.get_draining_nodes())  # before Ray 2.60
 
 
 def deployed_router(app_name: str, name: str) -> tuple[str, dict[str, Any]] | None:

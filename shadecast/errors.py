@@ -21,5 +21,9 @@ class OrderError(ShadecastError):
     """What a person orders cannot be done: nothing of that id is known, or a value is out of bounds."""
 
 
+class NotInstalledError(ShadecastError):
+    """A package that is needed is missing; the message names the extra that brings it."""
+
+
 class AwayError(ShadecastError):
     """No cluster, or no control plane on it, can be reached."""

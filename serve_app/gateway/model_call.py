@@ -19,7 +19,7 @@ from serve_app.gateway.model_server import Refusal
 from serve_app.gateway.tensors import whole_number
 from serve_app.http_guard import MAX_ID_BYTES
 from serve_app.protocol_error import ProtocolError
-from serve_app.ray_api import wait_until_assigned
+from serve_app.ray_api import retry_after_s, wait_until_assigned
 from shadecast.budget import Budget
 
 _RETRY_SOON = {"Retry-After": "1"}
@@ -288,7 +288,7 @@ def _translated(error: BaseException) -> BaseException:
         return error
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, BackPressureError):
-        after = {"Retry-After": str(max(1, round(cause.retry_after_s or 1)))}
+        after = {"Retry-After": str(max(1, round(retry_after_s(cause) or 1)))}
         return ProtocolError(503, "all replicas are full and the queue is too; try again later", after)
     if isinstance(cause, DeploymentUnavailableError):
         return ProtocolError(503, "the model is not available: its deployment failed", _RETRY_SOON)

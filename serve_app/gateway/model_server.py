@@ -104,6 +104,11 @@ def load_class(path: str) -> type:
     try:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
+        if path in BUILT_IN:
+            raise ConfigError(
+                f"model = {path!r}: the example needs {error.name!r}: pip install 'shadecast[control]', or name a "
+                "class of yours as 'module:Class'"
+            ) from None
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
             raise ConfigError(f"model = {path!r}: importing {module_name} needs {error.name!r}: {error}") from error
         raise ConfigError(

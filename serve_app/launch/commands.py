@@ -28,7 +28,7 @@ from serve_app.launch.times import duration_s, from_now_s
 from serve_app.launch.watching import Watching
 from serve_app.page.address import Address, PageError
 from serve_app.page.watch import to_json
-from shadecast.errors import AwayError, ConfigError, OrderError, ShadecastError
+from shadecast.errors import AwayError, ConfigError, NotInstalledError, OrderError, ShadecastError
 
 if TYPE_CHECKING:
     from serve_app.launch.control_plane import ControlPlane
@@ -91,7 +91,7 @@ def exit_code(error: ShadecastError) -> int:
     match error:
         case AwayError():
             return AWAY
-        case ConfigError() | PageError():
+        case ConfigError() | PageError() | NotInstalledError():
             return BAD_USE
         case _:
             return FAILED

@@ -17,6 +17,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from serve_app import extras
 from serve_app.coordinator import COORDINATOR, NAMESPACE, find_coordinator
 from serve_app.launch import tokens
 from serve_app.launch.processes import CoordinatorProcess, PageProcess, RetrainerProcess, forecaster_name
@@ -77,8 +78,10 @@ def start_control_plane(
     other ones, or other tokens, than are given is started anew; what is not given stays. Without `given`, tokens are
     from the environment. `ray_metrics` and `audit_log` are for a coordinator that is started.
 
-    Raises ConfigError on a wrong forecaster setting or token, PageError on a wrong address, before anything is started.
+    Raises ConfigError on a wrong forecaster setting or token, PageError on a wrong address, NotInstalledError where the
+    extra `control` is missing, before anything is started.
     """
+    extras.require("control", "starting the control plane")
     _check(settings or {})
     plan = retraining_plan(retrain, settings or {}, retrain_plan or {}) if retrain is not None else None
     given = tokens.given() if given is None else given

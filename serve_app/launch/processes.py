@@ -114,7 +114,9 @@ class ForecasterProcess:
     def __init__(self, node_id: str, settings: Mapping[str, Any], node_cpus: float) -> None:
         own_installation.put_first()
         from actors.forecaster_actor import ForecasterActor  # noqa: PLC0415 - not before our installation is first
+        from serve_app import extras  # noqa: PLC0415 - as above
 
+        extras.require("control", f"the forecaster of node {node_id[:8]}")  # this node's Python may have less
         self._forecaster = ForecasterActor(node_id, find_coordinator, settings, node_cpus)
 
     def status(self) -> dict[str, Any]:

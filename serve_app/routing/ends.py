@@ -16,7 +16,7 @@ from ray.exceptions import TaskCancelledError
 from ray.serve.exceptions import RequestCancelledError
 from ray.serve.request_router import ReplicaResult
 
-from serve_app.ray_api import is_answer, when_completed, when_ready
+from serve_app.ray_api import is_answer, object_of, when_completed, when_ready
 
 logger = logging.getLogger("ray.serve")
 
@@ -78,7 +78,7 @@ def watch_end(
         on_loop(functools.partial(ended, outcome if isinstance(outcome, BaseException) else None, time.monotonic()))
 
     try:
-        ref = result.to_object_ref()
+        ref = object_of(result)
     except (AssertionError, RuntimeError, AttributeError):  # sent by value, or a stream: no object
         result.add_done_callback(settle)
         return
@@ -89,7 +89,7 @@ def watch_end(
         elif ray.is_initialized():
             when_completed(ref, settle)
 
-    when_ready(ref, lambda: on_loop(functools.partial(look, time.monotonic())), settle)
+    when_ready(result, ref, lambda: on_loop(functools.partial(look, time.monotonic())), settle)
 
 
 def was_cancelled(error: BaseException | None) -> bool:

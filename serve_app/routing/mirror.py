@@ -18,7 +18,7 @@ from typing import Any
 from ray.serve.request_router import PendingRequest, ReplicaResult, RunningReplica
 
 from serve_app.copying import METADATA_KEY
-from serve_app.ray_api import is_by_reference, serialise_lazily, when_completed
+from serve_app.ray_api import is_by_reference, object_of, serialise_lazily, when_completed
 from serve_app.routing.ends import tell, watch_end
 from serve_app.shadow import SHADOW_SUFFIX
 from serve_app.user_functions import UserFunction, comparison
@@ -123,7 +123,7 @@ class Mirror:
                 loop.call_soon_threadsafe(keep, answer)
 
         try:
-            when_completed(result.to_object_ref(), arrived)
+            when_completed(object_of(result), arrived)
         except (AssertionError, RuntimeError, AttributeError):  # sent by value: only its caller sees it
             logger.debug("shadecast: the answer of %s cannot be compared", pair.primary_id)
 

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -23,11 +24,13 @@ from serve_app import ray_api
 from serve_app.router import ObservingRouter, PredictiveRouter
 from serve_app.routing import request_router
 
-SUPPORTED = (2, 60)
+RAY = tuple(int(part) for part in version("ray").split(".")[:2])
+SUPPORTED = [(2, minor) for minor in range(57, 61)]
 ROOT = Path(__file__).resolve().parents[2]
 ROUTER_SOURCE = "".join(
     map(inspect.getsource, (module, inspect.getmodule(LocalityMixin), inspect.getmodule(MultiplexMixin)))
 )
+RESULT_SOURCE = inspect.getsource(replica_result.ActorReplicaResult)
 CORE_WORKER = getattr(ray._private.worker, "CoreWorker", None) or ray._raylet.CoreWorker
 
 
@@ -47,7 +50,10 @@ CLAIMS = {
     "_internal_kv_put": (has(ray.experimental.internal_kv), "the same"),
     "internal_kv": (has(ray.experimental), "the same, and operators' holds"),
     "internal_kv_get_gcs_client": (has(ray.experimental.internal_kv), "nodes that Ray is about to take away"),
-    "get_draining_nodes": (has(ray._raylet.InnerGcsClient), "the same"),
+    "get_draining_nodes": (
+        lambda name: hasattr(ray._raylet.InnerGcsClient, name) or hasattr(ray._private.state.state, name),
+        "the same",
+    ),
     "_private": (has(ray), "where Serve's router lives"),
     "_get_serve_request_context": (has(ray.serve.context), "calls that one request makes are known by its id"),
     "_get_serve_batch_request_context": (has(ray.serve.context), "the same, for batches"),
@@ -56,6 +62,18 @@ CLAIMS = {
     "_choose_replica_for_request": (has(RequestRouter), "the usual choice is made at once"),
     "_get_pending_request_matching_internal_request_id": (has(RequestRouter), "calls of one request share its id"),
     "_record_queue_wait_time": (has(RequestRouter), "Serve's metric of the time in the queue stays true"),
+    "_fulfill_pending_requests": (has(RequestRouter), "before Ray 2.60 its tasks drop requests"),
+    "_cancel_routing_task_for_pending_request": (
+        lambda name: hasattr(RequestRouter, name) or RAY < (2, 60),
+        "from then on they do not",
+    ),
+    "_get_next_pending_request_to_route": (has(RequestRouter), "our own such task"),
+    "_choose_replicas_with_backoff": (has(RequestRouter), "the same"),
+    "_select_from_candidate_replicas": (has(RequestRouter), "the same"),
+    "_fulfill_next_pending_request": (has(RequestRouter), "the same"),
+    "_maybe_start_routing_tasks": (has(RequestRouter), "the same"),
+    "_routing_tasks": (is_set_by(ROUTER_SOURCE), "the same"),
+    "_pending_requests_to_fulfill": (is_set_by(ROUTER_SOURCE), "the same"),
     "_pending_requests_to_route": (is_set_by(ROUTER_SOURCE), "who waits is served first"),
     "_event_loop": (is_set_by(ROUTER_SOURCE), "callbacks of other threads come back to it"),
     "_deployment_id": (is_set_by(ROUTER_SOURCE), "reports are by deployment"),
@@ -67,7 +85,14 @@ CLAIMS = {
     "_by_reference": (has(RequestMetadata("r", "i")), "how an answer can be watched"),
     "_reserved_slot_token": (has(RequestMetadata("r", "i")), "a reserved place is another's"),
     "_get_replica_wrapper": (has(RunningReplica), "large copies are sent from a thread"),
-    "_on_ready": (has(ray.ObjectRef), "outcomes without fetching answers; else the slower way"),
+    "_on_ready": (
+        lambda name: hasattr(ray.ObjectRef, name) or RAY < (2, 60),
+        "outcomes without fetching answers; before Ray 2.60 the end of the call tells",
+    ),
+    "_obj_ref_gen": (is_set_by(RESULT_SOURCE), "before Ray 2.60 an answer's object is looked at ahead of its caller"),
+    "_obj_ref": (is_set_by(RESULT_SOURCE), "the same"),
+    "_is_streaming": (is_set_by(RESULT_SOURCE), "the same"),
+    "_get_next_ref_n": (has(ray.ObjectRefGenerator), "the same"),
     "_on_completed": (has(ray.ObjectRef), "errors of user code"),
     "_fetch_future_result_async": (
         lambda name: hasattr(DeploymentResponse, name) and hasattr(DeploymentResponseGenerator, name),
@@ -121,6 +146,14 @@ def test_no_other_file_touches_what_is_private_to_ray():
             foreign = {name for name, own in names_of(path) if is_private(name) and not own and name in CLAIMS}
             assert not foreign, f"{path}: {foreign}"
             text = path.read_text(encoding="utf-8")
+            imported = {
+                f"{node.module}.{alias.name}"
+                for node in ast.walk(ast.parse(text))
+                if isinstance(node, ast.ImportFrom) and node.module
+                for alias in node.names
+            }
+            theirs = {name for name in imported if name.split(".")[0] == "ray"}
+            assert not {name for name in theirs if any(is_private(part) for part in name.split("."))}, path
             for where in ("ray._private", "ray.serve._private", "ray._raylet", "ray._common", "internal_kv"):
                 assert where not in text, f"{path}: {where} belongs into serve_app/ray_api.py"
 
@@ -190,10 +223,14 @@ def test_a_process_with_another_version_takes_the_class_says_so_and_routes_as_se
 
 
 def test_this_is_a_supported_ray():
-    found = tuple(int(part) for part in version("ray").split(".")[:2])
-    assert found == SUPPORTED, (
-        f"Ray {found} is not supported yet: run the tests, then widen pyproject.toml and SUPPORTED"
-    )
+    assert RAY in SUPPORTED, f"Ray {RAY} is not supported yet: run the tests, then widen pyproject.toml and SUPPORTED"
+
+
+def test_the_versions_that_are_supported_are_those_that_the_package_asks_for_and_the_readme_names():
+    (ray_line,) = re.findall(r'"ray\[serve\](.*?)"', (ROOT / "pyproject.toml").read_text())
+    assert ray_line == ">={}.{},<{}.{}".format(*SUPPORTED[0], SUPPORTED[-1][0], SUPPORTED[-1][1] + 1)
+    rows = re.findall(r"^\| (\d+)\.(\d+)\.\d+ \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert sorted((int(major), int(minor)) for major, minor in rows) == SUPPORTED
 
 
 @pytest.mark.parametrize(
