@@ -47,18 +47,16 @@ class Machines:
 
 def read_machines(path: Path) -> list[Series]:
     """The series of a telemetry log's folder, or of one Parquet file. Raises ConfigError."""
+    if not path.exists():
+        raise ConfigError(f"--telemetry {path}: no such file or folder")
     try:
         if path.is_dir():
             found = read_folder(path)
-        elif path.is_file():
-            found = list(series_of(pd.read_parquet(path, partitioning=None), source_of(path, path.parent)))
         else:
-            raise ConfigError(f"--telemetry {path}: no such file or folder")
-    except ConfigError:
-        raise
+            found = list(series_of(pd.read_parquet(path, partitioning=None), source_of(path, path.parent)))
     except (TelemetryError, OSError, ValueError, KeyError) as error:
         text = str(error)
-        raise ConfigError(f"--telemetry {text if str(path) in text else f'{path}: {text}'}") from None
+        raise ConfigError(f"--telemetry {text if text.startswith(str(path)) else f'{path}: {text}'}") from None
     found = [series for series in found if len(series.values) * series.period_s >= _LEAST_S]
     if not found:
         raise ConfigError(f"--telemetry {path}: holds no {_LEAST_S:g} s of one machine without a gap")
@@ -85,7 +83,8 @@ def choose(
     if len(wanted) < replicas:
         what = f"--machines names {len(names)} machines" if names else f"the telemetry has {len(by_machine)} machines"
         raise ConfigError(
-            f"--replicas {replicas}: {what}, and each replica needs one of its own: give fewer replicas, or more machines"
+            f"--replicas {replicas}: {what}, and each replica needs one of its own: "
+            "give fewer replicas, or more machines"
         )
     pools = {name: by_machine[name] for name in wanted[:replicas]}
     calendar = all(math.isfinite(each.began_wall_s) for pool in pools.values() for each in pool)
@@ -156,7 +155,7 @@ def filled(values: Array) -> Array:
 def _each_second(rows: Array, period_s: float) -> Array:
     seconds = max(int(len(rows) * period_s), 1)
     at = np.minimum((np.arange(seconds) / period_s).astype(int), len(rows) - 1)
-    return rows[at]
+    return np.asarray(rows[at])
 
 
 def _node(machine: Machine, until_s: float, *, repeated: bool) -> NodeTrace:

@@ -122,7 +122,9 @@ def read_trace(path: Path, costs: Costs, columns: Columns) -> OwnTrace:
         raise
     except (OSError, EOFError, ValueError, csv.Error) as error:
         text = str(error)
-        raise ConfigError(f"--trace {text if str(path) in text else f'{path}: cannot be read ({error})'}") from None
+        raise ConfigError(
+            f"--trace {text if text.startswith(str(path)) else f'{path}: cannot be read ({error})'}"
+        ) from None
 
 
 def _of_tokens(path: Path, rows: Sequence[TraceRow], costs: Costs, kind: str) -> OwnTrace:
@@ -176,7 +178,7 @@ def _plain(path: Path, header: Sequence[str], lines: Iterator[str], costs: Costs
     return _made(path, "drawn", at_s, [], costs, began_s, [note])
 
 
-def _made(
+def _made(  # noqa: PLR0917 - called here alone
     path: Path,
     sizes: Sizes,
     at_s: Sequence[float],

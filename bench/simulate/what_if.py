@@ -1,4 +1,4 @@
-"""What `shadecast simulate` does: a user's own requests and machines, played again under one routing rule after another.
+"""What `shadecast simulate` does: a user's own requests and machines, played again under each routing rule.
 
 All arms see the same requests and the same machines; only where a request goes differs. Intervals come from half
 minutes of arrivals that are drawn anew, for all arms the same ones.
@@ -185,7 +185,7 @@ class Comparison:
 
 def policies(given: Sequence[str]) -> list[ArmSpec]:
     """Arms from `NAME:section.key=value[,section.key=value]`. Raises ConfigError."""
-    found = []
+    found: list[ArmSpec] = []
     for text in given:
         name, _, rest = text.partition(":")
         if not name.replace("_", "").replace("-", "").isalnum() or not rest:
@@ -331,7 +331,7 @@ def _p99_bounds(side: _Side, used: NDArray[Any], drawn: NDArray[Any] | None) -> 
 
 def _lengths(setup: Setup, blocks: int) -> NDArray[Any]:
     """Seconds of each half minute: the last one is shorter."""
-    return np.clip(setup.until_s - LEAD_S - BLOCK_S * np.arange(blocks), 1.0, BLOCK_S)
+    return np.asarray(np.clip(setup.until_s - LEAD_S - BLOCK_S * np.arange(blocks), 1.0, BLOCK_S))
 
 
 def _free(node: NodeTrace, setup: Setup, blocks: int) -> tuple[float, ...]:
