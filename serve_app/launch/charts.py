@@ -53,6 +53,11 @@ def page(title: str, parts: Iterable[str]) -> str:
     return _PAGE.format(title=escape(title), body="\n".join(parts))
 
 
+def heading(text: str) -> str:
+    """A heading."""
+    return f"<h2>{escape(text)}</h2>"
+
+
 def paragraph(text: str) -> str:
     """A paragraph of text."""
     return f"<p>{escape(text)}</p>"
@@ -90,7 +95,7 @@ def lines(
     ]
     known = [(x, y) for _, points in shown for x, y in points if y is not None]
     if not known:
-        return f"<h2>{escape(title)}</h2>" + paragraph("Nothing to show.")
+        return heading(title) + paragraph("Nothing to show.")
     across = _Axis(min(x for x, _ in known), max(x for x, _ in known), _LEFT, _WIDTH - _RIGHT, log=log_x)
     low = min(y for _, y in known) if log_y else 0.0
     top = high if high is not None else max(y for _, y in known)
@@ -193,7 +198,7 @@ def _grid(across: _Axis, up: _Axis, x_label: str, y_label: str) -> str:
 def _figure(title: str, height: int, drawn: Sequence[str]) -> str:
     name = escape(title, quote=True)
     shapes = "".join(drawn)
-    return f'<h2>{name}</h2><svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{name}">{shapes}</svg>'
+    return f'{heading(title)}<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{name}">{shapes}</svg>'
 
 
 def _style(number: int) -> str:

@@ -24,6 +24,7 @@ from serve_app.launch import explanations, ids, own_installation, tables, tokens
 from serve_app.launch.answers import JsonOption, answer, failed, problems
 from serve_app.launch.connection import AddressOption, connected
 from serve_app.launch.registry_commands import forecaster
+from serve_app.launch.report_command import report
 from serve_app.launch.times import duration_s, from_now_s
 from serve_app.launch.watching import Watching
 from serve_app.launch.what_if_command import simulate
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 cli = typer.Typer(no_args_is_help=True, help="Predictive load balancing for Ray Serve.")
 cli.add_typer(forecaster, name="forecaster")
+cli.command()(report)
 cli.command()(simulate)
 console = Console()
 
