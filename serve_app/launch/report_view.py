@@ -84,10 +84,10 @@ class DeploymentReport:
         if not found.refused:
             return "Serve sent no request to a replica that Shadecast would have kept out"
         part = found.refused_right / found.refused
+        right = f"{found.refused_right} ({_percent(part)} {_interval(found.refused_right_bounds)})"
         return (
-            f"Serve sent {found.refused} requests to replicas that Shadecast would have kept out; rightly "
-            f"so for {found.refused_right} ({_percent(part)} {_interval(found.refused_right_bounds)}), which failed or were "
-            f"late; of all others {_percent(found.others_missed_fraction)}"
+            f"Serve sent {found.refused} requests to replicas that Shadecast would have kept out; rightly so for "
+            f"{right}, which failed or were late; of all others {_percent(found.others_missed_fraction)}"
         )
 
     def rows(self) -> list[tuple[str, ...]]:
