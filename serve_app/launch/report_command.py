@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ from serve_app.launch.html_file import html_path, write_html
 from serve_app.page.watch import to_json
 from shadecast.errors import OrderError
 
-_LEAST_WIDTH = 80
+_LEAST_WIDTH, _WIDE = 80, 200
 
 
 def report(
@@ -29,6 +30,7 @@ def report(
     html: Annotated[
         str, typer.Option(metavar="FILE", help='The page; it needs no internet. "": none.')
     ] = "shadecast-report.html",
+    wide: Annotated[bool, typer.Option("--wide", help="All columns, however narrow the terminal.")] = False,
     address: AddressOption = "",
     as_json: JsonOption = False,
 ) -> None:
@@ -48,9 +50,9 @@ def report(
         answer(deployments=to_json([each.plain() for each in told]), how=list(HOW), html=html or None)
         return
     width = max(Console().width, _LEAST_WIDTH)
-    view = [line for each in told for line in each.view(width)]
+    view = [line for each in told for line in each.view(math.inf if wide else width)]
     how = [Text("How this is estimated", style="bold"), *(Padding(Text(line), (0, 0, 0, 2)) for line in HOW)]
-    Console(width=width).print(*view, *how, sep="\n", highlight=False)
+    Console(width=_WIDE if wide else width).print(*view, *how, sep="\n", highlight=False)
     if page_file is not None:
         Console().print(f"Wrote {page_file}", markup=False, highlight=False, soft_wrap=True)
 

@@ -92,7 +92,7 @@ class DeploymentReport:
 
     def rows(self) -> list[tuple[str, ...]]:
         """Serve's routing and ours."""
-        sides = (("Serve's default, measured", self.found.serve), ("Shadecast, estimated", self.found.ours))
+        sides = (("Serve's, measured", self.found.serve), ("Shadecast, estimated", self.found.ours))
         return [
             (
                 name,
@@ -104,9 +104,12 @@ class DeploymentReport:
             if side is not None
         ]
 
-    def view(self, width: int) -> list[RenderableType]:
+    def view(self, width: float) -> list[RenderableType]:
         """For the terminal."""
-        columns = [Column(heading, [row[k] for row in self.rows()], 0, k > 0) for k, heading in enumerate(_HEADINGS)]
+        columns = [
+            Column(heading, [row[k] for row in self.rows()], int(heading == "p50 s"), k > 0)
+            for k, heading in enumerate(_HEADINGS)
+        ]
         lines = [self.verdict(), *self.notes(), *(_refusal(each) for each in self.refusals)]
         indented = [Padding(Text(line), (0, 0, 0, 2)) for line in lines]
         return [*table(self.name, columns, width)[:-1], *indented, Text()]
