@@ -20,7 +20,7 @@ from shadecast.errors import OrderError
 _LEAST_WIDTH, _WIDE = 80, 200
 
 
-def report(
+def report(  # noqa: PLR0917 - options of a command are named by the user
     slo: Annotated[
         float, typer.Option(min=0.0, help="Seconds that a request may take. [default: 4 x the median]")
     ] = 0.0,
