@@ -8,7 +8,7 @@ we would have taken (s'). When the request has ended after d seconds, ours would
 What is particular to the request (its size, say) is in d, and cancels out. `trust`, from 0 to 1, says how far such
 predictions have held: the slope of log d over log s among the requests of the same half minute. Predictions that say
 nothing have trust 0, and then nothing is claimed; as predictions err, choosing the least of them would otherwise
-promise too much. The estimate is of each request alone: that the others would have gone elsewhere, too, is not in it.
+promise more yet than it does. The estimate is of each request alone: that the others would have gone elsewhere, too, is not in it.
 
 Requests that Serve sent to a replica that would have got none from us (on trial, drained, not let in) are told apart:
 keeping them away was right where they failed or missed the objective.

@@ -62,8 +62,8 @@ def test_right_predictions_are_trusted_and_the_gain_is_what_it_would_have_been()
     assert found.trust == pytest.approx(1.0, abs=0.03)
     assert found.saved_fraction == pytest.approx(truth.saved, abs=0.02)
     low, high = found.saved_bounds
-    assert low < truth.saved < high
-    assert high - low < 0.05
+    assert low - 0.01 < truth.saved < high + 0.01
+    assert 0.005 < high - low < 0.05
     assert found.serve.miss_fraction == pytest.approx(truth.serve_late, abs=0.003)
     assert found.ours.miss_fraction == pytest.approx(truth.ours_late, abs=0.005)
     assert found.avoided_fraction == pytest.approx(truth.serve_late - truth.ours_late, abs=0.006)
@@ -77,7 +77,7 @@ def test_predictions_that_err_do_not_promise_too_much(error):
     """Who takes the least of four that err sees a gain in the errors, too."""
     found, truth = world(error)
     assert 0.4 < found.trust < 0.95
-    assert found.saved_fraction == pytest.approx(truth.saved, abs=0.1)
+    assert found.saved_fraction == pytest.approx(truth.saved, abs=0.06)
 
 
 def test_predictions_that_say_nothing_claim_nothing():
