@@ -18,7 +18,7 @@ BLOCK_S = 30.0
 LEAST_BLOCKS = 20
 """Of fewer blocks no interval is told: it would be too narrow."""
 LEAST_REQUESTS = 200
-_DRAWS = 1000
+DRAWS = 1000
 
 
 def too_little(blocks: int, requests: float) -> str:
@@ -33,9 +33,9 @@ def too_little(blocks: int, requests: float) -> str:
     return ""
 
 
-def draws(blocks: int, rng: np.random.Generator) -> Array:
+def draws(blocks: int, rng: np.random.Generator, count: int = DRAWS) -> Array:
     """[draw, block]: how often each block was drawn, with replacement."""
-    return rng.multinomial(blocks, np.full(blocks, 1.0 / blocks), size=_DRAWS)
+    return rng.multinomial(blocks, np.full(blocks, 1.0 / blocks), size=count)
 
 
 def middle(values: Array) -> tuple[float, float] | None:

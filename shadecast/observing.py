@@ -1,25 +1,28 @@
 """What Serve's own routing did, and what ours would have done: by the requests that an observing router saw.
 
 As Serve chooses, the router notes the predicted relative time on the replica that Serve takes (s) and on the one that
-we would have taken (s'). When the request has ended after d seconds, ours would have taken about
+we would have taken (s'). What such predictions are worth is measured: m(s) is the mean of log d over the requests that
+were predicted s and took d seconds, less what all requests of the same half minute have in common, and made to rise
+with s (isotonic regression, Barlow 1972). Ours would have taken about
 
-    d' = d * (s' / s) ** trust
+    d' = d * exp(m(s') - m(s))
 
-What is particular to the request (its size, say) is in d, and cancels out. `trust`, from 0 to 1, says how far such
-predictions have held: the slope of log d over log s among the requests of the same half minute. Predictions that say
-nothing have trust 0, and then nothing is claimed; as predictions err, choosing the least of them would otherwise
-promise more yet than it does. The estimate is of each request alone: that the others would have gone elsewhere, too, is not in it.
+What is particular to the request (its size, say) is in d, and cancels out. Predictions that say nothing have a flat m,
+and then nothing is claimed. By the predictions alone more would be promised than comes: whoever takes the least of
+several that err sees a gain in the errors. The estimate is of each request alone: that the others would have gone
+elsewhere, too, is not in it.
 
 Requests that Serve sent to a replica that would have got none from us (on trial, drained, not let in) are told apart:
 keeping them away was right where they failed or missed the objective.
 
-Kept are counts by half minute, in bins of a quarter of an octave, so that any objective can be asked for later.
+Kept are counts by half minute in bins of durations and predictions, so that any objective can be asked for later. When
+there are too many half minutes, neighbours are merged: memory is bounded, however long a deployment is observed.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,46 +36,65 @@ from shadecast.types import Outcome
 
 Array = NDArray[Any]
 
-MOST_BLOCKS = 2880
-"""A day of half minutes; older ones are forgotten."""
+MOST_BLOCKS = 480
+"""Four hours of half minutes; then of minutes, and so on."""
 _PER_OCTAVE = 4
+"""Bins of durations."""
+_SCORES_PER_OCTAVE = 3
 _SHORTEST_S = 0.001
 _MOST_BINS = 100
-_WIDEST = 28
-"""Bins that s' / s may lie from 1: LONGEST_PREDICTED either way."""
-_LEAST_SPREAD = 1e-4
-"""Of log s, squared, in a half minute on average; with less all replicas were alike, and there is nothing to trust."""
+_WIDEST = 21
+"""Bins that a prediction may lie from 1: LONGEST_PREDICTED either way."""
+_SCORES = np.arange(-_WIDEST, _WIDEST + 1)
+_ROUNDS = 30
+"""Of fitting what half minutes and predictions have to do with durations, each in turn."""
+_DRAWN = 200
+_AT_ONCE = 40
+"""Draws that are looked at together: memory."""
+_LEAST_GAIN = 1e-6
+"""Mean predicted gain, in bins, below which all replicas were alike."""
 
 
 @dataclass(slots=True)
 class _Block:
-    """Requests that ended in one half minute."""
+    """Requests that ended in one half minute, or more of them where neighbours were merged."""
 
     at: int
+    """Its number, by its length."""
     requests: float = 0.0
     failed: float = 0.0
     refused: float = 0.0
     refused_failed: float = 0.0
-    moments: list[float] = field(default_factory=lambda: [0.0] * 5)
-    """Weight, sums of x, y, x * x and x * y, with x = log s and y = log d."""
-    cells: Counter[tuple[int, int, int]] = field(default_factory=Counter)
-    """Requests that went well, by (bin of d, bin of s' / s, whether we would have refused the replica)."""
+    logs: Counter[int] = field(default_factory=Counter)
+    """Sums of log d of requests that went well, by the bin of s."""
+    cells: Counter[tuple[int, int, int, int]] = field(default_factory=Counter)
+    """Requests that went well, by bins of d, s and s', and whether we would have refused the replica."""
+
+    def take(self, other: _Block) -> None:
+        """Merge another one into it."""
+        for name in ("requests", "failed", "refused", "refused_failed"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.logs.update(other.logs)
+        self.cells.update(other.cells)
 
 
 class Observations:
-    """The half minutes of one deployment; the clock is the caller's."""
+    """The half minutes of one deployment; the clock is the caller's and does not go back."""
 
     def __init__(self) -> None:
-        self._blocks: deque[_Block] = deque(maxlen=MOST_BLOCKS)
+        self._blocks: list[_Block] = []
+        self._length_s = BLOCK_S
 
     def add(self, now_s: float, outcome: Outcome, weight: float) -> None:
         """A request has ended, and stands for `weight` of them. Without predictions it says nothing."""
         took_s, taken, ours = outcome.duration_s, outcome.predicted, outcome.predicted_ours
         if not (0.0 < taken < math.inf and 0.0 < ours < math.inf and 0.0 <= took_s < math.inf):
             return
-        at = int(now_s // BLOCK_S)
-        if not self._blocks or self._blocks[-1].at < at:
-            self._blocks.append(_Block(at))
+        if not self._blocks or self._blocks[-1].at < now_s // self._length_s:
+            if len(self._blocks) == MOST_BLOCKS:
+                self._merge()
+            if not self._blocks or self._blocks[-1].at < now_s // self._length_s:
+                self._blocks.append(_Block(int(now_s // self._length_s)))
         block = self._blocks[-1]
         block.requests += weight
         block.refused += weight * outcome.refused
@@ -80,23 +102,33 @@ class Observations:
             block.failed += weight
             block.refused_failed += weight * outcome.refused
             return
-        taken, ours = min(taken, LONGEST_PREDICTED), min(ours, LONGEST_PREDICTED)
-        x, y = math.log(taken), math.log(max(took_s, _SHORTEST_S))
-        for k, value in enumerate((1.0, x, y, x * x, x * y)):
-            block.moments[k] += weight * value
-        ratio = round(_PER_OCTAVE * math.log2(ours / taken))
-        block.cells[_bin(took_s), min(max(ratio, -_WIDEST), _WIDEST), int(outcome.refused)] += weight  # type: ignore[assignment]
+        score = _score(taken)
+        block.logs[score] += weight * math.log(max(took_s, _SHORTEST_S))  # type: ignore[assignment]
+        block.cells[_bin(took_s), score, _score(ours), int(outcome.refused)] += weight  # type: ignore[assignment]
+
+    def _merge(self) -> None:
+        """From now on blocks are twice as long."""
+        self._length_s *= 2.0
+        merged: list[_Block] = []
+        for block in self._blocks:
+            block.at //= 2
+            if merged and merged[-1].at == block.at:
+                merged[-1].take(block)
+            else:
+                merged.append(block)
+        self._blocks = merged
 
     def plain(self, now_s: float) -> list[dict[str, Any]]:
-        """As plain values, oldest first; `ago_s` is when each half minute began."""
+        """As plain values, oldest first; each block began `ago_s` and is `length_s` long."""
         return [
             {
-                "ago_s": now_s - block.at * BLOCK_S,
+                "ago_s": now_s - block.at * self._length_s,
+                "length_s": self._length_s,
                 "requests": block.requests,
                 "failed": block.failed,
                 "refused": block.refused,
                 "refused_failed": block.refused_failed,
-                "moments": list(block.moments),
+                "logs": [[*each] for each in block.logs.items()],
                 "cells": [[*cell, weight] for cell, weight in block.cells.items()],
             }
             for block in self._blocks
@@ -105,6 +137,11 @@ class Observations:
 
 def _bin(took_s: float) -> int:
     return min(max(math.floor(_PER_OCTAVE * math.log2(max(took_s, _SHORTEST_S) / _SHORTEST_S)), 0), _MOST_BINS)
+
+
+def _score(predicted: float) -> int:
+    """The bin of a prediction."""
+    return min(max(round(_SCORES_PER_OCTAVE * math.log2(min(predicted, LONGEST_PREDICTED))), -_WIDEST), _WIDEST)
 
 
 Bounds = tuple[float, float] | None
@@ -144,6 +181,7 @@ class Estimate:
     """Of all requests: those that would not have missed the objective any more; NaN as above."""
     avoided_bounds: Bounds
     trust: float
+    """What part of the predicted gain (mean of log s / s') the durations bear out."""
     trust_bounds: Bounds
     refused: int
     """Requests that Serve sent where we would have sent none."""
@@ -163,17 +201,50 @@ class _Sums:
             np.array([float(block[name]) for block in blocks])
             for name in ("requests", "failed", "refused", "refused_failed")
         )
-        moments = np.array([block["moments"] for block in blocks], float).reshape(-1, 5)
-        weight, x, y, xx, xy = moments.T
-        known = np.maximum(weight, 1e-9)
-        self.weight, self.spread, self.together = weight, xx - x * x / known, xy - x * y / known
-        keys = sorted({tuple(cell[:3]) for block in blocks for cell in block["cells"]})
+        keys = sorted({tuple(cell[:-1]) for block in blocks for cell in block["cells"]})
         place = {key: k for k, key in enumerate(keys)}
         self.cells = np.zeros((len(blocks), len(keys)))
         for row, block in enumerate(blocks):
             for *key, count in block["cells"]:
                 self.cells[row, place[tuple(key)]] += count
-        self.took, self.ratio, self.refuses = np.array(keys, float).reshape(-1, 3).T
+        took, taken, ours, refuses = np.array(keys, int).reshape(-1, 4).T
+        self.took, self.refuses = took.astype(float), refuses.astype(float)
+        self.taken, self.ours = taken + _WIDEST, ours + _WIDEST
+        self.counts = self.cells @ np.eye(len(_SCORES))[self.taken]
+        logs = np.zeros_like(self.counts)
+        for row, block in enumerate(blocks):
+            for score, total in block["logs"]:
+                logs[row, score + _WIDEST] += total
+        self.own_logs = logs - self.counts * self._common(logs)
+
+    def _common(self, logs: Array) -> Array:
+        """[block, 1]: the mean log duration of each half minute, less what its predictions say of it."""
+        by_block = np.maximum(self.counts.sum(axis=1, keepdims=True), 1e-9)
+        by_score = np.maximum(self.counts.sum(axis=0, keepdims=True), 1e-9)
+        common = logs.sum(axis=1, keepdims=True) / by_block
+        for _ in range(_ROUNDS):
+            worth = (logs - self.counts * common).sum(axis=0, keepdims=True) / by_score
+            common = (logs - self.counts * worth).sum(axis=1, keepdims=True) / by_block
+        return np.asarray(common)
+
+    def worth(self, drawn: Array) -> Array:
+        """m, [draw, bin of a prediction]."""
+        pairs = zip(drawn @ self.own_logs, drawn @ self.counts, strict=True)
+        return np.stack([_rising(logs, counts) for logs, counts in pairs])
+
+
+def _rising(logs: Array, counts: Array) -> Array:
+    """The best m that does not fall (pool adjacent violators); beyond what was seen as at the last that was."""
+    pools: list[tuple[float, float, int]] = []
+    seen = np.flatnonzero(counts > 1e-9)
+    for k in seen:
+        total, weight, size = float(logs[k]), float(counts[k]), 1
+        while pools and pools[-1][0] / pools[-1][1] > total / weight:
+            before = pools.pop()
+            total, weight, size = total + before[0], weight + before[1], size + before[2]
+        pools.append((total, weight, size))
+    fitted = [total / weight for total, weight, size in pools for _ in range(size)]
+    return np.interp(_SCORES, _SCORES[seen], fitted) if fitted else np.zeros(len(_SCORES))
 
 
 def usual_s(blocks: Sequence[Mapping[str, Any]]) -> float:
@@ -188,9 +259,11 @@ def estimate(blocks: Sequence[Mapping[str, Any]], slo_s: float, rng: np.random.G
     requests = float(sums.requests.sum())
     why_not = too_little(int((sums.requests > 0).sum()), requests)
     once = np.ones((1, len(blocks)))
-    drawn = once if why_not else draws(len(blocks), rng).astype(float)
+    drawn = once if why_not else draws(len(blocks), rng, _DRAWN).astype(float)
     slo = _PER_OCTAVE * math.log2(slo_s / _SHORTEST_S)
-    now, many = _look(sums, once, slo), _look(sums, drawn, slo)
+    now = _look(sums, once, slo)
+    parts = [_look(sums, drawn[k : k + _AT_ONCE], slo) for k in range(0, len(drawn), _AT_ONCE)]
+    many = {name: np.concatenate([part[name] for part in parts]) for name in now}
     known = sums.cells.sum() > 0
 
     def bounds(name: str) -> Bounds:
@@ -215,7 +288,7 @@ def estimate(blocks: Sequence[Mapping[str, Any]], slo_s: float, rng: np.random.G
         slo_s,
         why_not,
         side("serve", sums.took) if known else None,
-        side("ours", sums.took + trust * sums.ratio) if told else None,
+        side("ours", sums.took + _shift(sums, once)[0]) if told else None,
         float(now["saved"][0]) if told else math.nan,
         bounds("saved"),
         float(now["avoided"][0]) if told else math.nan,
@@ -232,12 +305,13 @@ def estimate(blocks: Sequence[Mapping[str, Any]], slo_s: float, rng: np.random.G
 def _look(sums: _Sums, drawn: Array, slo: float) -> dict[str, Array]:
     """Everything that is told, for each draw [draw] of the blocks; `slo` is a place among the bins of durations."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        spread, weight = drawn @ sums.spread, np.maximum(drawn @ sums.weight, 1e-9)
-        slope = (drawn @ sums.together) / np.maximum(spread, 1e-12)
-        trust = np.where(spread / weight > _LEAST_SPREAD, np.clip(slope, 0.0, 1.0), 1.0)
         cells, requests = drawn @ sums.cells, drawn @ sums.requests
         went_well = cells.sum(axis=1)
-        ours = sums.took + trust[:, None] * sums.ratio
+        shift = _shift(sums, drawn)
+        ours = sums.took + shift
+        predicted = cells @ ((sums.ours - sums.taken) * (_PER_OCTAVE / _SCORES_PER_OCTAVE))
+        there = np.abs(predicted) > _LEAST_GAIN * went_well
+        trust = np.where(there, (cells * shift).sum(axis=1) / predicted, 1.0)
         serve_s, ours_s = cells @ _seconds(sums.took), (cells * _seconds(ours)).sum(axis=1)
         serve_late, ours_late = cells @ _above(sums.took, slo), (cells * _above(ours, slo)).sum(axis=1)
         failed, refused, refused_failed = drawn @ sums.failed, drawn @ sums.refused, drawn @ sums.refused_failed
@@ -260,6 +334,12 @@ def _look(sums: _Sums, drawn: Array, slo: float) -> dict[str, Array]:
             "right_fraction": right / refused,
             "others_missed": (missed - right) / others,
         }
+
+
+def _shift(sums: _Sums, drawn: Array) -> Array:
+    """[draw, cell]: by how many bins of durations ours differs."""
+    worth = sums.worth(drawn)
+    return np.asarray((worth[:, sums.ours] - worth[:, sums.taken]) * (_PER_OCTAVE / math.log(2.0)))
 
 
 def _seconds(place: Array) -> Array:

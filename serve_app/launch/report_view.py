@@ -14,7 +14,6 @@ from rich.text import Text
 
 from serve_app.launch import charts
 from serve_app.launch.tables import Column, percent, span, table
-from shadecast.blocks import BLOCK_S
 from shadecast.observing import Estimate, Side, estimate, usual_s
 
 _USUAL_SLO = 4.0
@@ -22,14 +21,16 @@ _USUAL_SLO = 4.0
 _REFUSALS = ("trial_failed", "guard_tripped")
 _MOST_REFUSALS = 20
 HOW = (
-    "as Serve chose, Shadecast noted the predicted time on the replica that Serve took and on the one that it would "
-    "have taken; a request of d seconds would have taken d x (its prediction / Serve's) ^ trust",
-    "trust, 0 to 1, is how far such predictions have held: the slope of log duration over log prediction among the "
-    "requests of the same half minute; 0 claims nothing",
+    "as Serve chose, Shadecast noted the predicted time on the replica that Serve took, and on the one that it would "
+    "have taken itself",
+    "what such predictions are worth is measured: m, the mean log duration of requests by their prediction, less what "
+    "all requests of the same half minute have in common, rising with the prediction; a request of d seconds would "
+    "have taken d x exp(m(the one) - m(the other)); predictions that say nothing claim nothing",
     "each request is moved alone: that the others would have gone elsewhere, too, is not in it, nor is waiting before "
     "a replica accepts; near full load the truth may be less, where queues build up behind a slow replica more",
     "failed requests count as missed; where Shadecast would have sent none, they fail as often as elsewhere",
-    f"intervals are of 95 %: half minutes ({BLOCK_S:g} s) drawn anew 1,000 times; other days may differ by more",
+    "intervals are of 95 %: half minutes (longer spans after four hours) drawn anew 200 times; other days may differ "
+    "by more",
 )
 
 
@@ -64,17 +65,18 @@ class DeploymentReport:
     def notes(self) -> list[str]:
         """What must be known to read the numbers."""
         found = self.found
-        first, last = self.blocks[0]["ago_s"], max(self.blocks[-1]["ago_s"] - BLOCK_S, 0.0)
+        first, last = self.blocks[0]["ago_s"], max(self.blocks[-1]["ago_s"] - self.blocks[-1]["length_s"], 0.0)
         objective = "as given" if self.given else "4 x the median duration, because no --slo was given"
         lines = [
-            f"{found.requests} requests in {found.blocks} half-minutes, from {span(first)} to {span(last)} ago "
-            "(since the coordinator started, a day at most)",
+            f"{found.requests} requests in {found.blocks} spans of {self.blocks[0]['length_s']:g} s, from "
+            f"{span(first)} to {span(last)} ago (since the coordinator started)",
             f"objective: {self.slo_s:.3g} s, {objective}",
         ]
         if not self.observing:
             lines.append("it observes no more: Shadecast routes by now")
         if found.ours is not None:
-            lines.append(f"trust in the predictions {found.trust:.2f} {_interval(found.trust_bounds, _number)}")
+            trust = f"{found.trust:.2f} {_interval(found.trust_bounds, _number)}"
+            lines.append(f"of the predicted gain the durations bear out {trust}")
         lines.append(self.refused())
         return lines
 
@@ -146,7 +148,7 @@ class DeploymentReport:
             charts.bars("99th percentile of the latency", [(n, s.p99_s, None) for n, s in sides if s], "seconds")
         )
         ago_min = [-block["ago_s"] / 60.0 for block in self.blocks]
-        requests = [block["requests"] / BLOCK_S for block in self.blocks]
+        requests = [block["requests"] / block["length_s"] for block in self.blocks]
         parts.append(
             charts.lines(
                 "Requests", [("all", list(zip(ago_min, requests, strict=True)))], "minutes from now", "a second"

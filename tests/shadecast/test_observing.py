@@ -72,12 +72,13 @@ def test_right_predictions_are_trusted_and_the_gain_is_what_it_would_have_been()
     assert found.too_little == ""
 
 
-@pytest.mark.parametrize("error", [0.3, 0.6])
+@pytest.mark.parametrize("error", [0.15, 0.3, 0.6])
 def test_predictions_that_err_do_not_promise_too_much(error):
     """Who takes the least of four that err sees a gain in the errors, too."""
     found, truth = world(error)
-    assert 0.4 < found.trust < 0.95
-    assert found.saved_fraction == pytest.approx(truth.saved, abs=0.06)
+    assert 0.3 < found.trust < 0.95
+    assert found.saved_fraction < truth.saved + 0.02
+    assert found.saved_fraction == pytest.approx(truth.saved, abs=0.02 if error < 0.5 else 0.06)
 
 
 def test_predictions_that_say_nothing_claim_nothing():
@@ -149,17 +150,29 @@ def test_what_cannot_be_compared_is_left_out(odd):
     assert seen.plain(1.0) == []
 
 
-def test_extremes_are_bounded_and_a_day_is_kept():
+def test_extremes_are_bounded():
     seen = Observations()
-    for k in range(MOST_BLOCKS + 50):
+    for k in range(300):
         took_s = (0.0, 1e-9, 1e6)[k % 3]
         seen.add(k * BLOCK_S, Outcome(took_s, 0.0, predicted=1e9, predicted_ours=0.1), 1.0)
-    plain = seen.plain((MOST_BLOCKS + 50) * BLOCK_S)
-    assert len(plain) == MOST_BLOCKS
-    assert plain[0]["ago_s"] == MOST_BLOCKS * BLOCK_S
+    plain = seen.plain(300 * BLOCK_S)
     found = estimate(plain, 1.0, np.random.default_rng(0))
     assert all(map(math.isfinite, (found.saved_fraction, found.trust, found.serve.p99_s, found.ours.mean_s)))
     assert math.isfinite(usual_s(plain))
+
+
+def test_however_long_it_is_observed_blocks_are_few_and_no_request_is_forgotten():
+    seen = Observations()
+    for k in range(5 * MOST_BLOCKS):
+        seen.add(1000.0 + k * BLOCK_S, Outcome(0.1, 0.0, k % 2 == 0, predicted=1.0, predicted_ours=1.0), 1.0)
+    now_s = 1000.0 + 5 * MOST_BLOCKS * BLOCK_S
+    plain = seen.plain(now_s)
+    assert MOST_BLOCKS / 2 <= len(plain) <= MOST_BLOCKS
+    assert {block["length_s"] for block in plain} == {8 * BLOCK_S}
+    assert plain[0]["ago_s"] == pytest.approx(now_s - 1000.0, abs=8 * BLOCK_S)
+    assert sum(block["requests"] for block in plain) == 5 * MOST_BLOCKS
+    assert sum(block["failed"] for block in plain) == 2.5 * MOST_BLOCKS
+    assert sum(cell[-1] for block in plain for cell in block["cells"]) == 2.5 * MOST_BLOCKS
 
 
 def test_requests_that_all_failed_have_no_times_and_no_estimate():
