@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from bench.simulate.own_trace import OwnTrace
 from bench.simulate.run import Played, play
 from bench.simulate.scenario import Scenario, Work, World
 from bench.simulate.workload import TOKEN_S, lognormal_median
+from serve_app.launch.own_installation import put_first
 from shadecast.blocks import BLOCK_S, draws, middle, ratio, too_little
 from shadecast.config import Config
 from shadecast.errors import ConfigError
@@ -233,7 +235,8 @@ def compare(
     todo = [(spec, seed) for seed in range(seeds) for spec in specs]
     played: dict[tuple[str, int], Played] = {}
     if jobs > 1:
-        with ProcessPoolExecutor(jobs) as pool:
+        spawned = get_context("spawn")  # torch and pyarrow have threads, which a fork would lose
+        with ProcessPoolExecutor(jobs, mp_context=spawned, initializer=put_first) as pool:
             running = {pool.submit(_run, setup, spec, seed): (spec.name, seed) for spec, seed in todo}
             for done, each in enumerate(as_completed(running), 1):
                 played[running[each]] = each.result()

@@ -108,7 +108,7 @@ def test_it_fits_80_columns_says_how_it_is_estimated_and_writes_one_page_that_ne
     assert "How this is estimated" in out
     assert "because no --slo was given" in " ".join(out.split())
     page = Path("shadecast-report.html").read_text()
-    assert "trust, 0 to 1" in page
+    assert "predictions that say nothing claim nothing" in page
     drawings = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
     assert len(drawings) == 3
     assert all(len(ElementTree.fromstring(drawing)) > 3 for drawing in drawings)
