@@ -1,6 +1,8 @@
-"""`python -m bench.validate_report FOLDER`: does `shadecast report` predict what switching over really brings?
+"""`python -m bench.validate_report FOLDER|--simulated`: does `shadecast report` predict what switching over brings?
 
-FOLDER holds the series of both arms on the same arrivals, by scenario and seed, as this writes them (root; some hours):
+`--simulated` plays scenarios of `bench.simulate` under Serve's rule with the product looking on, and again under the
+product's own: minutes, no root. FOLDER is of live runs: it holds the series of both arms on the same arrivals, by
+scenario and seed, as this writes them (root; some hours):
 
     python -m bench.live --scenario hog-periodic,slow-node,newcomer-failing,calm --arms shadecast_observe,shadecast \
         --seeds 7 --series FOLDER
@@ -13,7 +15,7 @@ acceptance by a replica; what is the same in both arms, the client's own time sa
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,10 +26,15 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from bench.simulate.arms.observing import Observing
+from bench.simulate.arms.product import Product
+from bench.simulate.run import play
+from bench.simulate.scenario import find, make_world
 from shadecast.blocks import BLOCK_S, draws, middle, too_little
 from shadecast.observing import Bounds, estimate
 
 OBSERVING, OURS = "shadecast_observe", "shadecast"
+_SIMULATED = "short-antagonist,tokens-antagonist,heterogeneous-cold,homogeneous"
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +136,40 @@ def read_runs(folder: Path) -> dict[str, list[tuple[Mapping[str, Any], Mapping[s
     return found
 
 
-def main(folder: Annotated[Path, typer.Argument(help="series of bench.live")]) -> None:
+def simulated(name: str, seeds: int, on_progress: Callable[[str], None] = lambda text: None) -> Verdict:
+    """The same from `bench.simulate`. Raises ValueError for an unknown scenario."""
+    scenario = find(name, exact=True)[0]
+    slo_s = 2.0 * scenario.work.mean_s + scenario.work.slo_s(0.0)  # one for all requests, as the report has it
+    runs = []
+    for seed in range(seeds):
+        pair = []
+        for arm in (Observing(None), Product(None)):
+            on_progress(f"{name}, seed {seed}, {type(arm).__name__.lower()}")
+            played = play(make_world(scenario, seed), arm)
+            requests = zip(played.arrived_s - scenario.warmup_s, played.latency_s, strict=True)
+            records = [[float(at_s), float(latency_s), "", ""] for at_s, latency_s in requests]
+            observed = arm.observations.plain(arm.sim.now_s) if isinstance(arm, Observing) else []
+            length_s = scenario.horizon_s - scenario.warmup_s
+            pair.append({"slo_s": slo_s, "length_s": length_s, "records": records, "observed": observed})
+        runs.append((pair[0], pair[1]))
+    return judge(name, runs)
+
+
+def main(
+    folder: Annotated[Path | None, typer.Argument(help="series of bench.live")] = None,
+    *,
+    simulate: Annotated[bool, typer.Option("--simulated", help="by bench.simulate")] = False,
+    scenario: Annotated[str, typer.Option(help="of the simulated ones, with commas")] = _SIMULATED,
+    seeds: Annotated[int, typer.Option(min=1, max=100, help="of the simulated ones")] = 3,
+) -> None:
     """Compare what `shadecast report` predicted with what came."""
     console = Console(width=160)
     try:
-        verdicts = [judge(scenario, runs) for scenario, runs in read_runs(folder).items()]
+        if simulate:
+            names = [name.strip() for name in scenario.split(",")]
+            verdicts = [simulated(name, seeds, Console(stderr=True).print) for name in names]
+        else:
+            verdicts = [judge(name, runs) for name, runs in read_runs(folder or Path()).items()]
     except ValueError as error:
         console.print(f"bench.validate_report: {error}", style="red", markup=False)
         raise typer.Exit(2) from None

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from bench.simulate.arms.observing import Observing
+from bench.simulate.run import play
+from bench.simulate.scenario import find, make_world
 from bench.validate_report import Change, judge, read_runs
 from shadecast.observing import Observations
 from shadecast.types import Outcome
@@ -77,3 +81,14 @@ def test_only_seeds_with_both_arms_count(tmp_path: Path) -> None:
     assert np.isfinite(judge("hog-periodic", found["hog-periodic"]).realised_saved.value)
     with pytest.raises(ValueError, match="no scenario with both arms"):
         read_runs(tmp_path / "nothing")
+
+
+def test_a_product_that_looks_on_sends_requests_as_serve_does_and_predicts_for_each() -> None:
+    scenario = replace(find("short-antagonist")[0], replicas=4, routers=2, horizon_s=90.0)
+    arm = Observing(None)
+    played = play(make_world(scenario, 0), arm)
+    blocks = arm.observations.plain(arm.sim.now_s)
+    assert played.metrics["mirrored_requests"] == played.metrics["rescued_requests"] == 0.0
+    assert sum(block["requests"] for block in blocks) == pytest.approx(len(played.latency_s), rel=0.35)
+    predicted = {cell[1] - cell[2] for block in blocks for cell in block["cells"]}
+    assert max(predicted) > 3, "a slow replica was taken where ours would have taken another one"
