@@ -274,6 +274,14 @@ class Coordinator:
         heard_s, view = self._retraining
         return {**view, "age_s": now_s - heard_s}
 
+    async def observed(self) -> list[dict[str, Any]]:
+        """What `shadecast report` is made of: each deployment's half minutes, as `Observations.plain`."""
+        now_s = self._now_s()
+        return [
+            {"deployment": name, "observing": known.observing, "blocks": known.observations.plain(now_s)}
+            for name, known in self._deployments.items()
+        ]
+
     async def explain(self, received: Any) -> dict[str, Any]:
         """Why requests, a replica or a node went, or stand, where they do, as `Explanations.explain`."""
         self._wake()

@@ -17,6 +17,7 @@ from shadecast.errors import ConfigError, MessageError
 from shadecast.histogram import TICK_BOUNDS_S, Durations, Histogram
 from shadecast.inbox import Inbox
 from shadecast.ledger import REFUSALS
+from shadecast.observing import Observations
 from shadecast.prefix_mail import Mail
 from shadecast.tables import Publisher
 from shadecast.types import NodeReport, Observed, RouterReport, State
@@ -74,7 +75,7 @@ class Deployment:
         self._events: Counter[str] = Counter()
         """Changes of connections' states, by event."""
         self._unreadable = 0
-        self._observed = Observed()
+        self._observed, self.observations = Observed(), Observations()
         self._durations, self._first_items = Durations(), Durations()
 
     # ------------------------------------------------------------------ reports
@@ -109,6 +110,10 @@ class Deployment:
         self._observed = Observed(
             was.requests + new.requests, was.time_taken + new.time_taken, was.time_ours + new.time_ours
         )
+        if new.requests or report.level == "observing":
+            for view in report.replicas:
+                for outcome in view.outcomes:  # a long list was cut to the newest
+                    self.observations.add(now_s, outcome, max(view.finished, 0) / len(view.outcomes))
         self.balancer.outrank(report.table_epoch)
         if report.held_table is not None and not self._restored:
             self.balancer.restore(report.held_table, now_s)

@@ -116,6 +116,9 @@ class Call:
     items = 0
     """Of a stream that has ended; 0 of a single answer."""
     first_item_s = math.nan
+    predicted = predicted_ours = 0.0
+    refused = False
+    """As in `Outcome`."""
     counts = True
     """Whether it is somebody's request. One that a copy has caused takes its place, and nothing is learned from it."""
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from shadecast.errors import MessageError
 from shadecast.messages import SCHEMA
-from shadecast.types import NodeReport, NodeSnapshot, RouterReport
+from shadecast.types import NodeReport, NodeSnapshot, Outcome, RouterReport
 
 T = TypeVar("T")
 
@@ -19,8 +19,12 @@ T = TypeVar("T")
 def read_report(received: Any) -> RouterReport:
     """A router's report; raises MessageError if it is none."""
     report = _completed(RouterReport, received)
-    views = tuple(_completed(type(view), view) for view in report.replicas)
-    return dataclasses.replace(report, replicas=views, partial=False)
+    views = (_completed(type(view), view) for view in report.replicas)
+    whole = [
+        dataclasses.replace(view, outcomes=tuple(_completed(Outcome, outcome) for outcome in view.outcomes))
+        for view in views
+    ]
+    return dataclasses.replace(report, replicas=tuple(whole), partial=False)
 
 
 def read_node(received: Any) -> NodeReport:

@@ -21,8 +21,8 @@ _MAX_OUTCOMES = 64
 _MAX_UNFINISHED = 16
 _MAX_PAIRS = 256
 _MOST_NEW = 1000
-_MOST_OBSERVED = 100.0
-"""Longest predicted time, in units of an idle nominal replica's, that counts in a comparison."""
+LONGEST_PREDICTED = 100.0
+"""In units of an idle nominal replica's time, what counts in a comparison: a full replica's has no bound."""
 
 TOTALS = (
     "mirrored",
@@ -104,7 +104,10 @@ class Ledger:
     def record(self, call: Call) -> None:
         """A call has ended: its outcome."""
         origin = "" if call.ok else call.origin
-        outcome = Outcome(call.duration_s, call.others, call.ok, call.cost, call.first_item_s, call.items, origin)
+        outcome = Outcome(
+            *(call.duration_s, call.others, call.ok, call.cost, call.first_item_s, call.items, origin),
+            *(call.predicted, call.predicted_ours, call.refused),
+        )
         if call.ok:
             self._new.append(call.duration_s)
             if call.items:
@@ -136,11 +139,12 @@ class Ledger:
         """Add to one of TOTALS."""
         self.totals[name] += by
 
-    def observed(self, taken: float, ours: float) -> None:
-        """What Serve has chosen, and what would have been, by our own estimates."""
+    def observed(self, call: Call, taken: float, ours: float, *, refused: bool) -> None:
+        """What Serve has chosen for a call, and what would have been, by our own estimates."""
+        call.predicted, call.predicted_ours, call.refused = taken, ours, refused
         self.count("observed")
-        self.count("observed_time_taken", min(taken, _MOST_OBSERVED))
-        self.count("observed_time_ours", min(ours, _MOST_OBSERVED))
+        self.count("observed_time_taken", min(taken, LONGEST_PREDICTED))
+        self.count("observed_time_ours", min(ours, LONGEST_PREDICTED))
 
     def _count_new(self) -> None:
         for duration_s in self._new:

@@ -109,6 +109,12 @@ class Outcome:
     items: int = 0
     origin: str = ""
     """Of one that failed: a digest of its session or multiplexed model."""
+    predicted: float = 0.0
+    """Of an observing router: predicted time on the replica that Serve took, 1 = an idle nominal one; 0: not known."""
+    predicted_ours: float = 0.0
+    """The same on the replica that we would have taken."""
+    refused: bool = False
+    """We would have sent nothing to the replica that Serve took."""
 
 
 @dataclass(frozen=True, slots=True)

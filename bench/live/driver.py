@@ -31,6 +31,7 @@ from bench.live.journal import Journal, plain
 from bench.live.workload import Work, exchange_folder, right_answer
 from serve_app.gateway.model_call import retry_budget
 from serve_app.launch.control_plane import running_coordinator, start_control_plane
+from shadecast.blocks import BLOCK_S
 
 MARK = "@@"
 HTTP_PORT = 8018
@@ -192,7 +193,7 @@ class Driver:
         with Journal(Path(result)) as journal:
             watcher = asyncio.create_task(self._watch(zero_s, journal))
             journal.add("before", await self._status())
-            said_s = 0.0
+            said_s, begun_s = 0.0, time.monotonic()
             for row in rows:
                 now_s = time.monotonic() - zero_s
                 if row["at_s"] > now_s:
@@ -216,6 +217,7 @@ class Driver:
             if scenario["soak"]:
                 await asyncio.sleep(_REST_S)
             journal.add("after", await self._status())
+            journal.add("observed", await self._observed(time.monotonic() - begun_s))
             journal.add("driver_cpu_s", used[1] - used[0])
             journal.add("unanswered", len(rows) - done)
         return {"sent": len(rows)}
@@ -317,6 +319,16 @@ class Driver:
             return {"error": repr(error)}
         mine = [d for d in status["deployments"] if d["deployment"] == f"{self._app}/{self._name}"]
         return {"deployment": mine[0] if mine else None, "nodes": status["nodes"], "transitions": status["transitions"]}
+
+    async def _observed(self, longest_ago_s: float) -> list[dict[str, Any]]:
+        """What the coordinator kept for `shadecast report` since this run began; nothing of routers that route."""
+        try:
+            told = await asyncio.wait_for(running_coordinator().observed.remote(), 10.0)
+        except Exception as error:  # as above
+            say({"unobserved": repr(error)})
+            return []
+        mine = [d["blocks"] for d in told if d["deployment"] == f"{self._app}/{self._name}"]
+        return [block for blocks in mine for block in blocks if block["ago_s"] <= longest_ago_s + BLOCK_S]
 
     async def _watch(self, zero_s: float, journal: Journal) -> None:
         """States of the connections each second, for the pictures."""

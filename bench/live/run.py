@@ -223,6 +223,8 @@ class Bench:
                 "transitions": (result["after"] or {}).get("transitions", []),
                 "deployment": (result["after"] or {}).get("deployment"),
                 "length_s": scenario.length_s,
+                "slo_s": scenario.slo_s,
+                "observed": result.get("observed", []),
             }
             (self._series / f"{scenario.name}-{arm.name}-{seed}.json").write_text(json.dumps(kept))
         return [Row(scenario.name, arm.name, seed, metric, value) for metric, value in found.items()]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bench.simulate.arms.base import Arm
 from bench.simulate.engine import Replica, Request, Simulation
@@ -15,10 +16,13 @@ from bench.simulate.scenario import Scenario, World, make_world
 
 _DRAIN_S = 120.0
 """How long after the last arrival requests may still end; those that have not count as that late."""
+_SLICE_S = 10.0
+"""Of the simulated time, between two words on how far it is."""
 
 
 @dataclass(slots=True)
 class _Record:
+    arrived_s: list[float] = field(default_factory=list)
     latencies_s: list[float] = field(default_factory=list)
     works_s: list[float] = field(default_factory=list)
     counted: int = 0
@@ -117,24 +121,49 @@ class _Runner:
         if not ok:
             record.failed += 1
             return
+        record.arrived_s.append(request.arrived_s)
         record.latencies_s.append(self.sim.now_s - request.arrived_s)
         record.works_s.append(work_s)
 
 
+@dataclass(frozen=True, slots=True)
+class Played:
+    """What came of the requests of one run that ended well, in the order in which they ended."""
+
+    metrics: Mapping[str, float]
+    arrived_s: NDArray[np.float64]
+    latency_s: NDArray[np.float64]
+    slo_s: NDArray[np.float64]
+    """The latency that each may have."""
+
+
 def simulate(scenario: Scenario, make_arm: Callable[[], Arm], seed: int) -> Mapping[str, float]:
     """Run one arm on one seed; returns its metrics (seconds, fractions, counts)."""
-    world = make_world(scenario, seed)
-    arm = make_arm()
-    runner = _Runner(scenario, world, arm, seed)
+    return play(make_world(scenario, seed), make_arm()).metrics
+
+
+def play(world: World, arm: Arm, on_progress: Callable[[float], None] = lambda done: None) -> Played:
+    """Run one arm in a world; `on_progress` hears now and then what fraction of its time is over."""
+    scenario = world.scenario
+    runner = _Runner(scenario, world, arm, world.seed)
     sim = runner.sim
-    sim.run(scenario.horizon_s)
+    while sim.now_s < scenario.horizon_s:
+        sim.run(min(sim.now_s + _SLICE_S, scenario.horizon_s))
+        on_progress(sim.now_s / scenario.horizon_s)
     end_s = scenario.horizon_s + _DRAIN_S
     while runner.open and sim.now_s < end_s:
         sim.run(min(sim.now_s + 1.0, end_s))
     unfinished = list(runner.open.values())
     for request in unfinished:
         runner.count(request, True, request.work_s)
-    return {**_metrics(runner), "unfinished": float(len(unfinished)), **arm.extra_metrics()}
+    record, work = runner.record, scenario.work
+    works_s = np.asarray(record.works_s)
+    return Played(
+        {**_metrics(runner), "unfinished": float(len(unfinished)), **arm.extra_metrics()},
+        np.asarray(record.arrived_s),
+        np.asarray(record.latencies_s),
+        work.slo_factor * works_s + work.slo_s(0.0),
+    )
 
 
 def _metrics(runner: _Runner) -> dict[str, Any]:

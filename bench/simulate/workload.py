@@ -8,15 +8,19 @@ import json
 import math
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TextIO, cast
 
 TOKEN_S = 0.02
 """Seconds of work per generated token on an idle replica."""
 PREFILL_TOKEN_S = 0.0001
 """Seconds of work per prompt token."""
 MOONCAKE_GRID_S = 3.0
+AZURE = {"TIMESTAMP", "ContextTokens", "GeneratedTokens"}
+"""Columns that Azure's traces have."""
 
 
 def lognormal(rng: random.Random, mean: float, sigma: float) -> float:
@@ -62,15 +66,8 @@ def load_trace(path: Path, rng: random.Random) -> list[TraceRow]:
     Mooncake's stamps lie on a 3 s grid: requests are spread evenly at random inside their cell.
     Raises ValueError that names file, line and what is wrong.
     """
-    name = path.name.removesuffix(".gz")
-    opener = gzip.open if path.name.endswith(".gz") else open
-    with opener(path, "rt", encoding="utf-8-sig", newline="") as lines:
-        if name.endswith(".csv"):
-            rows = _azure(path, lines)
-        elif name.endswith(".jsonl"):
-            rows = _mooncake(path, lines, rng)
-        else:
-            raise ValueError(f"{path}: a trace must end with .csv, .csv.gz, .jsonl or .jsonl.gz")
+    with open_trace(path) as lines:
+        rows = mooncake_rows(path, lines, rng) if is_mooncake(path) else azure_rows(path, lines)
     if len(rows) < 2:
         raise ValueError(f"{path}: has {len(rows)} requests, at least 2 are needed")
     rows.sort(key=lambda row: row.at_s)
@@ -78,30 +75,52 @@ def load_trace(path: Path, rng: random.Random) -> list[TraceRow]:
     return [TraceRow(row.at_s - first_s, row.prompt_tokens, row.generated_tokens) for row in rows]
 
 
-def _azure(path: Path, lines: Iterator[str]) -> list[TraceRow]:
+@contextmanager
+def open_trace(path: Path) -> Iterator[TextIO]:
+    """A trace as text. Raises ValueError where its name says that it is none."""
+    if not path.name.removesuffix(".gz").endswith((".csv", ".jsonl")):
+        raise ValueError(f"{path}: a trace must end with .csv, .csv.gz, .jsonl or .jsonl.gz")
+    opener = gzip.open if path.name.endswith(".gz") else open
+    with opener(path, "rt", encoding="utf-8-sig", newline="") as lines:
+        yield cast("TextIO", lines)
+
+
+def is_mooncake(path: Path) -> bool:
+    """Whether a trace is JSON lines; else it is CSV."""
+    return path.name.removesuffix(".gz").endswith(".jsonl")
+
+
+def stamp_s(text: str) -> float:
+    """Seconds since 1970 of a moment in ISO 8601, by UTC where it names no zone. Raises ValueError."""
+    stamp, _, fraction = text.partition(".")
+    digits = fraction[: len(fraction) - len(fraction.lstrip("0123456789"))]
+    moment = datetime.fromisoformat(stamp + fraction[len(digits) :])
+    moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    return moment.timestamp() + float("0." + (digits or "0"))
+
+
+def azure_rows(path: Path, lines: Iterator[str]) -> list[TraceRow]:
+    """The rows of Azure's format as they stand there, times since 1970. Raises ValueError."""
     rows = []
     reader = csv.DictReader(lines)
-    needed = {"TIMESTAMP", "ContextTokens", "GeneratedTokens"}
-    if not needed <= set(reader.fieldnames or ()):
-        raise ValueError(f"{path}: columns {reader.fieldnames} do not include {', '.join(sorted(needed))}")
+    if not set(reader.fieldnames or ()) >= AZURE:
+        raise ValueError(f"{path}: columns {reader.fieldnames} do not include {', '.join(sorted(AZURE))}")
     for number, row in enumerate(reader, 2):
         try:
-            stamp, _, fraction = row["TIMESTAMP"].partition(".")
-            moment = datetime.fromisoformat(stamp)
-            moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-            at_s = moment.timestamp() + float("0." + (fraction.split("+")[0] or "0"))
+            at_s = stamp_s(row["TIMESTAMP"])
             rows.append(TraceRow(at_s, int(row["ContextTokens"]), int(row["GeneratedTokens"])))
-        except (TypeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
     return rows
 
 
-def _mooncake(path: Path, lines: Iterator[str], rng: random.Random) -> list[TraceRow]:
+def mooncake_rows(path: Path, lines: Iterator[str], rng: random.Random | None) -> list[TraceRow]:
+    """The rows of Mooncake's format; on their grid where there is no `rng` to spread them. Raises ValueError."""
     rows = []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            at_s = float(row["timestamp"]) / 1000.0 + rng.random() * MOONCAKE_GRID_S
+            at_s = float(row["timestamp"]) / 1000.0 + (rng.random() * MOONCAKE_GRID_S if rng is not None else 0.0)
             rows.append(TraceRow(at_s, int(row["input_length"]), int(row["output_length"])))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}, line {number}: {type(error).__name__} {error}") from error

@@ -1,4 +1,4 @@
-"""The command line: `shadecast serve | up | down | status | nodes | explain | drain | release | announce | forecaster`.
+"""The command line: `shadecast serve | up | down | status | nodes | explain | drain | release | announce | ...`.
 
 Ray is imported by the commands that need it: help and completion by the shell answer at once. docs/command_line.md has
 the exit codes and what `--json` prints.
@@ -24,8 +24,10 @@ from serve_app.launch import explanations, ids, own_installation, tables, tokens
 from serve_app.launch.answers import JsonOption, answer, failed, problems
 from serve_app.launch.connection import AddressOption, connected
 from serve_app.launch.registry_commands import forecaster
+from serve_app.launch.report_command import report
 from serve_app.launch.times import duration_s, from_now_s
 from serve_app.launch.watching import Watching
+from serve_app.launch.what_if_command import simulate
 from serve_app.page.address import Address, PageError
 from serve_app.page.watch import to_json
 from shadecast.errors import AwayError, ConfigError, NotInstalledError, OrderError, ShadecastError
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 
 cli = typer.Typer(no_args_is_help=True, help="Predictive load balancing for Ray Serve.")
 cli.add_typer(forecaster, name="forecaster")
+cli.command()(report)
+cli.command()(simulate)
 console = Console()
 
 FAILED, BAD_USE, AWAY = 1, 2, 3

@@ -1,9 +1,9 @@
 """Our own processes import our own packages, whatever folders come first on the import path.
 
-`models`, `train` and `actors` are common names. An application folder on the PYTHONPATH of a cluster's machines hides
-ours with its own, and the folder that holds a clone makes an empty `shadecast` of it. A finder that is asked before the
-import path settles that for our names only. Our folder at the head of the path would settle it, too, but where it is
-`site-packages` it would put everything that is installed before the standard library.
+`models`, `train`, `actors` and `bench` are common names. An application folder on the PYTHONPATH of a cluster's
+machines hides ours with its own, and the folder that holds a clone makes an empty `shadecast` of it. A finder that is
+asked before the import path settles that for our names only. Our folder at the head of the path would settle it, too,
+but where it is `site-packages` it would put everything that is installed before the standard library.
 
 Only processes of our own call this: command line, control plane, training. In those of users, users' packages win.
 Standard library only, because nothing of ours may be imported before it has run.
@@ -19,7 +19,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 
-PACKAGES = ("shadecast", "actors", "models", "serve_app", "train")
+PACKAGES = ("shadecast", "actors", "models", "serve_app", "train", "bench")
 HOME = Path(__file__).absolute().parents[2]
 
 

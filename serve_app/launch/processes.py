@@ -103,6 +103,10 @@ class CoordinatorProcess:
         """Why requests, a replica or a node went, or stand, where they do."""
         return await self._coordinator.explain(received)
 
+    async def observed(self) -> list[dict[str, Any]]:
+        """As `Coordinator.observed`."""
+        return await self._coordinator.observed()
+
     async def status(self) -> dict[str, Any]:
         """Everything that the coordinator knows, as plain values."""
         return await self._coordinator.status()

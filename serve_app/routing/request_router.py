@@ -255,7 +255,7 @@ class Router(ServeRouter):
             picks = self._routes.picks
             i, ours = picks.index.get(replica_id), picks.pick(self._routes.random, CHOICES)
             if i is not None and ours >= 0 and self._routes.table is not None:
-                self.calls.ledger.observed(picks.score(i), picks.score(ours))
+                self.calls.ledger.observed(call, picks.score(i), picks.score(ours), refused=picks.share[i] <= 0.0)
         self.calls.choose_by_id(call, replica_id)
 
     def given_up(self, pending_request: PendingRequest) -> None:

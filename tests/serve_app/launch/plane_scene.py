@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from serve_app.launch import commands, connection, control_plane, registry_commands
+from serve_app.launch import commands, connection, control_plane, registry_commands, report_command
 from shadecast.errors import AwayError
 from tests.serve_app.page.page_scene import Scene, make_scene
 
@@ -46,7 +46,7 @@ class PlaneScene:
 
     def put_in_place(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(control_plane, "ask_coordinator", self.ask)
-        for module in (commands, connection, registry_commands):
+        for module in (commands, connection, registry_commands, report_command):
             monkeypatch.setattr(module, "connected", self.connected)
 
 

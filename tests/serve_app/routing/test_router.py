@@ -1486,6 +1486,30 @@ async def test_an_observing_router_tells_what_would_have_been_gained(name, times
         serve.take(table(a=(1.0, 0.1, 0.0), b=1.0, c=1.0))
         while await ask(serve) != name:
             serve.report()
-        observed = serve.report().observed
-        assert observed.requests == 1
-        assert observed.time_taken == pytest.approx(times * observed.time_ours)
+        report = serve.report()
+        assert report.observed.requests == 1
+        assert report.observed.time_taken == pytest.approx(times * report.observed.time_ours)
+        (outcome,) = [each for view in report.replicas for each in view.outcomes]
+        assert outcome.predicted == pytest.approx(times * outcome.predicted_ours)
+        assert not outcome.refused
+
+
+@in_virtual_time
+async def test_an_observing_router_tells_which_requests_it_would_have_kept_from_their_replica():
+    async with serving(*replicas("ab"), kind=ObservingRouter) as serve:
+        serve.take(table(a=(1.0, 1.0, 0.0), b=(0.0, 1.0, 0.0)))
+        refused = {}
+        for _ in range(30):
+            name = await ask(serve)
+            (outcome,) = [each for view in serve.report().replicas for each in view.outcomes]
+            refused[name] = outcome.refused
+        assert refused == {"a": False, "b": True}
+
+
+@in_virtual_time
+async def test_a_router_that_does_not_observe_predicts_nothing_in_its_outcomes():
+    async with serving(*replicas("ab")) as serve:
+        serve.take(table(a=1.0, b=1.0))
+        await ask(serve)
+        (outcome,) = [each for view in serve.report().replicas for each in view.outcomes]
+        assert (outcome.predicted, outcome.predicted_ours, outcome.refused) == (0.0, 0.0, False)
