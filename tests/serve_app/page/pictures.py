@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import sys
 from pathlib import Path
 
-from PIL import Image
 from playwright.async_api import expect
 
 from tests.serve_app.page.browser import NO_CHROMIUM, browsing, find_chromium, shown
@@ -16,8 +14,6 @@ from tests.serve_app.page.page_scene import DIGITS, make_scene
 PICTURES = Path(__file__).resolve().parents[3] / "docs/pictures"
 PLAYED_S = 232
 """A hog is on the second node, one newcomer has been let in, another one fails half of its requests."""
-COLOURS = 128
-"""Are enough for what is drawn, and make a third of the file."""
 
 
 async def take() -> dict[str, bytes]:
@@ -25,7 +21,7 @@ async def take() -> dict[str, bytes]:
     scene = make_scene(chat="chat/assistant")
     taken = {}
     async with shown(scene, PLAYED_S, going_on=False) as address, browsing() as browser:
-        page = await browser.new_page(viewport={"width": 1440, "height": 900}, color_scheme="light")
+        page = await browser.new_page(viewport={"width": 1440, "height": 736}, color_scheme="light")
         await page.goto(address)
         await expect(page.locator("#nodes .card")).to_have_count(len(scene.nodes))
         taken["nodes.png"] = await page.locator("section", has=page.locator("#nodes")).screenshot()
@@ -36,15 +32,7 @@ async def take() -> dict[str, bytes]:
         await rows.filter(has_text="x9failing").get_by_role("button", name="Why does").click()
         await expect(page.locator("#why-sentences li").nth(1)).to_be_visible()
         taken["why.png"] = await page.locator("#why").screenshot()
-    return {name: small(picture) for name, picture in taken.items()}
-
-
-def small(picture: bytes) -> bytes:
-    """The same with few colours."""
-    kept = io.BytesIO()
-    image = Image.open(io.BytesIO(picture)).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
-    image.save(kept, "PNG", optimize=True)
-    return kept.getvalue()
+    return taken
 
 
 if __name__ == "__main__":
