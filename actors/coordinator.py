@@ -263,7 +263,6 @@ class Coordinator:
         now_s = self._now_s()
         return {
             **self._summary(now_s),
-            "retraining": self._retraining_view(now_s),
             "deployments": [known.view(now_s) for known in self._deployments.values()],
             "transitions": [{**asdict(t), "ago_s": now_s - at_s} for at_s, t in self._transitions],
         }
@@ -295,6 +294,7 @@ class Coordinator:
             "holds": sorted(self._holds),
             "leaving": sorted(self._leaving),
             "announced": self._orders.view(),
+            "retraining": self._retraining_view(now_s),
             "uptime_s": now_s - self._started_s,
             "nodes": [_node_view(report, now_s - at_s) for at_s, report in self._nodes.values()],
             "deployments": [known.summary(now_s) for known in self._deployments.values()],

@@ -16,12 +16,14 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from shadecast.config import LOST_AFTER_S
 from shadecast.histogram import BOUNDS_S, TICK_BOUNDS_S
 from shadecast.types import QUANTILES, State
 
 MOST_DEPLOYMENTS, MOST_REPLICAS, MOST_NODES = 100, 500, 100
 """That have series of their own; replicas over all deployments."""
 OTHER = "other"
+RETRAINING_STATES = ("waiting", "training", "probation")
 
 _CURRENT = {
     "cpu": "cpu_fraction",
@@ -136,16 +138,41 @@ def summary_families(status: Mapping[str, Any] | None, most: int = MOST_DEPLOYME
     ):
         yield _gauge(name, text, (), (((), value),))
     yield from _forecasts(status.get("nodes") or [])
+    yield from _retraining(status.get("retraining"))
     yield from _deployments(deployments, most)
 
 
 def _forecasts(nodes: list[Mapping[str, Any]]) -> Iterator[Metric]:
-    """Over all nodes: whether forecasts count."""
+    """Over all nodes: whether they are heard of, and whether forecasts count."""
+    silent = sum(_known(age_s) and age_s > LOST_AFTER_S for age_s in (n.get("age_s") for n in nodes))
+    yield _gauge(
+        "silent_nodes", "Nodes not heard of for so long that their forecast does not count", (), (((), silent),)
+    )
     gates = [[gate for gate in (n.get("gate") or {}).values() if _known(gate)] for n in nodes]
     trusted = sum(any(gate > 0.0 for gate in of_node) for of_node in gates)
     forecasting = sum(bool(n.get("predicted")) for n in nodes)
     yield _gauge("forecasting_nodes", "Nodes that have a forecast", (), (((), forecasting),))
     yield _gauge("trusted_forecasts", "Nodes whose forecast counts, for some resource", (), (((), trusted),))
+
+
+def _retraining(view: Mapping[str, Any] | None) -> Iterator[Metric]:
+    """How self-retraining stands; without samples where it is off."""
+    view = view or {}
+    state, failures = view.get("state"), view.get("failures")
+    if _known(failures) and state == "training":
+        failures -= 1  # what is under way counts as failed until it has ended well
+    for name, value, text in (
+        ("failures", failures, "Trainings of forecasters that failed, in a row"),
+        ("rollbacks", view.get("rollbacks"), "Promoted versions that were worse live and were taken back, in a row"),
+        ("silent_seconds", view.get("age_s"), "Since self-retraining last said how it stands"),
+    ):
+        yield _gauge(f"retraining_{name}", text, (), (((), value),))
+    yield _gauge(
+        "retraining_state",
+        "1 for what self-retraining does now, 0 for the rest",
+        ("state",),
+        (((each,), float(each == state)) for each in RETRAINING_STATES if state is not None),
+    )
 
 
 def _nodes(nodes: list[Mapping[str, Any]]) -> Iterator[Metric]:

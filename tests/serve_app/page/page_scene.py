@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from actors.coordinator import Coordinator
 from shadecast.histogram import Histogram
@@ -34,6 +35,8 @@ class Scene:
     rng: random.Random = field(default_factory=lambda: random.Random(7))
     now_s: float = 1000.0
     second: int = 0
+    nodes: tuple[str, ...] = NODES
+    chat: str = CHAT
 
     def clock_s(self) -> float:
         return self.now_s
@@ -67,7 +70,7 @@ class Scene:
             quantiles, 0.1, {"cpu": 0.21, "memory": -0.02, "network": math.nan}, {"cpu": 1.0, "memory": 0.0}, "lstm-7"
         )
         return NodeReport(
-            NODES[node], self.second, snapshot, forecast if known else None, 0.1, f"worker-{node}", 2 << 27
+            self.nodes[node], self.second, snapshot, forecast if known else None, 0.1, f"worker-{node}", 2 << 27
         )
 
     def router_report(
@@ -91,7 +94,9 @@ class Scene:
             for outcome in outcomes:
                 times.add(outcome.duration_s if outcome.ok else math.nan)
             reports.append(
-                ReplicaReport(replica_id, NODES[node], 8, count // 3, len(outcomes), len(outcomes), failed, outcomes)
+                ReplicaReport(
+                    replica_id, self.nodes[node], 8, count // 3, len(outcomes), len(outcomes), failed, outcomes
+                )
             )
             if replica_id in rows and rows[replica_id].mirror_fraction > 0.0:
                 primary = next(r for r in replicas if rows.get(r) and rows[r].state is State.ACTIVE)
@@ -119,18 +124,57 @@ class Scene:
         chat = {"chat-a": (0, 1.8, 0.0), "chat-b": (3, 2.2, 0.0)}
         for router in range(2):
             await self.coordinator.report_router(self.router_report(router, DIGITS, 14.0, digits), SETTINGS)
-            await self.coordinator.report_router(self.router_report(router, CHAT, 0.6, chat), {})
+            await self.coordinator.report_router(self.router_report(router, self.chat, 0.6, chat), {})
         if self.second == 240:
             await self.coordinator.command(NODES[3], drain=True)
         for _ in range(2):
             self.now_s += 0.5
-            for deployment in (DIGITS, CHAT):
+            for deployment in (DIGITS, self.chat):
                 self.coordinator.tick(deployment, self.now_s)
 
 
-def make_scene() -> Scene:
-    box: list[Scene] = []
+@dataclass
+class WideScene(Scene):
+    """100 nodes and 150 replicas of five deployments. Two nodes at a time have a hog; of each deployment the oldest of
+    30 replicas is replaced every 25 s, one after the other."""
+
+    nodes: tuple[str, ...] = tuple(f"{node:02x}" * 28 for node in range(100))
+    deployments: tuple[str, ...] = ("vision/digits", "chat/assistant", "search/embed", "search/rank", "speech/text")
+
+    def load(self, node: int) -> float:
+        hog = 0.6 if self.second // 20 % 50 == node % 50 else 0.0
+        wave = 0.1 * math.sin(self.second / 23.0 + node)
+        return min(max(0.2 + wave + hog + self.rng.gauss(0, 0.02), 0.02), 0.98)
+
+    def running(self, deployment: int) -> dict[str, tuple[int, float, float]]:
+        first = (self.second + 5 * deployment) // 25
+        return {
+            f"{deployment}r{number:06d}": ((7 * number + 31 * deployment) % 100, 0.05, 0.0)
+            for number in range(first, first + 30)
+        }
+
+    async def play(self) -> None:
+        """One second: nodes and two routers of each deployment report, then two ticks."""
+        self.second += 1
+        for node in range(len(self.nodes)):
+            await self.coordinator.report_node(self.node_report(node))
+        for number, deployment in enumerate(self.deployments):
+            for router in range(2):
+                report = self.router_report(router, deployment, 60.0, self.running(number))
+                await self.coordinator.report_router(report, SETTINGS["config"])
+        for _ in range(2):
+            self.now_s += 0.5
+            for deployment in self.deployments:
+                self.coordinator.tick(deployment, self.now_s)
+
+
+S = TypeVar("S", bound=Scene)
+
+
+def make_scene(kind: type[S] = Scene, **more: Any) -> S:
+    """A scene at its beginning."""
+    box: list[S] = []
     coordinator = Coordinator(now_s=lambda: box[0].now_s if box else 1000.0, epoch=1_700_000_000_000_000_000)
     coordinator._wake = lambda: None  # type: ignore[method-assign]  # the scene ticks itself
-    box.append(Scene(coordinator))
+    box.append(kind(coordinator, **more))
     return box[0]

@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families as read_text
 from serve_app.page.metrics import prometheus_text
 from serve_app.page.server import Page
 from serve_app.page.watch import to_json
+from tests.actors.test_retrainer import Rig
 from tests.ports import free_port
 from tests.serve_app.page.page_scene import make_scene
 
@@ -31,7 +32,10 @@ NO_PROMETHEUS = "prometheus is not installed (Debian: package prometheus)"
 
 
 def played_status() -> dict[str, Any]:
-    """Of a real coordinator, after 165 s of the scene: a trial has passed and one has failed, a replica is ejected."""
+    """Of a real coordinator, after 165 s of the scene: a trial has passed and one has failed, a replica is ejected.
+
+    Self-retraining is on, and waits.
+    """
     scene = make_scene()
 
     async def play() -> dict[str, Any]:
@@ -39,6 +43,7 @@ def played_status() -> dict[str, Any]:
             await scene.play()
         for known in scene.coordinator._deployments.values():
             known.was_late(0.004)
+        await scene.coordinator.retraining(Rig().looks())
         found: dict[str, Any] = to_json(await scene.coordinator.status())
         return found
 
@@ -64,18 +69,26 @@ def own_address() -> str:
 
 
 @contextlib.asynccontextmanager
-async def scraped(status: dict[str, Any], folder: Path) -> AsyncIterator[str]:
-    """The address of a Prometheus that scrapes a page with this status, by an address of the machine, each second."""
+async def scraped(
+    status: dict[str, Any] | Callable[[], dict[str, Any]] | None, folder: Path, rules: Path | None = None
+) -> AsyncIterator[str]:
+    """The address of a Prometheus that scrapes a page with this status, by an address of the machine, each second.
 
-    async def answer() -> dict[str, Any]:
-        return status
+    A status that is called is another one each time; without one there is no page. Rules are evaluated each second.
+    """
+
+    async def answer() -> dict[str, Any] | None:
+        return status() if callable(status) else status
 
     page = Page("0.0.0.0", free_port(), "token", find=lambda: SimpleNamespace(status=SimpleNamespace(remote=answer)))
-    target = f"{own_address()}:{(await page.start()).rpartition(':')[2]}"
+    page_port = free_port() if status is None else (await page.start()).rpartition(":")[2]
     port = free_port()
     config = {
-        "global": {"scrape_interval": "1s", "scrape_timeout": "1s"},
-        "scrape_configs": [{"job_name": "shadecast", "static_configs": [{"targets": [target]}]}],
+        "global": {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"},
+        "scrape_configs": [
+            {"job_name": "shadecast", "static_configs": [{"targets": [f"{own_address()}:{page_port}"]}]}
+        ],
+        "rule_files": [str(rules)] if rules is not None else [],
     }
     (folder / "prometheus.yml").write_text(json.dumps(config))  # JSON is YAML
     command = [
@@ -92,6 +105,14 @@ async def scraped(status: dict[str, Any], folder: Path) -> AsyncIterator[str]:
         process.terminate()
         await asyncio.wait_for(process.wait(), 20)
         await page.stop()
+
+
+def active_alerts(prometheus: str) -> dict[str, dict[str, str]]:
+    """{alert: annotations} of those whose condition holds, for however short a time; every rule can be evaluated."""
+    with urllib.request.urlopen(f"{prometheus}/api/v1/rules?type=alert", timeout=5) as answer:
+        rules = [rule for group in json.load(answer)["data"]["groups"] for rule in group["rules"]]
+    assert {(rule["health"], rule.get("lastError", "")) for rule in rules} <= {("ok", ""), ("unknown", "")}
+    return {rule["name"]: rule["alerts"][0]["annotations"] for rule in rules if rule["alerts"]}
 
 
 def query(prometheus: str, expression: str) -> list[dict[str, Any]]:

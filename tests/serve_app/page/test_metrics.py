@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families as read_text
 from serve_app.page import metrics as m
 from serve_app.page.metrics import prometheus_text
 from shadecast.histogram import BOUNDS_S
+from tests.actors.test_retrainer import PROMOTED, Rig
 from tests.serve_app.page.page_scene import CHAT, DIGITS
 from tests.serve_app.page.scraping import (
     NO_PROMETHEUS,
@@ -128,6 +129,37 @@ def test_the_histogram_of_durations_holds_each_request_that_went_well(status: di
     assert buckets[0.05] < 0.5 * well < buckets[0.2], "the scene's usual request takes 50 ms and a little"
     mean_s = of(found["shadecast_request_duration_seconds_sum"], deployment=DIGITS) / well
     assert 0.05 < mean_s < 0.1
+
+
+def test_a_training_counts_as_failed_once_it_has_ended_badly_and_off_has_no_samples(status: dict[str, Any]) -> None:
+    seen: list[dict[str, Any]] = []
+
+    class Watched(Rig):
+        def work(self, what: str, **values: Any) -> Any:
+            if what == "retrain":
+                seen.append(self.retrainer.view())
+            return super().work(what, **values)
+
+    rig = Watched({"failed": "no space"}, {"failed": "no space"}, PROMOTED)
+    seen.append(rig.looks())
+    for _ in range(3):
+        seen.append(rig.looks(1, 2 * 3600.0))
+    found = [samples({**status, "retraining": {**view, "age_s": 1.0}}) for view in seen]
+    assert [of(each["shadecast_retraining_failures"]) for each in found] == [0, 0, 1, 1, 2, 2, 0]
+    states = [
+        [dict(key)["state"] for key, value in each["shadecast_retraining_state"].items() if value] for each in found
+    ]
+    assert states == [[s] for s in ("waiting", "training", "waiting", "training", "waiting", "training", "probation")]
+    assert of(found[0]["shadecast_retraining_silent_seconds"]) == 1.0
+    assert not [name for name in samples({**status, "retraining": None}) if "retraining" in name]
+
+
+def test_nodes_that_are_not_heard_of_are_counted_however_many_there_are(status: dict[str, Any]) -> None:
+    assert of(samples(status)["shadecast_silent_nodes"]) == 0
+    huge = large(status, 1, 600)
+    for node in huge["nodes"][-3:]:
+        node["age_s"] = 5.1
+    assert of(samples(huge)["shadecast_silent_nodes"]) == 3
 
 
 def test_a_deployment_that_only_observes_says_so(status: dict[str, Any]) -> None:
