@@ -22,6 +22,7 @@ from shadecast.prefix_mail import News, load_columns, others_load, read_news
 from shadecast.prefix_score import Load, choose, drawn
 from shadecast.prompts import Prompt, find_body, read_prompt
 from shadecast.rendezvous import Rendezvous, session_key
+from shadecast.tokens import TokenCount
 
 if TYPE_CHECKING:
     from serve_app.routing.routes import Routes
@@ -32,8 +33,9 @@ KV_TOKENS = 280_000
 """Of a replica that does not say: a model of 32 billion parameters on two H100."""
 _BETWEEN_S, _EXCHANGES_PER_S = 0.2, 200.0
 """Loads that are told each second are no better than none at all; those of all routers together take this many."""
-_KV_STAT = "kv_tokens"
-"""What `record_routing_stats` of a deployment may tell: the tokens that the replica's cache holds."""
+_KV_STAT, _USED_STAT = "kv_tokens", "kv_cache_usage_perc"
+"""What `record_routing_stats` of a deployment may tell: the tokens that the replica's cache holds, and the fraction of
+it that requests take, by the name that vLLM's metric of it has."""
 
 
 class Prefixes:
@@ -57,6 +59,8 @@ class Prefixes:
         """Where each call's prompt is not computed yet, and how many tokens of it."""
         self._pending: dict[str, float] = {}
         """Those tokens by replica."""
+        self._held: dict[Any, tuple[str, int]] = {}
+        """Calls with a prompt, the replica that has them, and the tokens of their prompts."""
         self._sent = Decisions()
         self._news = News()
         """What the other routers have said last."""
@@ -90,6 +94,7 @@ class Prefixes:
         self._alive = self._ring = self._last = None
         self._placed.clear()
         self._pending.clear()
+        self._held.clear()
         self._sent, self._news, self._others = Decisions(), News(self._news.number), {}
 
     # ------------------------------------------------------------------ choosing
@@ -180,9 +185,8 @@ class Prefixes:
         names = {replica_id for replica_id, _, _ in alive}
         self._index.keep(names)
         for replica in self._routes.replicas if not self._kv_tokens else ():
-            told = (getattr(replica, "routing_stats", None) or {}).get(_KV_STAT)
-            if isinstance(told, int) and told > 0:
-                self._index.resize(replica.replica_id.unique_id, told)
+            if (told := self._stat(replica, _KV_STAT) or 0) > 0:
+                self._index.resize(replica.replica_id.unique_id, int(told))
         self._alive, self._ring = alive, None
 
     def _fails(self, error: Exception) -> None:
@@ -200,6 +204,7 @@ class Prefixes:
         """A call is chosen for a replica, which will have its prompt, or has left one. Never raises."""
         try:
             self.computed(call)
+            self._held.pop(call, None)
             self._place(call)
         except Exception as error:
             self._fails(error)
@@ -213,6 +218,7 @@ class Prefixes:
             name = call.replica_id
             left = max(prompt.tokens - cached.get(name, 0), 1)
             self._placed[call] = name, left, prompt
+            self._held[call] = name, prompt.tokens
             self._pending[name] = self._pending.get(name, 0.0) + left
             self._sent.add(self._index.insert(name, prompt))
 
@@ -230,6 +236,36 @@ class Prefixes:
         """A copy of the call was sent to a replica on trial: that has its prompt, too."""
         if call in self._placed:
             self._sent.add(self._index.insert(candidate_id, self._placed[call][2]))
+
+    def count_of(self, call: Any) -> TokenCount | None:
+        """What counts the tokens of a call's stream; None where it has no prompt."""
+        return TokenCount() if call in self._held else None
+
+    def memory(self) -> dict[str, tuple[float, float]]:
+        """Of each replica, the fraction of its memory for keys and values that calls from here take, and its own word.
+
+        In hundredths; what nobody says is below 0. Never raises.
+        """
+        if not self.on:
+            return {}
+        taken: dict[str, float] = {}
+        for call, (name, prompt_tokens) in self._held.items():
+            count = call.reading.count if call.reading is not None else None
+            taken[name] = taken.get(name, 0.0) + prompt_tokens + (count.tokens if count is not None else 0.0)
+        found = {}
+        for replica in self._routes.replicas:
+            name, told = replica.replica_id.unique_id, self._stat(replica, _USED_STAT)
+            own = taken.get(name, 0.0) / max(self._index.capacity(name), 1)
+            found[name] = round(own, 2), round(told, 2) if told is not None and told >= 0.0 else -1.0
+        return found
+
+    @staticmethod
+    def _stat(replica: Any, name: str) -> float | None:
+        """A finite number that the deployment tells of a replica."""
+        stats = getattr(replica, "routing_stats", None)
+        told = stats.get(name) if isinstance(stats, Mapping) else None
+        is_number = isinstance(told, (int, float)) and not isinstance(told, bool) and math.isfinite(told)
+        return told if is_number else None
 
     # ------------------------------------------------------------------ other routers
 

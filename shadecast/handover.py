@@ -5,10 +5,11 @@ A stream that can go on after what its reader has had moves where that saves mor
     residual * item_s * (here - there)  >  MARGIN * there * cost_s  +  what it has paid before
                                  cost_s  =  beginning_s(prompt, had) * there
 
-`here` and `there` are scores: relative times of a stream on its own replica and on the other one, queues included
-(`shadecast.pick`). `residual` are the items that streams which have given so many still give, `item_s` the seconds of
-an item at a score of 1. All of it is learned from this router's own streams. At a cost of .1 s nearly every move from
-a slow replica pays, at 1 s few do: the test of the cost is what makes hand-over safe (docs/decisions/0071).
+Items are tokens where these can be counted (`shadecast.tokens`). `here` and `there` are scores: relative times of a
+stream on its own replica and on the other one, queues included (`shadecast.pick`). `residual` are the items that
+streams which have given so many still give, `item_s` the seconds of an item at a score of 1. All of it is learned from
+this router's own streams. At a cost of .1 s nearly every move from a slow replica pays, at 1 s few do: the test of the
+cost is what makes hand-over safe (docs/decisions/0071).
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Running(Generic[C]):
     """A stream on a slow replica."""
 
     call: C
-    items: int
+    items: float
     """That its reader has had, from all replicas."""
     prompt: float = 1.0
     """Its size in units of work, where the deployment tells it."""
@@ -76,7 +77,7 @@ class HandOver:
     def __init__(self) -> None:
         self.lengths, self.beginnings, self.item = Lengths(), Beginnings(), ItemTime()
 
-    def begun(self, prompt: float, had: int, first_item_s: float, score: float) -> None:
+    def begun(self, prompt: float, had: float, first_item_s: float, score: float) -> None:
         """A stream has given its first item; see `Beginnings.add`."""
         self.beginnings.add(prompt, had, first_item_s, score, self.item.seconds)
 
@@ -136,9 +137,9 @@ class Lengths:
     def __init__(self) -> None:
         self._count, self._sum, self._total = [0.0] * _BINS, [0.0] * _BINS, 0.0
 
-    def add(self, items: int) -> None:
+    def add(self, items: float) -> None:
         """A stream has ended well, after so many items."""
-        if items < 1:
+        if not 1 <= items < _LARGEST:
             return
         at = _bin(items)
         self._count[at] += 1.0
@@ -149,7 +150,7 @@ class Lengths:
             self._sum = [total / 2.0 for total in self._sum]
             self._total /= 2.0
 
-    def residual(self, had: int) -> float:
+    def residual(self, had: float) -> float:
         """Items to come of a stream that has given `had`: the mean of longer ones, as far as there were any."""
         own = _bin(max(had, 1))
         low, high = math.exp(own * _RATIO), math.exp((own + 1) * _RATIO)
@@ -161,7 +162,7 @@ class Lengths:
         return (further + _PRIOR * had) / (longer + _PRIOR)
 
 
-def _bin(items: int) -> int:
+def _bin(items: float) -> int:
     return min(int(math.log(items) / _RATIO), _BINS - 1)
 
 
@@ -179,7 +180,7 @@ class ItemTime:
     def __init__(self) -> None:
         self._scored = self._seconds = 0.0
 
-    def add(self, items: int, seconds: float, score: float) -> None:
+    def add(self, items: float, seconds: float, score: float) -> None:
         """Streams gave `items` in `seconds` of waiting for them, on a replica of that score."""
         if items < 0 or not 0.0 <= seconds < math.inf or not 0.0 < score < math.inf:
             return
@@ -215,14 +216,14 @@ class Beginnings:
 
     def __init__(self) -> None:
         self._new, self._moved = _Fit(2), _Fit(3)
-        self._moved_count, self._seen = 0, 0
+        self._moved_count, self._seen = 0, 0.0
 
     @property
     def known(self) -> bool:
         """Whether enough moved streams were seen."""
         return self._moved_count >= _ENOUGH
 
-    def add(self, prompt: float, had: int, first_item_s: float, score: float, item_s: float) -> None:
+    def add(self, prompt: float, had: float, first_item_s: float, score: float, item_s: float) -> None:
         """A stream has given its first item after so long, on a replica of that score; a moved one began after `had`.
 
         For one that was given up meanwhile, how long it was waited for.
@@ -235,18 +236,18 @@ class Beginnings:
             self._new.add((1.0, prompt), min(at_one_s, limit_s))
             return
         limit_s = max(_OUTLIER * self.seconds(prompt, had, item_s), self._most(prompt, had, item_s))
-        self._moved.add((1.0, prompt, float(had)), min(at_one_s, limit_s) if self.known else at_one_s)
+        self._moved.add((1.0, prompt, had), min(at_one_s, limit_s) if self.known else at_one_s)
         self._moved_count += 1
         self._seen = max(self._seen, had)
 
-    def seconds(self, prompt: float, had: int, item_s: float) -> float:
+    def seconds(self, prompt: float, had: float, item_s: float) -> float:
         """Expected, at a score of 1, for a stream whose items take `item_s` there; infinite while nothing is known."""
         if not self.known or not had:
             return self._most(prompt, had, item_s)
         seen = min(had, self._seen)
-        return self._moved.predict((1.0, prompt, float(seen))) + (had - seen) * item_s
+        return self._moved.predict((1.0, prompt, seen)) + (had - seen) * item_s
 
-    def _most(self, prompt: float, had: int, item_s: float) -> float:
+    def _most(self, prompt: float, had: float, item_s: float) -> float:
         return self._new.predict((1.0, prompt)) + had * item_s if self._new.count >= _ENOUGH else math.inf
 
 

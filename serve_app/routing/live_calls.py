@@ -61,6 +61,8 @@ class LiveCall(Call):
     """An attempt of the router's own, beside or in place of another one."""
     paid_s = 0.0
     """What going on elsewhere has cost its reader so far."""
+    before = 0.0
+    """Units that its reader has had from other attempts."""
     after_loss = False
     """A replica has died of this stream, or under it, before: there is no third attempt."""
     context: contextvars.Context | None = None
@@ -75,6 +77,13 @@ class LiveCall(Call):
         """A digest of its session, or multiplexed model."""
         whose = self.metadata.session_id or self.metadata.multiplexed_model_id
         return hashlib.blake2b(whose.encode(), digest_size=8).hexdigest() if whose else ""
+
+    @property
+    def units(self) -> float:
+        """Of a stream: tokens that its reader has had from all attempts, or items."""
+        if self.reading is not None and self.reading.count is not None:
+            return self.before + self.reading.units
+        return self.items if self.had is None else len(self.had)
 
     @property
     def attempt(self) -> WatchedResult | None:
@@ -296,6 +305,7 @@ class LiveCalls:
             watch_end(inner, self.soon.call, functools.partial(self._ended, call), lambda: call.answered)
             return
         call.reading = Reading(time.monotonic())
+        call.reading.count = self.prefixes.count_of(call) if self.prefixes.on else None
         if call.counts and not call.pinned and self.second.resumes(pending):
             call.had = [] if call.had is None else call.had
             call.context = call.context or contextvars.copy_context()
@@ -391,7 +401,8 @@ class LiveCalls:
         self.soon.catch_up()
         for call in self.book.all_running():
             self._count_items(call)
-        made = self.ledger.report(time.monotonic(), self.routes.alive, **self.explained.report(), **more)
+        alive, memory = self.routes.alive, self.prefixes.memory()
+        made = self.ledger.report(time.monotonic(), alive, memory, **self.explained.report(), **more)
         self.routes.reported()
         return made
 

@@ -158,7 +158,7 @@ class SecondAttempts:
             elif self._budget.take():
                 self._start(call, self._move(call, 1.0))
         stalled = [
-            Stalled(call, call.reading.waited_s(now_s), call.reading.items)
+            Stalled(call, call.reading.waited_s(now_s), call.reading.items, call.reading.per_item)
             for call in held
             if call.had is not None and call.reading is not None and self._movable(call)
         ]
@@ -209,6 +209,7 @@ class SecondAttempts:
         again = PendingRequest(args=pending.args, kwargs={**pending.kwargs, **more}, metadata=labels, resolved=True)
         call = calls.open(again)
         call.is_second, call.after_loss, call.paid_s, call.had = True, first.after_loss, first.paid_s, had
+        call.before = first.units
         try:
             result = cast("WatchedResult", routes.replicas[i].try_send_request(again, with_rejection=True))
             answer = await result.get_rejection_response()
@@ -240,7 +241,7 @@ class SecondAttempts:
 
     async def _go_on(self, call: LiveCall, there: str = "") -> Begun | None:
         """Another attempt, of a stream once it has given an item after what was had; None: the first one goes on."""
-        began_s, had = time.monotonic(), len(call.had or ())
+        began_s, had = time.monotonic(), call.units
         second = await self._send_again(call, there)
         if second is None or call.had is None:
             return None if second is None else (second, [])
@@ -269,7 +270,7 @@ class SecondAttempts:
     def _running(self, call: LiveCall) -> Running[LiveCall] | None:
         """A stream that may move. One of a multiplexed model stays: another replica may have to load that."""
         may = call.had is not None and self._movable(call) and not call.metadata.multiplexed_model_id
-        return Running(call, len(call.had or ()), call.cost, call.paid_s) if may else None
+        return Running(call, call.units, call.cost, call.paid_s) if may else None
 
     async def _hand_over(self, move: Move[LiveCall]) -> None:
         """The reader waits for the first item there, but not much longer than was expected."""
@@ -286,8 +287,9 @@ class SecondAttempts:
 
     def ended(self, call: LiveCall) -> None:
         """A stream went well."""
-        self.stream_patience.ended(call.first_item_s, call.items, call.duration_s)
-        self.hand_over.lengths.add(call.items if call.had is None else len(call.had))
+        per_item = call.reading.per_item if call.reading is not None else 1.0
+        self.stream_patience.ended(call.first_item_s, call.items, call.duration_s, per_item)
+        self.hand_over.lengths.add(call.units)
         if not call.is_second:
             score = self._calls.routes.picks.score_within(call.replica_id)
             self.hand_over.begun(call.cost, 0, call.first_item_s, score)
