@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from shadecast.token_times import MARK_TOKENS
 from shadecast.tokens import TokenCount
 
 MARK = 32
-"""Items of a stream whose times are kept: what is compared with a copy."""
+"""Items of a stream whose times are kept: what is compared with a copy, of tokens `MARK_TOKENS` at most."""
 _WAITED = 0.1
 _PROMPT_S = 0.002
 """A reader that asks later than this, and spends less of its time waiting, does not show when an item was there."""
@@ -28,7 +29,7 @@ class Reading:
 
     __slots__ = (
         *("_last_s", "_paced_s", "_paced_units", "_started_s", "_told"),
-        *("answers", "asked_s", "count", "dropped", "items", "status", "times_s", "units"),
+        *("answers", "asked_s", "count", "dropped", "items", "status", "times_s", "units", "units_at"),
     )
 
     def __init__(self, now_s: float) -> None:
@@ -44,6 +45,8 @@ class Reading:
         """Since when the reader has been waiting for an item."""
         self.times_s: list[float] = []
         """Of the first items, since the start; NaN where the reader was late to ask."""
+        self.units_at: list[float] = []
+        """Units until then."""
         self.answers: list[Any] | None = None
         """The first items themselves, if somebody wants them: set to a list before the reader starts."""
         self.status = 200
@@ -62,6 +65,7 @@ class Reading:
         self.asked_s = None
         self.items += 1
         if self.items <= MARK:
+            self.units_at.append(self.units)
             self.times_s.append(now_s - self._started_s if prompt else math.nan)
             if self.answers is not None:
                 self.answers.append(item)
@@ -73,6 +77,11 @@ class Reading:
             self.count = None
             return 1.0
         return tokens or 0.0
+
+    @property
+    def is_marked(self) -> bool:
+        """Whether all that is compared with a copy has come."""
+        return self.items >= MARK or (self.count is not None and self.units >= MARK_TOKENS)
 
     @property
     def per_item(self) -> float:

@@ -15,6 +15,8 @@ from shadecast.prompts import BYTES_PER_TOKEN
 
 _DATA, _DONE = "data:", "[DONE]"
 _TEXTS = ("content", "refusal")
+_FAILED = ("error", "abort")
+"""Reasons for an end that are failures of the server."""
 
 
 class TokenCount:
@@ -28,7 +30,7 @@ class TokenCount:
         self.finish = ""
         """The reason with which it has ended; empty while it has not said so."""
         self.failed = False
-        """The server has sent an error in place of a chunk."""
+        """The server has sent an error in place of a chunk, or has given up."""
         self._bytes = self._bytes_told = self._told = 0
 
     def add(self, item: Any) -> float | None:
@@ -51,6 +53,7 @@ class TokenCount:
                 self._bytes += len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
             if (reason := get(choice, "finish_reason")) is not None:
                 self.finish = str(reason)
+                self.failed = self.failed or self.finish in _FAILED
         usage = get(chunk, "usage")
         told = get(usage, "completion_tokens") if usage is not None else None
         if isinstance(told, int) and told > self._told:

@@ -287,6 +287,7 @@ class SecondAttempts:
 
     def ended(self, call: LiveCall) -> None:
         """A stream went well."""
+        self._calls.prefixes.ended(call)
         per_item = call.reading.per_item if call.reading is not None else 1.0
         self.stream_patience.ended(call.first_item_s, call.items, call.duration_s, per_item)
         self.hand_over.lengths.add(call.units)

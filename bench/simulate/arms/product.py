@@ -69,7 +69,7 @@ class _Beginning:
     router: _Router
     first: _Call
     second: _Call
-    had: int
+    had: float
 
 
 class _Router:
