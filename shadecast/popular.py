@@ -7,6 +7,7 @@ begin so. Copies are as many as they would be anyway; those worth more come firs
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 
 from shadecast.prompts import MOST_BLOCKS, Prompt
@@ -68,7 +69,7 @@ class Popular:
         """Of being copied, for a request with this gain, while so many of the requests are."""
         worth = gain + _LEAST_TOKENS
         self._usual += _FADE * (worth - self._usual) if self._usual else worth
-        by_worth = 1.0 - (1.0 - min(max(fraction, 0.0), 1.0)) ** (worth / self._usual)
+        by_worth = 1.0 - math.pow(1.0 - min(max(fraction, 0.0), 1.0), worth / self._usual)
         chance = min(max(by_worth + _REPAID * self._owed, 0.0), 1.0)
         self._owed = min(max(self._owed + fraction - chance, -_MOST_OWED), _MOST_OWED)
         return chance

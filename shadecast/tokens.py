@@ -33,6 +33,11 @@ class TokenCount:
         """The server has sent an error in place of a chunk, or has given up."""
         self._bytes = self._bytes_told = self._told = 0
 
+    @property
+    def exact(self) -> int:
+        """Tokens so far where the last usage has told all of them; 0 else."""
+        return self._told if self._bytes == self._bytes_told else 0
+
     def add(self, item: Any) -> float | None:
         """Tokens that came with an item; None if there is no chunk in it. Never raises."""
         before = self.tokens

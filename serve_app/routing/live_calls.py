@@ -65,6 +65,9 @@ class LiveCall(Call):
     """Of prompts, to compute until this one's is, from its choice on."""
     before = 0.0
     """Units that its reader has had from other attempts."""
+    whole: PendingRequest | None = None
+    """What its caller has asked for, where this attempt is for the rest; `mend` makes its items fit."""
+    mend: Callable[[Any], Any] | None = None
     after_loss = False
     """A replica has died of this stream, or under it, before: there is no third attempt."""
     context: contextvars.Context | None = None

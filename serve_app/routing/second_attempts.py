@@ -22,6 +22,7 @@ from serve_app.ray_api import is_by_reference
 from serve_app.routing.ends import was_cancelled
 from shadecast.calls import Phase
 from shadecast.config import Config
+from shadecast.continuation import OPENAI, again, may_continue
 from shadecast.handover import HandOver, Move, Running
 from shadecast.rescue import (
     STREAM_COST,
@@ -204,14 +205,16 @@ class SecondAttempts:
             i = routes.pick(without=routes.picks.index.get(first.replica_id, -1))
         if pending is None or i < 0 or routes.picks.ids[i] == first.replica_id:
             return None
-        suffix, more = (MOVED_SUFFIX, {}) if had is None else (RESUMED_SUFFIX, {self._resume: list(had)})
+        whole, suffix = first.whole or pending, MOVED_SUFFIX if had is None else RESUMED_SUFFIX
+        if (rest := again(self._resume, whole.args, whole.kwargs, had)) is None:
+            return None
         labels = replace(pending.metadata, internal_request_id=pending.metadata.internal_request_id + suffix)
-        again = PendingRequest(args=pending.args, kwargs={**pending.kwargs, **more}, metadata=labels, resolved=True)
-        call = calls.open(again)
+        second = PendingRequest(args=list(rest.args), kwargs=dict(rest.kwargs), metadata=labels, resolved=True)
+        call = calls.open(second)
         call.is_second, call.after_loss, call.paid_s, call.had = True, first.after_loss, first.paid_s, had
-        call.before = first.units
+        call.before, call.whole, call.mend = first.units, None if rest.mend is None else whole, rest.mend
         try:
-            result = cast("WatchedResult", routes.replicas[i].try_send_request(again, with_rejection=True))
+            result = cast("WatchedResult", routes.replicas[i].try_send_request(second, with_rejection=True))
             answer = await result.get_rejection_response()
         except Exception as error:  # the first attempt is untouched
             logger.debug(f"shadecast: sending {labels.request_id} again failed: {error!r}")
@@ -237,7 +240,9 @@ class SecondAttempts:
         metadata = pending.metadata
         if not self._resume or self._calls.observing or not metadata.is_streaming or not is_by_reference(pending):
             return False
-        return not (metadata.is_http_request or metadata.is_grpc_request)
+        if metadata.is_http_request or metadata.is_grpc_request:
+            return False
+        return self._resume != OPENAI or may_continue(pending.args, pending.kwargs)
 
     async def _go_on(self, call: LiveCall, there: str = "") -> Begun | None:
         """Another attempt, of a stream once it has given an item after what was had; None: the first one goes on."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from statistics import fmean
 
 import pytest
 
@@ -56,22 +57,30 @@ def test_what_was_popular_once_is_forgotten_and_so_are_prompts_that_came_once():
     assert popular.gain(old, 0) < before / 100
 
 
-def test_copies_are_as_many_as_without_it_and_the_popular_ones_come_first():
-    rng, popular = random.Random(5), Popular()
-    paths, shares = range(40), [1.0 / (rank + 1.0) for rank in range(40)]
+SHARES = [1.0 / (rank + 1.0) for rank in range(40)]
+
+
+def copied(seed, *, by_worth, copies=15, fraction=0.1):
+    """Of traffic with 40 beginnings: the part whose beginning was copied, and after how many requests."""
+    rng, popular = random.Random(seed), Popular()
     cached: set[int] = set()
-    copied = first_of_popular = 0
-    for _ in range(4000):
-        path = rng.choices(paths, shares)[0]
+    requests = done = 0
+    while done < copies:
+        path = rng.choices(range(40), SHARES)[0]
         each = prompt(path, 32, own=4)
         popular.add(each)
-        if rng.random() < popular.chance(popular.gain(each, ENDS[31] if path in cached else 0), 0.1):
-            copied += 1
+        chance = popular.chance(popular.gain(each, ENDS[31] if path in cached else 0), fraction)
+        requests += 1
+        if requests > 300 and rng.random() < (chance if by_worth else fraction):
+            done += 1
             cached.add(path)
-            first_of_popular += copied <= 5 and path < 8
-    assert copied == pytest.approx(400, rel=0.1)
-    assert first_of_popular >= 4
-    assert len(cached) == 40
+    return sum(SHARES[path] for path in cached) / sum(SHARES), requests - 300
+
+
+def test_as_many_copies_warm_more_than_by_chance():
+    by_chance, by_worth = ([copied(seed, by_worth=worth) for seed in range(8)] for worth in (False, True))
+    assert fmean(part for part, _ in by_worth) > fmean(part for part, _ in by_chance) + 0.08
+    assert fmean(count for _, count in by_worth) == pytest.approx(150, rel=0.2)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0])

@@ -150,3 +150,102 @@ async def test_a_stream_is_handed_over_by_the_tokens_that_it_has_left(tokens, mo
         for each in (*seconds, first):
             each.give(batch(1)).end()
         await reader
+
+
+def said(text, **more):
+    """One chunk of an answer."""
+    return {"id": "first", "choices": [{"index": 0, "delta": {"content": text}}], **more}
+
+
+async def usual(serve):
+    """A stream on "a", so that it is known how long streams take from word to word."""
+    serve.take(table(version=1, **(dict.fromkeys(serve.replicas, 0.0) | {"a": 1.0})))
+    reader, first = await start(serve)
+    for _ in range(4):
+        await asyncio.sleep(0.1)
+        first.give(said(" so"))
+        await settle()
+    first.end()
+    await reader
+    serve.report()
+
+
+async def slow(serve, version, name):
+    """Its streams stall, and the table shows it."""
+    await asyncio.sleep(5.0)
+    rows = dict.fromkeys(serve.replicas, 1.0) | {name: (1.0, 0.02, 0.0)}
+    serve.take(table(version=version, reference_s=0.1, **rows))
+    await settle()
+
+
+async def stalled(serve, request):
+    """A stream on "a" that has said a few words and stalls: its reader, its replica, and what was sent to "b"."""
+    await usual(serve)
+    reader, first = await start(serve, request)
+    first.give({"id": "first", "choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
+    first.give(said(" one"), said(" two", usage={"prompt_tokens": 9, "completion_tokens": 2}))
+    await settle()
+    await slow(serve, 2, "a")
+    return reader, first, serve.replicas["b"].sent
+
+
+@pytest.mark.parametrize("prefix", ["auto", "off"])
+@in_virtual_time
+async def test_the_rest_of_an_answer_is_asked_for_with_what_was_said_and_its_reader_sees_one_answer(prefix):
+    balance = {"prefix": prefix, "resume": "openai"}
+    async with serving(Replica("a"), Replica("b"), balance=balance) as serve:
+        request = body() | {"max_tokens": 50}
+        reader, first, (second,) = await stalled(serve, request)
+        assert second.request.args == [
+            request
+            | {"messages": [*request["messages"], {"role": "assistant", "content": " one two"}], "max_tokens": 48}
+            | {"continue_final_message": True, "add_generation_prompt": False}
+        ]
+        usage = {"prompt_tokens": 11, "completion_tokens": 1}
+        second.give({"id": "second", "choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
+        second.give(said(" three", usage=usage) | {"id": "second"})
+        second.end()
+        got = await reader
+        assert first.cancelled
+        assert "".join(c["choices"][0]["delta"].get("content", "") for c in got) == " one two three"
+        assert {chunk["id"] for chunk in got} == {"first"}
+        assert [chunk["choices"][0]["delta"].get("role") for chunk in got] == ["assistant", None, None, None, None]
+        assert got[-1]["usage"] == {"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12}
+
+
+@in_virtual_time
+async def test_an_answer_that_moves_twice_is_asked_for_each_time_by_all_that_was_said():
+    replicas = [Replica(name) for name in "abc"]
+    async with serving(*replicas, balance={"resume": "openai"}) as serve:
+        await usual(serve)
+        serve.take(table(version=2, a=1.0, b=0.0, c=0.0))
+        reader, first = await start(serve)
+        first.give(said(" one"))
+        await settle()
+        first.die()
+        await settle()
+        second = last_sent(serve, but="a")
+        assert second.request.args[0]["messages"][-1]["content"] == " one"
+        second.give(said(" two"))
+        await settle()
+        await slow(serve, 3, second.replica.name)
+        third = last_sent(serve, but=second.replica.name)
+        assert third.request.args[0]["messages"][-1]["content"] == " one two"
+        third.give(said(" three")).end()
+        assert "".join(chunk["choices"][0]["delta"]["content"] for chunk in await reader) == " one two three"
+
+
+def last_sent(serve, but):
+    """The stream that is under way on another replica."""
+    (found,) = [sent for name, replica in serve.replicas.items() if name != but for sent in replica.running]
+    return found
+
+
+@pytest.mark.parametrize("more", [{"tools": [{"type": "function"}]}, {"n": 2}, {"logprobs": True}, {"stop": ["."]}])
+@in_virtual_time
+async def test_an_answer_whose_rest_cannot_be_asked_for_stays(more):
+    async with serving(Replica("a"), Replica("b"), balance={"resume": "openai"}) as serve:
+        reader, first, sent = await stalled(serve, body() | more)
+        assert sent == []
+        first.give(said(" three")).end()
+        assert len(await reader) == 4
