@@ -5,6 +5,7 @@ Everything runs on the router's event loop, and whatever goes wrong here leaves 
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
@@ -16,12 +17,16 @@ from ray.serve.request_router import PendingRequest
 from serve_app.user_functions import UserFunction
 from shadecast.calls import Call, Phase
 from shadecast.config import CHOICES, BalanceConfig
+from shadecast.popular import Popular
 from shadecast.prefix import PrefixIndex
 from shadecast.prefix_exchange import Decisions
 from shadecast.prefix_mail import News, load_columns, others_load, read_news
 from shadecast.prefix_score import Comparison, Load, choose, drawn
 from shadecast.prompts import Prompt, find_body, read_prompt
 from shadecast.rendezvous import Rendezvous, session_key
+from shadecast.token_pairs import TokenCopy
+from shadecast.token_times import TokenTimes, Work
+from shadecast.tokens import TokenCount, get
 
 if TYPE_CHECKING:
     from serve_app.routing.routes import Routes
@@ -32,8 +37,10 @@ KV_TOKENS = 280_000
 """Of a replica that does not say: a model of 32 billion parameters on two H100."""
 _BETWEEN_S, _EXCHANGES_PER_S = 0.2, 200.0
 """Loads that are told each second are no better than none at all; those of all routers together take this many."""
-_KV_STAT = "kv_tokens"
-"""What `record_routing_stats` of a deployment may tell: the tokens that the replica's cache holds."""
+_NEVER = 1e-9
+_KV_STAT, _USED_STAT = "kv_tokens", "kv_cache_usage_perc"
+"""What `record_routing_stats` of a deployment may tell: the tokens that the replica's cache holds, and the fraction of
+it that requests take, by the name that vLLM's metric of it has."""
 
 
 class Prefixes:
@@ -55,10 +62,15 @@ class Prefixes:
         """The request that was looked at last, so that no choice reads its prompt twice."""
         self._compared: tuple[PendingRequest, Comparison] | None = None
         """The last request that was chosen for by its prompt, and between what."""
-        self._placed: dict[Call, tuple[str, int, Prompt]] = {}
-        """Where each call's prompt is not computed yet, and how many tokens of it."""
+        self._placed: dict[Call | TokenCopy, tuple[str, int]] = {}
+        """Where each call's prompt is not computed yet, or a copy's, and how many tokens of it."""
         self._pending: dict[str, float] = {}
         """Those tokens by replica."""
+        self._held: dict[Any, tuple[str, Prompt]] = {}
+        """Calls with a prompt, and the replica that has them."""
+        self._popular, self._times = Popular(), TokenTimes()
+        self._reasons = False
+        """Whether answers have been seen to end with a reason."""
         self._sent = Decisions()
         self._news = News()
         """What the other routers have said last."""
@@ -88,10 +100,11 @@ class Prefixes:
             self._forget()
 
     def _forget(self) -> None:
-        self._index = PrefixIndex(self._kv_tokens or KV_TOKENS)
+        self._index, self._popular = PrefixIndex(self._kv_tokens or KV_TOKENS), Popular()
         self._alive = self._ring = self._last = self._compared = None
         self._placed.clear()
         self._pending.clear()
+        self._held.clear()
         self._sent, self._news, self._others = Decisions(), News(self._news.number), {}
 
     # ------------------------------------------------------------------ choosing
@@ -187,9 +200,8 @@ class Prefixes:
         names = {replica_id for replica_id, _, _ in alive}
         self._index.keep(names)
         for replica in self._routes.replicas if not self._kv_tokens else ():
-            told = (getattr(replica, "routing_stats", None) or {}).get(_KV_STAT)
-            if isinstance(told, int) and told > 0:
-                self._index.resize(replica.replica_id.unique_id, told)
+            if (told := self._stat(replica, _KV_STAT) or 0) > 0:
+                self._index.resize(replica.replica_id.unique_id, int(told))
         self._alive, self._ring = alive, None
 
     def _fails(self, error: Exception) -> None:
@@ -207,6 +219,7 @@ class Prefixes:
         """A call is chosen for a replica, which will have its prompt, or has left one. Never raises."""
         try:
             self.computed(call)
+            self._held.pop(call, None)
             self._place(call)
         except Exception as error:
             self._fails(error)
@@ -217,11 +230,18 @@ class Prefixes:
         prompt, cached = self._look(call.pending)
         self._last = None
         if prompt is not None:
-            name = call.replica_id
-            left = max(prompt.tokens - cached.get(name, 0), 1)
-            self._placed[call] = name, left, prompt
-            self._pending[name] = self._pending.get(name, 0.0) + left
-            self._sent.add(self._index.insert(name, prompt))
+            call.ahead_tokens = self._await(call, call.replica_id, prompt, cached)
+            self._held[call] = call.replica_id, prompt
+            self._popular.add(prompt)
+
+    def _await(self, whose: Any, name: str, prompt: Prompt, cached: Mapping[str, int]) -> float:
+        """A prompt goes to a replica and is pending there; tokens that are to be computed until it is."""
+        left = max(prompt.tokens - cached.get(name, 0), 1)
+        ahead = self._tokens_on(name) + left
+        self._placed[whose] = name, left
+        self._pending[name] = self._pending.get(name, 0.0) + left
+        self._sent.add(self._index.insert(name, prompt))
+        return ahead
 
     def computed(self, call: Any) -> None:
         """A call's first item is there, or it is over: nothing of its prompt waits any more."""
@@ -233,10 +253,81 @@ class Prefixes:
             else:
                 del self._pending[placed[0]]
 
-    def copied(self, call: Any, candidate_id: str) -> None:
-        """A copy of the call was sent to a replica on trial: that has its prompt, too."""
-        if call in self._placed:
-            self._sent.add(self._index.insert(candidate_id, self._placed[call][2]))
+    def worth(self, call: Any) -> float:
+        """How much more often than usual a call is to be copied to replicas on trial; 1 on average. Never raises."""
+        try:
+            if call not in self._held:
+                return 1.0
+            prompt = self._held[call][1]
+            cached = self._index.match(prompt)
+            had = min(cached.get(name, 0) for name, _ in self._routes.mirrored)
+            fraction = min(sum(part for _, part in self._routes.mirrored), 1.0)
+            return max(self._popular.chance(self._popular.gain(prompt, had), fraction), _NEVER) / fraction
+        except Exception as error:
+            self._fails(error)
+            return 1.0
+
+    def copy(self, call: Any, candidate_id: str) -> TokenCopy | None:
+        """A copy of the call goes to a replica on trial, which has its prompt, too; None if it is no stream with one.
+
+        Never raises.
+        """
+        try:
+            if call not in self._held:
+                return None
+            prompt, pending = self._held[call][1], call.pending
+            if not call.metadata.is_streaming:
+                self._sent.add(self._index.insert(candidate_id, prompt))
+                return None
+            copy = TokenCopy(self._times, (call.ahead_tokens, 0.0), needs_reason=self._reasons)
+            ahead = self._await(copy, candidate_id, prompt, self._index.match(prompt))
+            body = find_body(pending.args, pending.kwargs)
+            copy.ahead_tokens, copy.comparable = (call.ahead_tokens, ahead), get(body, "n") in (None, 1)
+            copy.begun = functools.partial(self.computed, copy)
+        except Exception as error:
+            self._fails(error)
+            return None
+        return copy
+
+    def ended(self, call: Any) -> None:
+        """A stream with a prompt went well. What its tokens took is learned where somebody asks. Never raises."""
+        count = call.reading.count if call.reading is not None else None
+        if count is None:
+            return
+        self._reasons = self._reasons or bool(count.finish)
+        if self._routes.mirrored or not self._times.known:
+            work = Work(call.ahead_tokens, call.others)
+            self._times.learn(work, call.reading.times_s, call.reading.units_at)
+
+    def count_of(self, call: Any) -> TokenCount | None:
+        """What counts the tokens of a call's stream; None where it has no prompt."""
+        return TokenCount() if call in self._held else None
+
+    def memory(self) -> dict[str, tuple[float, float]]:
+        """Of each replica, the fraction of its memory for keys and values that calls from here take, and its own word.
+
+        In hundredths; what nobody says is below 0. Never raises.
+        """
+        if not self.on:
+            return {}
+        taken: dict[str, float] = {}
+        for call, (name, prompt) in self._held.items():
+            count = call.reading.count if call.reading is not None else None
+            taken[name] = taken.get(name, 0.0) + prompt.tokens + (count.tokens if count is not None else 0.0)
+        found = {}
+        for replica in self._routes.replicas:
+            name, told = replica.replica_id.unique_id, self._stat(replica, _USED_STAT)
+            own = taken.get(name, 0.0) / max(self._index.capacity(name), 1)
+            found[name] = round(own, 2), round(told, 2) if told is not None and told >= 0.0 else -1.0
+        return found
+
+    @staticmethod
+    def _stat(replica: Any, name: str) -> float | None:
+        """A finite number that the deployment tells of a replica."""
+        stats = getattr(replica, "routing_stats", None)
+        told = stats.get(name) if isinstance(stats, Mapping) else None
+        is_number = isinstance(told, (int, float)) and not isinstance(told, bool) and math.isfinite(told)
+        return told if is_number else None
 
     # ------------------------------------------------------------------ other routers
 

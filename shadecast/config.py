@@ -115,7 +115,8 @@ class BalanceConfig(_Section):
 
     resume: str = ""
     """Keyword argument by which streaming methods take the items that a reader has had, to go on after them; a stream
-    that stalls on a slow replica, or whose replica died, so goes on elsewhere. Empty: streams stay."""
+    that stalls on a slow replica, or whose replica died, so goes on elsewhere. "openai": of OpenAI servers the rest is
+    asked for by prompt and text (`shadecast.continuation`). Empty: streams stay."""
 
     prefix: str = "off"
     """Whether a prompt goes where most of its beginning is cached: "off", "auto" (the first argument with `messages` or
@@ -132,8 +133,8 @@ class BalanceConfig(_Section):
         name: Any = self.resume
         if not isinstance(name, str) or (name and (not name.isidentifier() or iskeyword(name))):
             raise ConfigError(
-                f'balance.resume = {name!r}: must be "" or the name of a keyword argument of the deployment\'s '
-                "streaming methods (it takes the list of items that the reader has had)"
+                f'balance.resume = {name!r}: must be "", "openai", or the name of a keyword argument of the '
+                "deployment's streaming methods (it takes the list of items that the reader has had)"
             )
 
 

@@ -55,8 +55,8 @@ class Estimates:
 
     def observe_outcomes(self, known: Replica, outcomes: Iterable[Outcome]) -> None:
         """Live requests that went well."""
-        node_id, paced, sensitivity = known.connection.node_id, self.is_paced(known), self._sensitivity
-        headroom, settled = self._fleet.headroom(node_id), self._fleet.settled(node_id)
+        paced, sensitivity = self.is_paced(known), self._sensitivity
+        headroom, settled = self._fleet.headroom(known), self._fleet.settled(known.connection.node_id)
         explained = cap.explained(sensitivity.gamma, headroom)
         for outcome in outcomes:
             if not outcome.duration_s > 0.0:
@@ -77,7 +77,7 @@ class Estimates:
         log_time = math.log(view.stream_s) - math.log(max(float(view.items), 0.5))
         beside = max(min(known.queue, self.curve.slots) - 1.0, 0.0)  # those that wait for a slot slow no item
         log_alone = log_time - math.log(self.curve.correction(beside))
-        headroom = self._fleet.headroom(known.connection.node_id)
+        headroom = self._fleet.headroom(known)
         before = known.speed.residual(self._noise(known))
         settled = self._fleet.settled(known.connection.node_id)
         shown = self._pace.observe(known.pace, log_alone, headroom, self._sensitivity, before, settled=settled)
@@ -106,6 +106,8 @@ class Estimates:
         self._duration.refer(r.duration for r in serving)
         self._pace.refer(r.pace for r in serving)
         outlooks = {r.connection.node_id: cap.NO_OUTLOOK for r in fleet.replicas.values()}
+        if any(r.kv for r in fleet.replicas.values()):  # what is forecast of a node's memory says nothing of theirs
+            gamma = (gamma[0], 0.0, gamma[2])
         for node_id in outlooks:
             node = fleet.fresh_node(node_id)
             if node is not None:
@@ -185,7 +187,7 @@ class Estimates:
 
     def _explained(self, known: Replica) -> float:
         """Log speed that its node's telemetry explains."""
-        return cap.explained(self._sensitivity.gamma, self._fleet.headroom(known.connection.node_id))
+        return cap.explained(self._sensitivity.gamma, self._fleet.headroom(known))
 
     def by_telemetry(self, known: Replica) -> float:
         """Relative speed that its node's telemetry explains."""

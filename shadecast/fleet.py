@@ -76,6 +76,8 @@ class Replica:
     """Live requests of all routers."""
     open: dict[str, tuple[Unfinished, ...]] = field(default_factory=dict)
     """By router: live requests that were under way when it reported last."""
+    kv: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """By router: `kv_own` and `kv_told` of its last report."""
     max_ongoing: int = 1
     listed: int = 0
     """Routers that list it as alive."""
@@ -117,6 +119,22 @@ class Replica:
     def takes_traffic(self) -> bool:
         """Whether live requests may go there."""
         return self.connection.state in (State.ACTIVE, State.SHIFTING)
+
+    @property
+    def kv_told(self) -> float:
+        """Fraction of an engine's memory for keys and values that is used, as it says; NaN where it does not."""
+        return max((min(told, 1.0) for _, told in self.kv.values() if told >= 0.0), default=math.nan)
+
+    @property
+    def kv_fraction(self) -> float:
+        """The same; where the engine does not say, what the routers count of their calls. NaN where nobody knows.
+
+        The routers count a beginning that calls share with each of them, so that is rather too much.
+        """
+        if not self.kv or not math.isnan(told := self.kv_told):
+            return told if self.kv else math.nan
+        own = [own for own, _ in self.kv.values() if own >= 0.0]
+        return min(sum(own), 1.0) if own else math.nan
 
 
 @dataclass(slots=True)
@@ -243,6 +261,10 @@ class Fleet:
             known.asked_s = now_s
         router.in_flight[replica_id] = now
         known.queue += now - before
+        if view.kv_own >= 0.0 or view.kv_told >= 0.0:
+            known.kv[router_id] = view.kv_own, view.kv_told
+        else:
+            known.kv.pop(router_id, None)
         if view.unfinished:
             known.open[router_id] = view.unfinished
         else:
@@ -260,6 +282,7 @@ class Fleet:
             known.listed -= 1
             known.queue -= in_flight
             known.open.pop(router_id, None)
+            known.kv.pop(router_id, None)
 
     def sum_rates(self) -> None:
         """Over all replicas, of this moment."""
@@ -331,11 +354,12 @@ class Fleet:
         """Of a node's last report."""
         return self.now_s - node.made_s
 
-    def headroom(self, node_id: str) -> cap.Headroom:
-        """Log headroom of a node, as it last said."""
-        node = self.nodes.get(node_id)
-        known = node is not None and self.age_s(node) <= max(_SILENT_S, self.config.forecast.ttl_s)
-        return node.headroom if node is not None and known else cap.NO_HEADROOM
+    def headroom(self, known: Replica) -> cap.Headroom:
+        """Log headroom of a replica's node, as that last said; the memory of a language model is that of its engine."""
+        node, kv_fraction = self.nodes.get(known.connection.node_id), known.kv_fraction
+        heard = node is not None and self.age_s(node) <= max(_SILENT_S, self.config.forecast.ttl_s)
+        headroom = node.headroom if node is not None and heard else cap.NO_HEADROOM
+        return headroom if math.isnan(kv_fraction) else (headroom[0], cap.log_headroom(kv_fraction), headroom[2])
 
     def settled(self, node_id: str) -> bool:
         """Whether a node's load has been steady for the last samples."""

@@ -5,21 +5,22 @@ A stream that can go on after what its reader has had moves where that saves mor
     residual * item_s * (here - there)  >  MARGIN * there * cost_s  +  what it has paid before
                                  cost_s  =  beginning_s(prompt, had) * there
 
-`here` and `there` are scores: relative times of a stream on its own replica and on the other one, queues included
-(`shadecast.pick`). `residual` are the items that streams which have given so many still give, `item_s` the seconds of
-an item at a score of 1. All of it is learned from this router's own streams. At a cost of .1 s nearly every move from
-a slow replica pays, at 1 s few do: the test of the cost is what makes hand-over safe (docs/decisions/0071).
+Items are tokens where these can be counted (`shadecast.tokens`). `here` and `there` are scores: relative times of a
+stream on its own replica and on the other one, queues included (`shadecast.pick`). `residual` are the items that
+streams which have given so many still give, `item_s` the seconds of an item at a score of 1. All of it is learned from
+this router's own streams. At a cost of .1 s nearly every move from a slow replica pays, at 1 s few do: the test of the
+cost is what makes hand-over safe (docs/decisions/0071).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Generic, TypeVar
 
 from shadecast.calls import Call, Calls
+from shadecast.least_squares import Fit
 from shadecast.pick import PickTable
 from shadecast.rescue import slow_replicas
 from shadecast.types import RoutingTable
@@ -43,7 +44,7 @@ class Running(Generic[C]):
     """A stream on a slow replica."""
 
     call: C
-    items: int
+    items: float
     """That its reader has had, from all replicas."""
     prompt: float = 1.0
     """Its size in units of work, where the deployment tells it."""
@@ -76,7 +77,7 @@ class HandOver:
     def __init__(self) -> None:
         self.lengths, self.beginnings, self.item = Lengths(), Beginnings(), ItemTime()
 
-    def begun(self, prompt: float, had: int, first_item_s: float, score: float) -> None:
+    def begun(self, prompt: float, had: float, first_item_s: float, score: float) -> None:
         """A stream has given its first item; see `Beginnings.add`."""
         self.beginnings.add(prompt, had, first_item_s, score, self.item.seconds)
 
@@ -136,9 +137,9 @@ class Lengths:
     def __init__(self) -> None:
         self._count, self._sum, self._total = [0.0] * _BINS, [0.0] * _BINS, 0.0
 
-    def add(self, items: int) -> None:
+    def add(self, items: float) -> None:
         """A stream has ended well, after so many items."""
-        if items < 1:
+        if not 1 <= items < _LARGEST:
             return
         at = _bin(items)
         self._count[at] += 1.0
@@ -149,7 +150,7 @@ class Lengths:
             self._sum = [total / 2.0 for total in self._sum]
             self._total /= 2.0
 
-    def residual(self, had: int) -> float:
+    def residual(self, had: float) -> float:
         """Items to come of a stream that has given `had`: the mean of longer ones, as far as there were any."""
         own = _bin(max(had, 1))
         low, high = math.exp(own * _RATIO), math.exp((own + 1) * _RATIO)
@@ -161,7 +162,7 @@ class Lengths:
         return (further + _PRIOR * had) / (longer + _PRIOR)
 
 
-def _bin(items: int) -> int:
+def _bin(items: float) -> int:
     return min(int(math.log(items) / _RATIO), _BINS - 1)
 
 
@@ -179,7 +180,7 @@ class ItemTime:
     def __init__(self) -> None:
         self._scored = self._seconds = 0.0
 
-    def add(self, items: int, seconds: float, score: float) -> None:
+    def add(self, items: float, seconds: float, score: float) -> None:
         """Streams gave `items` in `seconds` of waiting for them, on a replica of that score."""
         if items < 0 or not 0.0 <= seconds < math.inf or not 0.0 < score < math.inf:
             return
@@ -194,8 +195,6 @@ class ItemTime:
 
 # ---------------------------------------------------------------------- what a beginning costs
 
-_KEEP_BEGUN = 0.98
-"""Of a beginning's weight after the next one: about fifty of them count."""
 _ENOUGH = 5
 """Moved streams whose beginnings were seen, before their cost counts as known."""
 _LARGEST = 1e9
@@ -214,15 +213,15 @@ class Beginnings:
     __slots__ = ("_moved", "_moved_count", "_new", "_seen")
 
     def __init__(self) -> None:
-        self._new, self._moved = _Fit(2), _Fit(3)
-        self._moved_count, self._seen = 0, 0
+        self._new, self._moved = Fit(2), Fit(3)
+        self._moved_count, self._seen = 0, 0.0
 
     @property
     def known(self) -> bool:
         """Whether enough moved streams were seen."""
         return self._moved_count >= _ENOUGH
 
-    def add(self, prompt: float, had: int, first_item_s: float, score: float, item_s: float) -> None:
+    def add(self, prompt: float, had: float, first_item_s: float, score: float, item_s: float) -> None:
         """A stream has given its first item after so long, on a replica of that score; a moved one began after `had`.
 
         For one that was given up meanwhile, how long it was waited for.
@@ -235,78 +234,16 @@ class Beginnings:
             self._new.add((1.0, prompt), min(at_one_s, limit_s))
             return
         limit_s = max(_OUTLIER * self.seconds(prompt, had, item_s), self._most(prompt, had, item_s))
-        self._moved.add((1.0, prompt, float(had)), min(at_one_s, limit_s) if self.known else at_one_s)
+        self._moved.add((1.0, prompt, had), min(at_one_s, limit_s) if self.known else at_one_s)
         self._moved_count += 1
         self._seen = max(self._seen, had)
 
-    def seconds(self, prompt: float, had: int, item_s: float) -> float:
+    def seconds(self, prompt: float, had: float, item_s: float) -> float:
         """Expected, at a score of 1, for a stream whose items take `item_s` there; infinite while nothing is known."""
         if not self.known or not had:
             return self._most(prompt, had, item_s)
         seen = min(had, self._seen)
-        return self._moved.predict((1.0, prompt, float(seen))) + (had - seen) * item_s
+        return self._moved.predict((1.0, prompt, seen)) + (had - seen) * item_s
 
-    def _most(self, prompt: float, had: int, item_s: float) -> float:
+    def _most(self, prompt: float, had: float, item_s: float) -> float:
         return self._new.predict((1.0, prompt)) + had * item_s if self._new.count >= _ENOUGH else math.inf
-
-
-class _Fit:
-    """Least squares without negative parts, of observations that fade: the parts of a cost only add.
-
-    Two or three parts are so few that all choices of those that are not 0 are tried (Lawson and Hanson 1974 choose them
-    step by step). Solved when asked.
-    """
-
-    __slots__ = ("_across", "_along", "_choices", "_parts", "_solved", "count")
-
-    def __init__(self, parts: int) -> None:
-        self._across = [[0.0] * parts for _ in range(parts)]
-        self._along = [0.0] * parts
-        self._choices = [of for size in range(parts, 0, -1) for of in combinations(range(parts), size)]
-        self._parts, self._solved, self.count = [0.0] * parts, True, 0
-
-    def add(self, of: Sequence[float], seen: float) -> None:
-        """One observation."""
-        for i, x in enumerate(of):
-            self._along[i] = _KEEP_BEGUN * self._along[i] + x * seen
-            for j, y in enumerate(of):
-                self._across[i][j] = _KEEP_BEGUN * self._across[i][j] + x * y
-        self.count += 1
-        self._solved = False
-
-    def predict(self, of: Sequence[float]) -> float:
-        """Never negative; 0 before the first observation."""
-        if not self._solved:
-            self._solve()
-        return sum(part * x for part, x in zip(self._parts, of, strict=True))
-
-    def _solve(self) -> None:
-        self._parts, self._solved, best = [0.0] * len(self._along), True, 0.0
-        for choice in self._choices:
-            found = _solution([[*(self._across[i][j] for j in choice), self._along[i]] for i in choice])
-            explained = sum(part * self._along[i] for part, i in zip(found, choice, strict=False))
-            if found and min(found) >= 0.0 and explained > best * (1.0 + _SAME):
-                best = explained
-                for i in range(len(self._parts)):
-                    self._parts[i] = found[choice.index(i)] if i in choice else 0.0
-
-
-_SAME = 1e-9
-"""Parts that cannot be told from one another, since they always came together, have no solution."""
-
-
-def _solution(rows: list[list[float]]) -> list[float]:
-    """Of symmetric equations [coefficients, value], by elimination; empty where there is none, or more than one."""
-    scales = [row[k] for k, row in enumerate(rows)]
-    for k, row in enumerate(rows):
-        if not row[k] > _SAME * scales[k]:
-            return []
-        for other in rows[k + 1 :]:
-            factor = other[k] / row[k]
-            for j in range(k, len(row)):
-                other[j] -= factor * row[j]
-    found: list[float] = []
-    for k in range(len(rows) - 1, -1, -1):
-        known = sum(rows[k][k + 1 + j] * part for j, part in enumerate(found))
-        found.insert(0, (rows[k][-1] - known) / rows[k][k])
-    return found

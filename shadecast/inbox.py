@@ -98,9 +98,8 @@ class Inbox:
         began = _newer(message.get("began", {}), since)
         was_counted = known.replicas if known is not None else {}
         counted, views = {}, []
-        for at, (replica_id, node_id, max_ongoing, in_flight, started, finished, failed, items, stream_s) in enumerate(
-            rows
-        ):
+        for at, (replica_id, node_id, max_ongoing, in_flight, *totals_of, kv_own, kv_told) in enumerate(rows):
+            started, finished, failed, items, stream_s = totals_of
             now = int(started), int(finished), int(failed), int(items), float(stream_s)
             # a router's first second counts; what it did before we knew of it does not
             if replica_id in began and (known is not None or seq == 1):
@@ -121,6 +120,8 @@ class Inbox:
                     tuple(unfinished.get(at, ())),
                     max(now[3] - before[3], 0),
                     max(now[4] - before[4], 0.0),
+                    float(kv_own),
+                    float(kv_told),
                 )
             )
         totals = numbers(message.get("totals", {}), TOTALS)

@@ -8,7 +8,7 @@ the last one that was acknowledged; the first one, and one that is asked for, ho
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,8 @@ TOTALS = (
     "resumed",
 )
 """Counts of a router that are no replica's."""
+_UNKNOWN = (-1.0, -1.0)
+_NO_MEMORY: Mapping[str, tuple[float, float]] = {}
 REFUSALS = ("cancelled",)
 """Why a request got no replica: its caller gave up, or its deadline passed, while it waited."""
 
@@ -53,9 +55,14 @@ class ReplicaTotals:
     finished: int = 0
     failed: int = 0
     items: int = 0
-    """Items that streams gave, each stream's first one not counted, while somebody was waiting for them."""
+    """Items (tokens where these are known) that streams gave, each stream's first one not counted, while somebody was
+    waiting for them."""
     stream_s: float = 0.0
     """The time in which they did, summed over the streams."""
+    kv_own: float = -1.0
+    """Fraction of its memory for keys and values that this router's calls take; below 0 where nobody counts."""
+    kv_told: float = -1.0
+    """Fraction that is used, as the engine itself says; below 0 where it does not."""
 
 
 @dataclass(slots=True)
@@ -65,7 +72,7 @@ class _Told:
     changed: int = 0
     """Number of the report in which it last changed; 0: it is not among those reported."""
     new: bool = True
-    items: int = 0
+    items: float = 0.0
     stream_s: float = 0.0
     outcomes: deque[tuple[int, Outcome]] = field(default_factory=lambda: deque(maxlen=_MAX_OUTCOMES))
 
@@ -89,6 +96,7 @@ class Ledger:
         """Replicas that were reported and are not alive any more: the report that says so."""
         self._began: dict[str, int] = {}
         """Replicas whose totals begin at nothing, now or when they come back: the report that says so."""
+        self._memory: Mapping[str, tuple[float, float]] = {}
         self._pairs: deque[tuple[int, PairedSample]] = deque(maxlen=_MAX_PAIRS)
         self._seq = 0
         self._acknowledged = 0
@@ -124,7 +132,7 @@ class Ledger:
         self._of(replica_id).outcomes.append((self._seq + 1, outcome))
         self._changed.add(replica_id)
 
-    def pace(self, replica_id: str, items: int, stream_s: float) -> None:
+    def pace(self, replica_id: str, items: float, stream_s: float) -> None:
         """Streams on a replica gave `items` in `stream_s` seconds of waiting for them (summed over the streams)."""
         told = self._of(replica_id)
         told.items += items
@@ -175,8 +183,15 @@ class Ledger:
 
     # ------------------------------------------------------------------ reports
 
-    def report(self, now_s: float, alive: Sequence[tuple[str, str, int]], **more: Any) -> dict[str, Any]:
+    def report(
+        self,
+        now_s: float,
+        alive: Sequence[tuple[str, str, int]],
+        memory: Mapping[str, tuple[float, float]] = _NO_MEMORY,
+        **more: Any,
+    ) -> dict[str, Any]:
         """The next report. `alive` lists (replica_id, node_id, max_ongoing), the same object as long as it is the same.
+        `memory` are `kv_own` and `kv_told` of each replica of a language model.
 
         Calls that a replica has not accepted count as in flight: one that is too slow even to say yes would look idle
         without them. Replicas that are gone are forgotten once no call is left on them; that they are gone, once it was
@@ -186,6 +201,9 @@ class Ledger:
         self._reported_s = now_s
         self._seq += 1
         base = self._acknowledged
+        if memory != self._memory:
+            self._changed.update(r for r in memory.keys() | self._memory.keys() if memory.get(r) != self._memory.get(r))
+            self._memory = memory
         self._take_changes(alive)
         self._count_new()
         if not base:  # the report holds all, and whoever reads it forgets the rest
@@ -198,10 +216,10 @@ class Ledger:
             told = self._of(replica_id)
             started, finished, failed = self._calls.totals(replica_id)
             node_id, max_ongoing = self._members[replica_id]
-            in_flight, items, stream_s = self._calls.in_flight(replica_id), told.items, told.stream_s
-            rows.append(
-                ReplicaTotals(replica_id, node_id, max_ongoing, in_flight, started, finished, failed, items, stream_s)
-            )
+            in_flight, items, stream_s = self._calls.in_flight(replica_id), int(told.items), told.stream_s
+            counts = in_flight, started, finished, failed, items, stream_s
+            kv = memory.get(replica_id, _UNKNOWN)
+            rows.append(ReplicaTotals(replica_id, node_id, max_ongoing, *counts, *kv))
             outcomes += [(at, seq, outcome) for seq, outcome in told.outcomes]
             unfinished += [
                 (at, Unfinished(call.age_s(now_s), call.others, call.cost))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shadecast.reading import Reading
+from shadecast.token_pairs import TokenCopy
 from shadecast.types import PairedSample
 
 MISSING = object()
@@ -37,6 +38,8 @@ class Pair:
     times_s: list[float] = field(default_factory=list)
     primary_answer: Any = MISSING
     shadow_answer: Any = MISSING
+    copy: TokenCopy | None = None
+    """Of a request to a language model."""
 
     def primary_done(self, duration_s: float | None, *, ok: bool) -> None:
         """The primary has ended; a duration of None (cancelled, moved) voids the pair.
@@ -57,14 +60,21 @@ class Pair:
             return
         if self.reading is not None and self.reading.items and not self.times_s:
             self.shadow_ok = False  # an empty stream where the primary's was not
+        elif self.copy is not None and self.reading is not None and (theirs := self.reading.count) is not None:
+            self.primary_ok = self.primary_ok and not theirs.failed
+            self.shadow_ok = self.shadow_ok and self.copy.is_good(theirs)
         self.done(self)
 
     def sample(self, equal: bool | None) -> PairedSample | None:
         """What the pair shows; `equal` says whether the answers are. None where the two cannot be compared."""
-        seconds = self._seconds()
+        seconds, loads = self._seconds(), (self.primary_in_flight, self.shadow_in_flight)
+        ok, reading = self.primary_ok and self.shadow_ok, self.reading
+        if self.copy is not None and reading is not None and reading.count is not None and ok:
+            found = self.copy.seconds(reading, self.times_s, loads)
+            seconds, loads = found[:2] if found is not None else None, (0.0, 0.0)  # for the same work: nothing is left
+            self.cold = self.cold or found is None or not found[2]
         if seconds is None:
             return None
-        loads = self.primary_in_flight, self.shadow_in_flight
         return PairedSample(
             self.candidate_id,
             self.primary_id,

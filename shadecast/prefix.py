@@ -84,6 +84,11 @@ class PrefixIndex:
         cache = self._caches.get(replica_id)
         return cache.tokens if cache is not None else 0
 
+    def capacity(self, replica_id: str) -> int:
+        """Tokens that a replica's memory holds."""
+        cache = self._caches.get(replica_id)
+        return cache.capacity if cache is not None else self._capacity
+
     def resize(self, replica_id: str, kv_tokens: int) -> None:
         """A replica's memory holds so many tokens."""
         cache = self._caches.get(replica_id) or self._join(replica_id)

@@ -87,17 +87,20 @@ class StreamPatience:
     def __init__(self) -> None:
         self._first_s = self._gap_s = math.nan
 
-    def ended(self, first_item_s: float, items: int, duration_s: float) -> None:
-        """A stream went well; NaN where its reader was too late to show the first item's time."""
+    def ended(self, first_item_s: float, items: int, duration_s: float, per_item: float = 1.0) -> None:
+        """A stream went well; NaN where its reader was too late to show the first item's time.
+
+        `per_item` are the tokens of its items where these are known: then streams differ in them, not in their pace.
+        """
         if not math.isfinite(first_item_s) or items < 1:
             return
         self._first_s = _towards(self._first_s, first_item_s)
         if items > 1:
-            self._gap_s = _towards(self._gap_s, max(duration_s - first_item_s, 0.0) / (items - 1))
+            self._gap_s = _towards(self._gap_s, max(duration_s - first_item_s, 0.0) / (items - 1) / per_item)
 
-    def limit_s(self, items: int) -> float:
-        """For the item after `items`; infinite while nothing is known."""
-        usual_s = self._gap_s if items else self._first_s
+    def limit_s(self, items: int, per_item: float = 1.0) -> float:
+        """For the item after `items`, of so many tokens each; infinite while nothing is known."""
+        usual_s = self._gap_s * per_item if items else self._first_s
         return max(_LEAST_PATIENCE_S, _STREAM_PATIENCE * usual_s) if math.isfinite(usual_s) else math.inf
 
 
@@ -190,6 +193,8 @@ class Stalled(Generic[C]):
     waited_s: float
     items: int
     """That it has given so far."""
+    per_item: float = 1.0
+    """Tokens of each, where these are known."""
 
 
 def worth_resuming(stalled: Iterable[Stalled[C]], patience: StreamPatience, slow: Container[str]) -> list[C]:
@@ -198,5 +203,9 @@ def worth_resuming(stalled: Iterable[Stalled[C]], patience: StreamPatience, slow
     Nothing is expected of the time that is left: the next item of a replica that hardly runs may take until its hog
     ends, and what the stream has given so far need not be computed again elsewhere.
     """
-    found = [each for each in stalled if each.call.replica_id in slow and each.waited_s > patience.limit_s(each.items)]
+    found = [
+        each
+        for each in stalled
+        if each.call.replica_id in slow and each.waited_s > patience.limit_s(each.items, each.per_item)
+    ]
     return [each.call for each in sorted(found, key=lambda each: -each.waited_s)]

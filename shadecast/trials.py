@@ -179,6 +179,7 @@ class Trials:
             waited_s >= STEP_S and (bool(urgent) or known.step_outcomes >= _STEP_OUTCOMES)
         )
         suspected = known.errors.score > 0.0 or known.slow_since_s is not None
+        suspected = suspected or known.kv_told > self._config.memory_limit  # more requests would wait for memory
         unsuspected = not suspected or waited_s >= self._config.step_timeout_s
         if not long_enough or not unsuspected:
             return

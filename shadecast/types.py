@@ -142,9 +142,14 @@ class ReplicaReport:
     unfinished: tuple[Unfinished, ...] = ()
     """At most a bounded number, the oldest."""
     items: int = 0
-    """Items that streams gave, each stream's first one not counted, while somebody was waiting for them."""
+    """Items (tokens where these are known) that streams gave, each stream's first one not counted, while somebody was
+    waiting for them."""
     stream_s: float = 0.0
     """The time in which they did, summed over the streams."""
+    kv_own: float = -1.0
+    """Fraction of its memory for keys and values that this router's calls take; below 0 where nobody counts."""
+    kv_told: float = -1.0
+    """Fraction that is used, as the engine itself says; below 0 where it does not."""
 
 
 @dataclass(frozen=True, slots=True)

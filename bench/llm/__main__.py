@@ -2,6 +2,8 @@
 
 For each setting a table of all rules, the same requests for each; means over the seeds. Settings whose trace is not
 there are left out, with the reason. Traces of other folders: `--traces`.
+
+With `--joins`: a third replica joins two, and is let in with and without a trial by copies (`bench.llm.joining`).
 """
 
 from __future__ import annotations
@@ -10,13 +12,14 @@ import json
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from bench.llm.joining import ARMS, FIRST, TRAFFIC, Joined, compare
 from bench.llm.routers import RULES
 from bench.llm.run import Result, simulate
 from bench.llm.settings import Setting, settings
@@ -34,6 +37,7 @@ def main(
     first_seed: Annotated[int, typer.Option()] = 0,
     traces: Annotated[Path | None, typer.Option(help="folder of traces; default: traces of SHADECAST_DATA")] = None,
     load: Annotated[float, typer.Option(min=0.01, help="times each setting's own")] = 1.0,
+    joins: Annotated[bool, typer.Option("--joins", help="how a newcomer is let in, instead of rules")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="write rows here")] = None,
 ) -> None:
     """Compare rules."""
@@ -43,7 +47,9 @@ def main(
         if unknown := set(name or ()) - set(names):
             raise typer.BadParameter(f"{what} {sorted(unknown)}: unknown; known are {', '.join(names)}")
     rows = []
-    for each in [known[name] for name in setting or known]:
+    if joins:
+        rows = [row for name in TRAFFIC for row in _join(name, range(first_seed, first_seed + seeds), console)]
+    for each in [] if joins else [known[name] for name in setting or known]:
         if each.needs is not None and not each.needs.is_file():
             console.print(f"{each.name}: left out, {each.needs} is not there; give --traces or set SHADECAST_DATA")
             continue
@@ -51,6 +57,26 @@ def main(
         rows += _compare(each, rules, range(first_seed, first_seed + seeds), load, console)
     if json_file is not None:
         json_file.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=0) + "\n", encoding="utf-8")
+
+
+def _join(name: str, seeds: range, console: Console) -> list[dict[str, object]]:
+    found = {seed: compare(name, seed) for seed in seeds}
+    console.print(f"\n{name}: a third replica joins, {len(seeds)} seeds, the newcomer's first {FIRST} live requests")
+    table = Table("arm", "TTFT p50 s", "p99", "hits", "waited s", "copies", "took s", "all TTFT p50 s", "p50 / untried")
+    for arm in ARMS:
+        mean = {f.name: fmean(getattr(each[arm.name], f.name) for each in found.values()) for f in fields(Joined)}
+        ratio = median(each[arm.name].first_p50_s / each[ARMS[0].name].first_p50_s for each in found.values())
+        table.add_row(
+            arm.name, f"{mean['first_p50_s']:.3f}", f"{mean['first_p99_s']:.2f}", f"{mean['hits']:.3f}",
+            f"{mean['waited_s']:.0f}", f"{mean['copies']:.0f}", f"{mean['took_s']:.0f}", f"{mean['all_p50_s']:.3f}",
+            f"{ratio:.2f}",
+        )  # fmt: skip
+    console.print(table)
+    return [
+        {"setting": name, "arm": arm, "seed": seed, **asdict(joined)}
+        for seed, arms in found.items()
+        for arm, joined in arms.items()
+    ]
 
 
 def _compare(

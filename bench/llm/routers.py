@@ -133,6 +133,12 @@ class Router:
         for decision in decisions if self.rule.shares else ():
             self.index.learn(decision, _ENDS)
 
+    def join(self) -> None:
+        """One more replica takes requests from now on."""
+        for loads in (self.loads, self.mine, self.base):
+            loads.append(Load(f"r{len(loads)}"))
+        self.choose = self.rule.make(self)
+
     # ------------------------------------------------------------------ parts of rules
 
     def least(self, among: Sequence[int], key: Callable[[Load], float]) -> int:

@@ -93,10 +93,10 @@ def _judge(jobs: Sequence[Job], replicas: int) -> Result:
         counts[job.replica] += 1
     return Result(
         len(jobs),
-        _quantile(firsts, 0.5),
-        _quantile(firsts, 0.99),
-        1000.0 * _quantile(streams, 0.5),
-        1000.0 * _quantile(streams, 0.99),
+        quantile(firsts, 0.5),
+        quantile(firsts, 0.99),
+        1000.0 * quantile(streams, 0.5),
+        1000.0 * quantile(streams, 0.99),
         sum(job.end_s - job.at_s for job in jobs) / len(jobs),
         sum(job.hits for job in jobs) / sum(job.prompt_tokens for job in jobs),
         1.0 - sum(job.uncached for job in jobs) / sum(job.prompt_tokens for job in jobs),
@@ -105,5 +105,6 @@ def _judge(jobs: Sequence[Job], replicas: int) -> Result:
     )
 
 
-def _quantile(ordered: Sequence[float], q: float) -> float:
+def quantile(ordered: Sequence[float], q: float) -> float:
+    """Of values in order."""
     return ordered[min(int(q * len(ordered)), len(ordered) - 1)] if ordered else math.nan

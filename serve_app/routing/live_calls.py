@@ -35,7 +35,7 @@ from shadecast.config import Config
 from shadecast.ledger import Ledger
 from shadecast.pairs import Pair
 from shadecast.pick import copied_to
-from shadecast.reading import MARK, Reading
+from shadecast.reading import Reading
 
 logger = logging.getLogger("ray.serve")
 
@@ -61,6 +61,13 @@ class LiveCall(Call):
     """An attempt of the router's own, beside or in place of another one."""
     paid_s = 0.0
     """What going on elsewhere has cost its reader so far."""
+    ahead_tokens = 0.0
+    """Of prompts, to compute until this one's is, from its choice on."""
+    before = 0.0
+    """Units that its reader has had from other attempts."""
+    whole: PendingRequest | None = None
+    """What its caller has asked for, where this attempt is for the rest; `mend` makes its items fit."""
+    mend: Callable[[Any], Any] | None = None
     after_loss = False
     """A replica has died of this stream, or under it, before: there is no third attempt."""
     context: contextvars.Context | None = None
@@ -75,6 +82,13 @@ class LiveCall(Call):
         """A digest of its session, or multiplexed model."""
         whose = self.metadata.session_id or self.metadata.multiplexed_model_id
         return hashlib.blake2b(whose.encode(), digest_size=8).hexdigest() if whose else ""
+
+    @property
+    def units(self) -> float:
+        """Of a stream: tokens that its reader has had from all attempts, or items."""
+        if self.reading is not None and self.reading.count is not None:
+            return self.before + self.reading.units
+        return self.items if self.had is None else len(self.had)
 
     @property
     def attempt(self) -> WatchedResult | None:
@@ -296,6 +310,7 @@ class LiveCalls:
             watch_end(inner, self.soon.call, functools.partial(self._ended, call), lambda: call.answered)
             return
         call.reading = Reading(time.monotonic())
+        call.reading.count = self.prefixes.count_of(call) if self.prefixes.on else None
         if call.counts and not call.pinned and self.second.resumes(pending):
             call.had = [] if call.had is None else call.had
             call.context = call.context or contextvars.copy_context()
@@ -341,12 +356,13 @@ class LiveCalls:
             tell(self.loop, self.prefixes.computed, call)
         if reading.items == 1 and call.metadata.is_http_request:
             reading.status = http_status(item)
-        elif reading.items == MARK and call.pair is not None:
+        elif call.pair is not None and reading.is_marked:
             tell(self.loop, self._marked, call)
 
     def _marked(self, call: LiveCall) -> None:
         if call.pair is not None and call.reading is not None:
             call.pair.primary_done(call.reading.times_s[-1], ok=True)
+            call.pair = None
 
     def _count_items(self, call: LiveCall) -> None:
         """Tell the ledger how a stream has gone on since the last time: the pace of its replica."""
@@ -362,7 +378,8 @@ class LiveCalls:
         """Copy a request now and then to a replica on trial."""
         if not self.routes.mirrored:
             return
-        candidate_id = copied_to(self.routes.mirrored, self.routes.random())
+        worth = self.prefixes.worth(call) if self.prefixes.on else 1.0
+        candidate_id = copied_to(self.routes.mirrored, self.routes.random() / worth)
         i = self.routes.picks.index.get(candidate_id)
         if i is None or candidate_id == call.replica_id:
             return
@@ -370,9 +387,9 @@ class LiveCalls:
         if not self.mirror.copyable(pending, candidate):
             self.ledger.count("uncopyable")
             return
-        call.pair = self.mirror.copy(pending, candidate, (call.replica_id, call.others), result.inner, call.reading)
+        primary, tokens = (call.replica_id, call.others), functools.partial(self.prefixes.copy, call, candidate_id)
+        call.pair = self.mirror.copy(pending, candidate, primary, result.inner, call.reading, tokens=tokens)
         if call.pair is not None:
-            self.prefixes.copied(call, candidate_id)
             self.explained.copied(call)
 
     # ------------------------------------------------------------------ for results and reports
@@ -391,7 +408,8 @@ class LiveCalls:
         self.soon.catch_up()
         for call in self.book.all_running():
             self._count_items(call)
-        made = self.ledger.report(time.monotonic(), self.routes.alive, **self.explained.report(), **more)
+        alive, memory = self.routes.alive, self.prefixes.memory()
+        made = self.ledger.report(time.monotonic(), alive, memory, **self.explained.report(), **more)
         self.routes.reported()
         return made
 

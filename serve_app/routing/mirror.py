@@ -25,6 +25,7 @@ from serve_app.user_functions import UserFunction, comparison
 from shadecast.config import TrialConfig
 from shadecast.pairs import MISSING, Pair
 from shadecast.reading import MARK, Reading
+from shadecast.token_pairs import TokenCopy, shortened
 from shadecast.types import PairedSample
 
 logger = logging.getLogger("ray.serve")
@@ -80,19 +81,23 @@ class Mirror:
         primary: tuple[str, float],
         result: ReplicaResult,
         reading: Reading | None = None,
+        *,
+        tokens: Callable[[], TokenCopy | None] = lambda: None,
     ) -> Pair | None:
         """Start a copy of an accepted request; None if the candidate has its fill already (the copy is dropped).
 
         `primary` is the replica that has accepted it and the others there, `result` what came back, `reading` how it
-        is read if it is a stream.
+        is read if it is a stream, `tokens` how it is copied if a language model is asked.
         """
         candidate_id = candidate.replica_id.unique_id
         limit = min(self._config.mirror_concurrency, candidate.max_ongoing_requests)
         if self._under_way.get(candidate_id, 0) >= limit:
             self._on_drop()
             return None
-        equal = self._compared or None  # for both halves alike
+        copy = tokens()
+        equal = (self._compared or None) if copy is None else None  # for both halves alike
         pair = Pair(candidate_id, *primary, functools.partial(self._complete, equal), reading)
+        pair.copy = copy
         model_id = request.metadata.multiplexed_model_id
         pair.cold = bool(model_id) and model_id not in candidate.multiplexed_model_ids
         if equal is not None:
@@ -161,9 +166,12 @@ class Mirror:
         result = None
         judged = True
         try:
+            args, kwargs = request.args, request.kwargs
+            if pair.copy is not None:
+                args, kwargs = shortened(args, kwargs)
             shadow = PendingRequest(
-                args=request.args,
-                kwargs=request.kwargs,
+                args=args,
+                kwargs=kwargs,
                 metadata=replace(
                     request.metadata,
                     request_id=request.metadata.request_id + SHADOW_SUFFIX,
@@ -199,6 +207,8 @@ class Mirror:
             self._under_way[pair.candidate_id] -= 1
             if not self._under_way[pair.candidate_id]:
                 del self._under_way[pair.candidate_id]
+            if pair.copy is not None:
+                pair.copy.begun()
             if result is not None and (request.metadata.is_streaming or not (judged and pair.shadow_ok)):
                 result.cancel()
             pair.shadow_done(time.monotonic() - started_s if judged else None)
@@ -210,8 +220,12 @@ class Mirror:
             try:
                 item = await result.__anext__()
             except StopAsyncIteration:
+                if pair.copy is not None:
+                    pair.copy.ended = True
                 break
             pair.times_s.append(time.monotonic() - started_s)
+            if pair.copy is not None and pair.copy.took(item):
+                break
             if keep:
                 items.append(item)
         pair.shadow_answer = items

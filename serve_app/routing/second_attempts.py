@@ -22,6 +22,7 @@ from serve_app.ray_api import is_by_reference
 from serve_app.routing.ends import was_cancelled
 from shadecast.calls import Phase
 from shadecast.config import Config
+from shadecast.continuation import OPENAI, again, may_continue
 from shadecast.handover import HandOver, Move, Running
 from shadecast.rescue import (
     STREAM_COST,
@@ -158,7 +159,7 @@ class SecondAttempts:
             elif self._budget.take():
                 self._start(call, self._move(call, 1.0))
         stalled = [
-            Stalled(call, call.reading.waited_s(now_s), call.reading.items)
+            Stalled(call, call.reading.waited_s(now_s), call.reading.items, call.reading.per_item)
             for call in held
             if call.had is not None and call.reading is not None and self._movable(call)
         ]
@@ -204,13 +205,16 @@ class SecondAttempts:
             i = routes.pick(without=routes.picks.index.get(first.replica_id, -1))
         if pending is None or i < 0 or routes.picks.ids[i] == first.replica_id:
             return None
-        suffix, more = (MOVED_SUFFIX, {}) if had is None else (RESUMED_SUFFIX, {self._resume: list(had)})
+        whole, suffix = first.whole or pending, MOVED_SUFFIX if had is None else RESUMED_SUFFIX
+        if (rest := again(self._resume, whole.args, whole.kwargs, had)) is None:
+            return None
         labels = replace(pending.metadata, internal_request_id=pending.metadata.internal_request_id + suffix)
-        again = PendingRequest(args=pending.args, kwargs={**pending.kwargs, **more}, metadata=labels, resolved=True)
-        call = calls.open(again)
+        second = PendingRequest(args=list(rest.args), kwargs=dict(rest.kwargs), metadata=labels, resolved=True)
+        call = calls.open(second)
         call.is_second, call.after_loss, call.paid_s, call.had = True, first.after_loss, first.paid_s, had
+        call.before, call.whole, call.mend = first.units, None if rest.mend is None else whole, rest.mend
         try:
-            result = cast("WatchedResult", routes.replicas[i].try_send_request(again, with_rejection=True))
+            result = cast("WatchedResult", routes.replicas[i].try_send_request(second, with_rejection=True))
             answer = await result.get_rejection_response()
         except Exception as error:  # the first attempt is untouched
             logger.debug(f"shadecast: sending {labels.request_id} again failed: {error!r}")
@@ -236,11 +240,13 @@ class SecondAttempts:
         metadata = pending.metadata
         if not self._resume or self._calls.observing or not metadata.is_streaming or not is_by_reference(pending):
             return False
-        return not (metadata.is_http_request or metadata.is_grpc_request)
+        if metadata.is_http_request or metadata.is_grpc_request:
+            return False
+        return self._resume != OPENAI or may_continue(pending.args, pending.kwargs)
 
     async def _go_on(self, call: LiveCall, there: str = "") -> Begun | None:
         """Another attempt, of a stream once it has given an item after what was had; None: the first one goes on."""
-        began_s, had = time.monotonic(), len(call.had or ())
+        began_s, had = time.monotonic(), call.units
         second = await self._send_again(call, there)
         if second is None or call.had is None:
             return None if second is None else (second, [])
@@ -269,7 +275,7 @@ class SecondAttempts:
     def _running(self, call: LiveCall) -> Running[LiveCall] | None:
         """A stream that may move. One of a multiplexed model stays: another replica may have to load that."""
         may = call.had is not None and self._movable(call) and not call.metadata.multiplexed_model_id
-        return Running(call, len(call.had or ()), call.cost, call.paid_s) if may else None
+        return Running(call, call.units, call.cost, call.paid_s) if may else None
 
     async def _hand_over(self, move: Move[LiveCall]) -> None:
         """The reader waits for the first item there, but not much longer than was expected."""
@@ -286,8 +292,10 @@ class SecondAttempts:
 
     def ended(self, call: LiveCall) -> None:
         """A stream went well."""
-        self.stream_patience.ended(call.first_item_s, call.items, call.duration_s)
-        self.hand_over.lengths.add(call.items if call.had is None else len(call.had))
+        self._calls.prefixes.ended(call)
+        per_item = call.reading.per_item if call.reading is not None else 1.0
+        self.stream_patience.ended(call.first_item_s, call.items, call.duration_s, per_item)
+        self.hand_over.lengths.add(call.units)
         if not call.is_second:
             score = self._calls.routes.picks.score_within(call.replica_id)
             self.hand_over.begun(call.cost, 0, call.first_item_s, score)

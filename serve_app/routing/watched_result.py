@@ -230,6 +230,7 @@ class WatchedResult:
         try:
             item = await (self._wait.until(awaitable) if call.had is not None else awaitable)
             self._calls.got(call, item, asked_s)
+            item = call.mend(item) if call.mend is not None else item
             if (held := self._held) is not None:
                 self._ahead = [item]
                 await self._wait.until(held.wait())

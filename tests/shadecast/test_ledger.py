@@ -26,6 +26,7 @@ from shadecast.inbox import Inbox
 from shadecast.ledger import Ledger
 from shadecast.types import PairedSample
 
+ALIVE = [("r0", "n", 8), ("r1", "n", 8)]
 PAIR = PairedSample("r1", "r0", 1.0, 2.0, 0.0, 0.0)
 
 
@@ -685,3 +686,18 @@ def test_so_it_is_where_calls_are_taken_off_their_replicas(steps):
 @example([("start", 0, "r0"), ("gone", 0, "r0"), ("report", 0), ("exchange", 0), ("back", 0, "r0")])
 def test_replicas_that_come_and_go_never_make_more_of_their_calls_than_there_were(steps):
     tell(steps, exact=False)
+
+
+def test_the_memory_of_language_models_is_told_when_it_changes_and_when_nobody_counts_any_more():
+    router, inbox = Router(), Inbox()
+
+    def told(now_s, memory):
+        report, acknowledged = inbox.take(router.ledger.report(now_s, ALIVE, memory), now_s)
+        router.ledger.acknowledged(acknowledged)
+        return {view.replica_id: (view.kv_own, view.kv_told) for view in report.replicas}
+
+    assert told(1.0, {}) == {"r0": (-1.0, -1.0), "r1": (-1.0, -1.0)}
+    assert told(2.0, {"r0": (0.5, -1.0), "r1": (0.0, 0.25)}) == {"r0": (0.5, -1.0), "r1": (0.0, 0.25)}
+    assert told(3.0, {"r0": (0.5, -1.0), "r1": (0.1, 0.25)}) == {"r1": (0.1, 0.25)}
+    assert told(4.0, {"r0": (0.5, -1.0), "r1": (0.1, 0.25)}) == {}
+    assert told(5.0, {}) == {"r0": (-1.0, -1.0), "r1": (-1.0, -1.0)}

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shadecast.reading import MARK, Reading
+from shadecast.tokens import TokenCount
 
 
 class Reader:
@@ -148,3 +149,29 @@ def test_pace_only_grows_and_never_exceeds_what_there_was(steps):
         assert stream_s <= reader.now_s - first_s + 1e-9
     assert reader.pace() == (0, 0.0)
     assert len(reader.reading.times_s) == min(reader.reading.items, MARK)
+
+
+def chunk(tokens):
+    """A chunk of a model's answer with so many tokens."""
+    return {"choices": [{"delta": {"content": "word" * tokens}}]}
+
+
+def test_of_a_models_answer_the_tokens_count_however_many_come_at_once():
+    reader = Reader()
+    reader.reading.count = TokenCount()
+    reader.takes(3.0, chunk(1))
+    assert reader.pace() == (0.0, 0.0)
+    reader.takes(0.05, [chunk(2), chunk(3)])
+    reader.takes(0.1, chunk(7))
+    assert reader.pace() == (12.0, pytest.approx(0.15))
+    reading = reader.reading
+    assert (reading.items, reading.units, reading.per_item) == (3, 13.0, pytest.approx(13 / 3))
+
+
+def test_a_stream_whose_first_item_is_no_chunk_counts_by_its_items():
+    reader = Reader()
+    reader.reading.count = TokenCount()
+    reader.takes(1.0, "a word")
+    reader.takes(0.5, chunk(9))
+    assert reader.pace() == (1.0, pytest.approx(0.5))
+    assert (reader.reading.count, reader.reading.units, reader.reading.per_item) == (None, 2.0, 1.0)

@@ -89,6 +89,13 @@ def test_patience_follows_what_streams_usually_take(ended, before_first_s, after
     assert made.limit_s(5) == pytest.approx(after_s)
 
 
+@pytest.mark.parametrize(("per_item", "limit_s"), [(1.0, 0.4), (5.0, 2.0), (0.1, 0.25)])
+def test_a_stream_has_as_much_patience_as_its_items_have_tokens(per_item, limit_s):
+    """A stream of single tokens, .1 s each, and one of the same pace with ten at a time, agree."""
+    for ended in ((0.5, 11, 1.5), (0.5, 11, 10.5, 10.0)):
+        assert patience(ended).limit_s(3, per_item) == pytest.approx(limit_s)
+
+
 def test_one_slow_stream_hardly_changes_the_patience():
     made = patience(*[(0.5, 11, 2.5)] * 50)
     before_s = made.limit_s(1)

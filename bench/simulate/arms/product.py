@@ -69,7 +69,7 @@ class _Beginning:
     router: _Router
     first: _Call
     second: _Call
-    had: int
+    had: float
 
 
 class _Router:
@@ -94,7 +94,7 @@ class _Router:
         self.sessions = SessionMap(arm.config.session, secret, arm.config.trial.drain_s)
         self.rescue_budget = budget(arm.config.balance.rescue_fraction)
         self.very_slow: frozenset[str] = frozenset()
-        self.streams: dict[int, tuple[Request, int, float]] = {}
+        self.streams: dict[int, tuple[Request, float, float]] = {}
         """Live streams: request, items counted, since when the next is waited for."""
         self.hand_over = HandOver()
 

@@ -1,0 +1,86 @@
+"""What a language model's tokens should take: the first one by what is to be computed before it, the next by the batch.
+
+    first_s = a + b (P + u) + c n        next_s = d + e n
+
+with P + u the prompt tokens to compute until then (those that wait there already, and this prompt's that are not
+cached), n the other requests there. Learned from live streams; the parts are not negative (`shadecast.least_squares`).
+
+A copy finds another cache and another batch than its primary. Each is compared with what it should take, so that an
+empty cache does not make a newcomer look slow, nor an idle one make it look fast.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from shadecast.least_squares import Fit
+
+MARK_TOKENS = 16
+"""Tokens of an answer over which a copy and its primary are compared; a copy asks for no more."""
+_ENOUGH = 8
+"""Streams before what they take counts as known."""
+_OUTLIER = 4.0
+"""Times what is expected: what takes longer counts as so long."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a request meets on its replica."""
+
+    ahead_tokens: float
+    """To compute until its first token: what waits there, and what of its own prompt is not cached."""
+    others: float = 0.0
+    """Other requests there."""
+
+
+class TokenTimes:
+    """Of one router's live streams. All times are NaN as long as they are not known."""
+
+    __slots__ = ("_first", "_next")
+
+    def __init__(self) -> None:
+        self._first, self._next = Fit(3), Fit(2)
+
+    @property
+    def known(self) -> bool:
+        """Whether streams enough were seen."""
+        return self._first.count >= _ENOUGH
+
+    def learn(self, work: Work, times_s: Sequence[float], units: Sequence[float]) -> None:
+        """A stream has given `units` tokens in all by each of these times since its start; NaN where nobody looked."""
+        seen = [(at_s, tokens) for at_s, tokens in zip(times_s, units, strict=False) if math.isfinite(at_s) and tokens]
+        if not seen:
+            return
+        (first_s, tokens), (last_s, all_tokens) = seen[0], seen[-1]
+        if all_tokens > tokens:
+            _add(self._next, (1.0, work.others), (last_s - first_s) / (all_tokens - tokens))
+        if tokens <= MARK_TOKENS:  # else it says more of the answer than of its beginning
+            before_s = (tokens - 1.0) * self._next.predict((1.0, work.others))
+            _add(self._first, (1.0, work.ahead_tokens, work.others), max(first_s - before_s, 0.0))
+
+    def expected_s(self, work: Work, tokens: float) -> float:
+        """Until so many tokens are there."""
+        first_s = self._first.predict((1.0, work.ahead_tokens, work.others))
+        next_s = self._next.predict((1.0, work.others)) if tokens > 1.0 else 0.0
+        known = self._first.count >= _ENOUGH and (tokens <= 1.0 or self._next.count >= _ENOUGH)
+        expected_s = first_s + max(tokens - 1.0, 0.0) * next_s
+        return expected_s if known and expected_s > 0.0 else math.nan
+
+
+def marked(times_s: Sequence[float], units: Sequence[float]) -> tuple[float, float] | None:
+    """Time and tokens at the end of what is compared, as far as it is known: (seconds, tokens). None if nothing is."""
+    found = None
+    for at_s, tokens in zip(times_s, units, strict=False):
+        if tokens > 0.0 and math.isfinite(at_s):
+            found = at_s, tokens
+        if tokens >= MARK_TOKENS:
+            break
+    return found
+
+
+def _add(fit: Fit, of: Sequence[float], seen_s: float) -> None:
+    if math.isfinite(seen_s):
+        limit_s = _OUTLIER * fit.predict(of) if fit.count >= _ENOUGH else math.inf
+        fit.add(of, min(seen_s, limit_s))
