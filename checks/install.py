@@ -18,14 +18,14 @@ from checks.environments import ROOT, Environment, FailedError, step
 
 EXTRAS = ("base", "control", "gateway", "train", "gpu", "all")
 WITHOUT = {
-    "base": ("torch", "pandas", "pyarrow", "psutil", "typer", "rich", "sklearn", "safetensors", "pynvml"),
+    "base": ("torch", "pandas", "pyarrow", "typer", "rich", "sklearn", "safetensors", "pynvml"),
     "control": ("sklearn", "matplotlib", "tensorboardX", "pynvml"),
-    "gateway": ("torch", "pandas", "pyarrow", "psutil", "sklearn", "pynvml"),
+    "gateway": ("torch", "pandas", "pyarrow", "sklearn", "pynvml"),
     "train": ("pynvml",),
-    "gpu": ("torch", "pandas", "pyarrow", "psutil", "sklearn"),
+    "gpu": ("torch", "pandas", "pyarrow", "sklearn"),
     "all": (),
 }
-"""What an extra must not bring."""
+"""What an extra must not bring; psutil cannot be told, because Ray has one of its own on the import path."""
 
 
 def wheel(folder: Path) -> Path:

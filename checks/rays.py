@@ -18,9 +18,9 @@ TOOLS = ("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "httpx")
 TESTS = {
     "private names": ("tests/serve_app/test_ray_api.py",),
     "router": ("tests/serve_app/routing",),
+    "one node": ("tests/cluster/test_ray_versions.py",),
     "adoption": ("tests/cluster/test_adoption.py",),
     "request path": ("tests/cluster/test_request_path.py",),
-    "settings": ("tests/cluster/test_deployed_settings.py",),
 }
 
 
