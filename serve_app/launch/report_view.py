@@ -147,6 +147,10 @@ class DeploymentReport:
         parts.append(
             charts.bars("99th percentile of the latency", [(n, s.p99_s, None) for n, s in sides if s], "seconds")
         )
+        tails = [(name, [(x, 100 * y) for x, y in side.tail]) for name, side in sides if side is not None]
+        parts.append(
+            charts.lines("How many requests take longer", tails, "latency, s", "per cent", log_x=True, log_y=True)
+        )
         ago_min = [-block["ago_s"] / 60.0 for block in self.blocks]
         requests = [block["requests"] / block["length_s"] for block in self.blocks]
         parts.append(
