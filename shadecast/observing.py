@@ -144,6 +144,7 @@ def _score(predicted: float) -> int:
     return min(max(round(_SCORES_PER_OCTAVE * math.log2(min(predicted, LONGEST_PREDICTED))), -_WIDEST), _WIDEST)
 
 
+_TAIL = tuple(float(f"{10.0 ** (-k / 10):.3g}") for k in range(1, 41))
 Bounds = tuple[float, float] | None
 """Of a 95 % interval; None where it cannot be told."""
 
@@ -159,6 +160,8 @@ class Side:
     miss_fraction: float
     """Late or failed."""
     miss_bounds: Bounds
+    tail: tuple[tuple[float, float], ...]
+    """(seconds, fraction of the requests that took longer)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,6 +281,7 @@ def estimate(blocks: Sequence[Mapping[str, Any]], slo_s: float, rng: np.random.G
             float(now[f"{which}_failed"][0]),
             float(now[f"{which}_missed"][0]),
             bounds(f"{which}_missed"),
+            tuple((_quantile(cells, counted, 1.0 - f), f) for f in _TAIL if f * counted.sum() >= 1.0),
         )
 
     trust = float(now["trust"][0])

@@ -29,8 +29,9 @@ HOW = (
     "each request is moved alone: that the others would have gone elsewhere, too, is not in it, nor is waiting before "
     "a replica accepts; near full load the truth may be less, where queues build up behind a slow replica more",
     "failed requests count as missed; where Shadecast would have sent none, they fail as often as elsewhere",
-    "intervals are of 95 %: half minutes (longer spans after four hours) drawn anew 200 times; other days may differ "
-    "by more",
+    "intervals are of 95 %: half minutes (longer spans after four hours) drawn anew 200 times. They hold chance, not "
+    "the method's own error: in simulations the part of the mean latency that was saved was half of what was predicted, or "
+    "twice (docs/what_if.md); other days may differ by more",
 )
 
 
@@ -146,6 +147,10 @@ class DeploymentReport:
         parts.append(charts.bars("SLO misses", missed, "per cent of the requests; lines are 95 % intervals"))
         parts.append(
             charts.bars("99th percentile of the latency", [(n, s.p99_s, None) for n, s in sides if s], "seconds")
+        )
+        tails = [(name, [(x, 100 * y) for x, y in side.tail]) for name, side in sides if side is not None]
+        parts.append(
+            charts.lines("How many requests take longer", tails, "latency, s", "per cent", log_x=True, log_y=True)
         )
         ago_min = [-block["ago_s"] / 60.0 for block in self.blocks]
         requests = [block["requests"] / block["length_s"] for block in self.blocks]

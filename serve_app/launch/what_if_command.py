@@ -94,11 +94,13 @@ def simulate(  # noqa: PLR0917 - options of a command are named by the user
     specs = what_if.arms(_names(arms) or what_if.DEFAULT_ARMS, what_if.policies(policy or ()))
     page_file = html_path(html)
     columns = Columns(time_column, duration_column, size_column)
-    whole = read_trace(trace, Costs(prompt_token_s, token_s, mean_s), columns)
+    with problems.status(f"Reading {trace}"):
+        whole = read_trace(trace, Costs(prompt_token_s, token_s, mean_s), columns)
     own = whole.first(most_s)
     chosen = None
     if telemetry is not None:
-        series, named = read_machines(telemetry), _names(machines)
+        with problems.status(f"Reading {telemetry}"):
+            series, named = read_machines(telemetry), _names(machines)
         replicas = replicas or len(named or {each.machine for each in series})
         began_s, length_s = own.began_wall_s - what_if.LEAD_S, own.length_s / load_factor + what_if.LEAD_S
         chosen = choose(series, replicas, named, began_s, length_s)

@@ -70,6 +70,8 @@ def test_right_predictions_are_trusted_and_the_gain_is_what_it_would_have_been()
     assert found.serve.p50_s == pytest.approx(0.118, rel=0.15)
     assert found.ours.p50_s == pytest.approx(0.1, rel=0.12)
     assert found.too_little == ""
+    above = {f: s for s, f in found.serve.tail}
+    assert found.serve.tail[0][0] < above[0.1] < above[0.01] == found.serve.p99_s
 
 
 @pytest.mark.parametrize("error", [0.15, 0.3, 0.6])

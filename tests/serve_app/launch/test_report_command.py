@@ -110,7 +110,7 @@ def test_it_fits_80_columns_says_how_it_is_estimated_and_writes_one_page_that_ne
     page = Path("shadecast-report.html").read_text()
     assert "predictions that say nothing claim nothing" in page
     drawings = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
-    assert len(drawings) == 3
+    assert len(drawings) == 4
     assert all(len(ElementTree.fromstring(drawing)) > 3 for drawing in drawings)
     assert "<script" not in page
     assert not re.search(r"https?:|src=|href=|url\(|@import", page)
