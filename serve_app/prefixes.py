@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ray.serve.request_router import PendingRequest
@@ -39,7 +39,9 @@ _KV_STAT = "kv_tokens"
 class Prefixes:
     """Prompts of one router's calls: read once, placed by `shadecast.prefix_score`, and pending until computed."""
 
-    def __init__(self, routes: Routes, deployment: str) -> None:
+    def __init__(self, routes: Routes, deployment: str, count: Callable[[str, float], None]) -> None:
+        """`count` adds to one of the ledger's totals."""
+        self._count = count
         self.on = False
         """Whether prompts are looked at, at all."""
         self._routes, self._deployment = routes, deployment
@@ -222,6 +224,8 @@ class Prefixes:
             self._placed[call] = name, left, prompt
             self._pending[name] = self._pending.get(name, 0.0) + left
             self._sent.add(self._index.insert(name, prompt))
+            self._count("prompt_tokens", prompt.tokens)
+            self._count("cached_tokens", min(cached.get(name, 0), prompt.tokens))
 
     def computed(self, call: Any) -> None:
         """A call's first item is there, or it is over: nothing of its prompt waits any more."""

@@ -158,6 +158,8 @@ class Inbox:
             {reason: max(count - refused_before.get(reason, 0), 0) for reason, count in refused.items()},
             tuple(str(replica_id) for replica_id in as_list(message.get("ejected", ()), "ejected")),
             *took,
+            prompt_tokens=int(new["prompt_tokens"]),
+            cached_tokens=int(new["cached_tokens"]),
         )
         return _Read(report, totals, counted, began, refused, (durations[0], durations[1]))
 

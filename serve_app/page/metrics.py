@@ -80,6 +80,12 @@ _DEPLOYMENT_COUNTS = (
     ("retried_requests", "retried", "Requests sent anew because a replica had not accepted them"),
     ("moved_requests", "moved", "Accepted requests sent again from a slow replica to another one"),
     ("resumed_streams", "resumed", "Streams that went on from another replica"),
+    ("prompt_tokens", "prompt_tokens", "Tokens of prompts that replicas were chosen for (balance.prefix)"),
+    (
+        "cached_prompt_tokens",
+        "cached_tokens",
+        "Of those: what the chosen replica had, as far as its router knows",
+    ),
     ("refused_reports", "dropped_reports", "Reports and samples refused because they cannot be true"),
     ("unreadable_reports", "unreadable_reports", "Reports refused because they cannot be read"),
     ("observed_requests", "observed.requests", "Requests that Serve routed while Shadecast only observed"),
