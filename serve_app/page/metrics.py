@@ -150,7 +150,8 @@ def summary_families(status: Mapping[str, Any] | None, most: int = MOST_DEPLOYME
 
 def _forecasts(nodes: list[Mapping[str, Any]]) -> Iterator[Metric]:
     """Over all nodes: whether they are heard of, and whether forecasts count."""
-    silent = sum(_known(age_s) and age_s > LOST_AFTER_S for age_s in (n.get("age_s") for n in nodes))
+    ages_s: list[Any] = [n.get("age_s") for n in nodes]
+    silent = sum(_known(age_s) and age_s > LOST_AFTER_S for age_s in ages_s)
     yield _gauge(
         "silent_nodes", "Nodes not heard of for so long that their forecast does not count", (), (((), silent),)
     )
@@ -164,7 +165,8 @@ def _forecasts(nodes: list[Mapping[str, Any]]) -> Iterator[Metric]:
 def _retraining(view: Mapping[str, Any] | None) -> Iterator[Metric]:
     """How self-retraining stands; without samples where it is off."""
     view = view or {}
-    state, failures = view.get("state"), view.get("failures")
+    state = view.get("state")
+    failures: Any = view.get("failures")
     if _known(failures) and state == "training":
         failures -= 1  # what is under way counts as failed until it has ended well
     for name, value, text in (
