@@ -34,7 +34,17 @@ FORGET_S = 60.0
 """A deployment, or a router of one, that was not heard of for so long is forgotten."""
 
 
-_COUNTED = ("mirrored", "mirror_dropped", "uncopyable", "rescued", "retried", "moved", "resumed")
+_COUNTED = (
+    "mirrored",
+    "mirror_dropped",
+    "uncopyable",
+    "rescued",
+    "retried",
+    "moved",
+    "resumed",
+    "prompt_tokens",
+    "cached_tokens",
+)
 """Counts of a report that are added up."""
 
 

@@ -9,7 +9,7 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ray.serve.request_router import PendingRequest
@@ -46,7 +46,9 @@ it that requests take, by the name that vLLM's metric of it has."""
 class Prefixes:
     """Prompts of one router's calls: read once, placed by `shadecast.prefix_score`, and pending until computed."""
 
-    def __init__(self, routes: Routes, deployment: str) -> None:
+    def __init__(self, routes: Routes, deployment: str, count: Callable[[str, float], None]) -> None:
+        """`count` adds to one of the ledger's totals."""
+        self._count = count
         self.on = False
         """Whether prompts are looked at, at all."""
         self._routes, self._deployment = routes, deployment
@@ -233,6 +235,8 @@ class Prefixes:
             call.ahead_tokens = self._await(call, call.replica_id, prompt, cached)
             self._held[call] = call.replica_id, prompt
             self._popular.add(prompt)
+            self._count("prompt_tokens", prompt.tokens)
+            self._count("cached_tokens", min(cached.get(call.replica_id, 0), prompt.tokens))
 
     def _await(self, whose: Any, name: str, prompt: Prompt, cached: Mapping[str, int]) -> float:
         """A prompt goes to a replica and is pending there; tokens that are to be computed until it is."""

@@ -158,7 +158,10 @@ class Inbox:
             int(new["resumed"]),
             {reason: max(count - refused_before.get(reason, 0), 0) for reason, count in refused.items()},
             tuple(str(replica_id) for replica_id in as_list(message.get("ejected", ()), "ejected")),
-            *took,
+            durations=took[0],
+            first_items=took[1],
+            prompt_tokens=int(new["prompt_tokens"]),
+            cached_tokens=int(new["cached_tokens"]),
         )
         return _Read(report, totals, counted, began, refused, (durations[0], durations[1]))
 

@@ -35,6 +35,8 @@ TOTALS = (
     "retried",
     "moved",
     "resumed",
+    "prompt_tokens",
+    "cached_tokens",
 )
 """Counts of a router that are no replica's."""
 _UNKNOWN = (-1.0, -1.0)

@@ -225,6 +225,10 @@ class RouterReport:
     """Of live requests that went well, from acceptance to the end, since the last report."""
     first_items: Durations = field(default_factory=Durations)
     """Time to the first item of streams that went well."""
+    prompt_tokens: int = 0
+    """Of the prompts that replicas were chosen for since the last report."""
+    cached_tokens: int = 0
+    """Of `prompt_tokens`: those that the chosen replica had, as far as the router knows."""
 
 
 # ---------------------------------------------------------------- coordinator -> router

@@ -80,6 +80,12 @@ _DEPLOYMENT_COUNTS = (
     ("retried_requests", "retried", "Requests sent anew because a replica had not accepted them"),
     ("moved_requests", "moved", "Accepted requests sent again from a slow replica to another one"),
     ("resumed_streams", "resumed", "Streams that went on from another replica"),
+    ("prompt_tokens", "prompt_tokens", "Tokens of prompts that replicas were chosen for (balance.prefix)"),
+    (
+        "cached_prompt_tokens",
+        "cached_tokens",
+        "Of those: what the chosen replica had, as far as its router knows",
+    ),
     ("refused_reports", "dropped_reports", "Reports and samples refused because they cannot be true"),
     ("unreadable_reports", "unreadable_reports", "Reports refused because they cannot be read"),
     ("observed_requests", "observed.requests", "Requests that Serve routed while Shadecast only observed"),
@@ -144,7 +150,8 @@ def summary_families(status: Mapping[str, Any] | None, most: int = MOST_DEPLOYME
 
 def _forecasts(nodes: list[Mapping[str, Any]]) -> Iterator[Metric]:
     """Over all nodes: whether they are heard of, and whether forecasts count."""
-    silent = sum(_known(age_s) and age_s > LOST_AFTER_S for age_s in (n.get("age_s") for n in nodes))
+    ages_s: list[Any] = [n.get("age_s") for n in nodes]
+    silent = sum(_known(age_s) and age_s > LOST_AFTER_S for age_s in ages_s)
     yield _gauge(
         "silent_nodes", "Nodes not heard of for so long that their forecast does not count", (), (((), silent),)
     )
@@ -158,7 +165,8 @@ def _forecasts(nodes: list[Mapping[str, Any]]) -> Iterator[Metric]:
 def _retraining(view: Mapping[str, Any] | None) -> Iterator[Metric]:
     """How self-retraining stands; without samples where it is off."""
     view = view or {}
-    state, failures = view.get("state"), view.get("failures")
+    state = view.get("state")
+    failures: Any = view.get("failures")
     if _known(failures) and state == "training":
         failures -= 1  # what is under way counts as failed until it has ended well
     for name, value, text in (

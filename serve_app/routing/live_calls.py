@@ -104,8 +104,8 @@ class LiveCalls:
         """The router's; known once it has replicas."""
         self.book: Calls[LiveCall] = Calls()
         self.routes = Routes(deployment, self.book, config, own_place)
-        self.prefixes = Prefixes(self.routes, deployment)
         self.ledger = Ledger(router_id, deployment, self.book)
+        self.prefixes = Prefixes(self.routes, deployment, self.ledger.count)
         self.mirror = Mirror(config.trial, self.ledger.pair, lambda: self.ledger.count("mirror_dropped"))
         self.waiting = Waiting()
         self.soon = Soon(lambda: bool(self.waiting.line))

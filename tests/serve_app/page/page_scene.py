@@ -47,7 +47,7 @@ class Scene:
         return min(max(0.2 + wave + hog + self.rng.gauss(0, 0.02), 0.02), 0.98)
 
     def node_report(self, node: int) -> NodeReport:
-        background, memory = self.load(node), 0.4 + 0.05 * node + 0.0006 * self.second
+        background, memory = self.load(node), 0.4 + 0.05 * (node % 8) + 0.0006 * self.second
         network = 0.15 + 0.08 * math.sin(self.second / 11.0) + self.rng.random() * 0.03
 
         def fan(value: float, slope: float, width: float) -> tuple[tuple[float, ...], ...]:

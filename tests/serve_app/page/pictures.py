@@ -26,7 +26,7 @@ async def take() -> dict[str, bytes]:
         await expect(page.locator("#nodes .card")).to_have_count(len(scene.nodes))
         taken["nodes.png"] = await page.locator("section", has=page.locator("#nodes")).screenshot()
         await page.evaluate("scrollTo(0, 0)")
-        await page.wait_for_timeout(1000)  # bars move for half a second
+        await expect(page.locator(".chart path").first).to_be_visible()
         taken["page.png"] = await page.screenshot()
         rows = page.get_by_role("region", name=f"Deployment {DIGITS}").locator("tbody tr")
         await rows.filter(has_text="x9failing").get_by_role("button", name="Why does").click()

@@ -100,6 +100,23 @@ async def _read(result, labels):
 
 
 @in_virtual_time
+async def test_reports_say_how_much_of_the_prompts_was_cached_where_they_went():
+    async with serving(*replicas("abcd"), **AUTO) as serve:
+        serve.take(even("abcd"))
+        await ask(serve, chat("p"))
+        told = serve.report()
+        assert 1000 < told.prompt_tokens < 1100
+        assert told.cached_tokens == 0
+        await ask(serve, chat("p", "q"))
+        await ask(serve, 7)  # no prompt
+        told = serve.report()
+        assert 2000 < told.prompt_tokens < 2200
+        assert 900 < told.cached_tokens < 1100
+        told = serve.report()
+        assert (told.prompt_tokens, told.cached_tokens) == (0, 0)
+
+
+@in_virtual_time
 async def test_conversations_are_spread_over_the_replicas():
     async with serving(*replicas("abcd"), **AUTO) as serve:
         serve.take(even("abcd"))
