@@ -232,7 +232,7 @@ class Prefixes:
         prompt, cached = self._look(call.pending)
         self._last = None
         if prompt is not None:
-            call.ahead_tokens = self._await(call, call.replica_id, prompt, cached)
+            call.prompt_tokens, call.ahead_tokens = prompt.tokens, self._await(call, call.replica_id, prompt, cached)
             self._held[call] = call.replica_id, prompt
             self._popular.add(prompt)
             self._count("prompt_tokens", prompt.tokens)

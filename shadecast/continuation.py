@@ -29,15 +29,18 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "repetition_penalty": (1,),
     "length_penalty": (1,),
     "min_tokens": (0,),
+    "top_logprobs": (0,),
     "use_beam_search": (False,),
     "echo": (False,),
     "tool_choice": ("none",),
 }
 """Values besides "not given" with which the rest can be asked for. Of other fields that are named below: none."""
 _HINDERING = (
-    *("top_logprobs", "prompt_logprobs", "suffix", "stop", "tools", "functions", "function_call"),
+    *("logprobs", "prompt_logprobs", "logprob_token_ids", "suffix", "stop", "bad_words"),
     *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "structural_tag"),
-    *("truncate_prompt_tokens", "prompt_embeds", "logits_processors", "thinking", "prediction", "audio", "modalities"),
+    *("truncate_prompt_tokens", "prompt_embeds", "logits_processors", "watermarking", "prediction", "audio"),
+    *("modalities", "thinking", "thinking_token_budget", "return_token_ids", "return_prompt_text"),
+    *("tools", "functions", "function_call"),
 )
 OPENAI = "openai"
 """In `balance.resume`: streams of OpenAI servers. Other values name the argument that takes what was had."""
@@ -45,15 +48,19 @@ _LIMITS = ("max_tokens", "max_completion_tokens")
 
 
 def may_continue(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a request is for a stream whose rest can be asked for elsewhere."""
-    body = find_body(args, kwargs)
+    """Whether a request is for a stream whose rest can be asked for elsewhere. Never raises."""
+    try:
+        return _may_continue(find_body(args, kwargs))
+    except Exception:  # whatever a body holds
+        return False
+
+
+def _may_continue(body: Any) -> bool:
     if body is None or not get(body, "stream"):
         return False
     if any(_is_set(get(body, name)) for name in _HINDERING):
         return False
     if any(_is_set(told := get(body, name)) and told not in allowed for name, allowed in _NEUTRAL.items()):
-        return False
-    if get(body, "logprobs") is not None and get(body, "logprobs") is not False:
         return False
     if get(get(body, "response_format"), "type") not in (None, "text"):
         return False
@@ -83,8 +90,13 @@ def again(setting: str, args: Sequence[Any], kwargs: Mapping[str, Any], had: Seq
 
 def rest_of(args: Sequence[Any], kwargs: Mapping[str, Any], had: Sequence[Any]) -> Rest | None:
     """What asks for the rest of a stream of which its reader has had these items; None if that cannot be asked for."""
-    if not may_continue(args, kwargs):
+    try:
+        return _rest_of(args, kwargs, had) if may_continue(args, kwargs) else None
+    except Exception:  # whatever a server has given: the stream stays
         return None
+
+
+def _rest_of(args: Sequence[Any], kwargs: Mapping[str, Any], had: Sequence[Any]) -> Rest | None:
     body, so_far = find_body(args, kwargs), _Had.read(had)
     if so_far is None:
         return None
@@ -94,10 +106,11 @@ def rest_of(args: Sequence[Any], kwargs: Mapping[str, Any], had: Sequence[Any]) 
     if so_far.text and get(body, "messages") is None:
         changes["prompt"] = get(body, "prompt") + so_far.text
     elif so_far.text:
-        if so_far.text != so_far.text.rstrip():  # templates cut it off, and the rest would begin with it again
-            return None
         changes |= {"messages": _with_text(body, so_far.text)}
         changes |= {"add_generation_prompt": False, "continue_final_message": True}
+        content = changes["messages"][-1]["content"]
+        if content != content.strip():  # templates cut that off
+            return None
     asked = {**body, **changes} if isinstance(body, Mapping) else body.model_copy(update=changes)
     return Rest(
         [asked if each is body else each for each in args],
@@ -113,7 +126,7 @@ def _knows(body: Any, name: str) -> bool:
 
 
 def _is_set(value: Any) -> bool:
-    return value is not None and value not in ([], {})
+    return value is not None and value is not False and value not in ([], {})
 
 
 def _is_text(message: Any) -> bool:

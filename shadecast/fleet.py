@@ -78,6 +78,9 @@ class Replica:
     """By router: live requests that were under way when it reported last."""
     kv: dict[str, tuple[float, float]] = field(default_factory=dict)
     """By router: `kv_own` and `kv_told` of its last report."""
+    kv_used: float = math.nan
+    """`kv_fraction`, as of `kv_used_s`."""
+    kv_used_s: float = -math.inf
     max_ongoing: int = 1
     listed: int = 0
     """Routers that list it as alive."""
@@ -356,7 +359,9 @@ class Fleet:
 
     def headroom(self, known: Replica) -> cap.Headroom:
         """Log headroom of a replica's node, as that last said; the memory of a language model is that of its engine."""
-        node, kv_fraction = self.nodes.get(known.connection.node_id), known.kv_fraction
+        if known.kv_used_s != self.now_s:  # reports are taken in before anybody asks
+            known.kv_used, known.kv_used_s = known.kv_fraction, self.now_s
+        node, kv_fraction = self.nodes.get(known.connection.node_id), known.kv_used
         heard = node is not None and self.age_s(node) <= max(_SILENT_S, self.config.forecast.ttl_s)
         headroom = node.headroom if node is not None and heard else cap.NO_HEADROOM
         return headroom if math.isnan(kv_fraction) else (headroom[0], cap.log_headroom(kv_fraction), headroom[2])

@@ -39,6 +39,10 @@ class Fit:
         """Never negative; 0 before the first observation."""
         if not self._solved:
             self._solve()
+        return self.rough(of)
+
+    def rough(self, of: Sequence[float]) -> float:
+        """The same without what was added since the last prediction: that costs next to nothing."""
         return sum(part * x for part, x in zip(self._parts, of, strict=True))
 
     def _solve(self) -> None:

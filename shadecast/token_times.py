@@ -57,7 +57,7 @@ class TokenTimes:
         if all_tokens > tokens:
             _add(self._next, (1.0, work.others), (last_s - first_s) / (all_tokens - tokens))
         if tokens <= MARK_TOKENS:  # else it says more of the answer than of its beginning
-            before_s = (tokens - 1.0) * self._next.predict((1.0, work.others))
+            before_s = (tokens - 1.0) * self._next.predict((1.0, work.others)) if tokens > 1.0 else 0.0
             _add(self._first, (1.0, work.ahead_tokens, work.others), max(first_s - before_s, 0.0))
 
     def expected_s(self, work: Work, tokens: float) -> float:
@@ -82,5 +82,5 @@ def marked(times_s: Sequence[float], units: Sequence[float]) -> tuple[float, flo
 
 def _add(fit: Fit, of: Sequence[float], seen_s: float) -> None:
     if math.isfinite(seen_s):
-        limit_s = _OUTLIER * fit.predict(of) if fit.count >= _ENOUGH else math.inf
-        fit.add(of, min(seen_s, limit_s))
+        limit_s = _OUTLIER * fit.rough(of) if fit.count >= _ENOUGH else 0.0
+        fit.add(of, min(seen_s, limit_s or math.inf))

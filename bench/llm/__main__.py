@@ -43,12 +43,13 @@ def main(
     """Compare rules."""
     console = Console(width=None if sys.stdout.isatty() else 160)
     known = {each.name: each for each in settings(traces)}
-    for name, names, what in ((setting, known, "setting"), (rule, RULES, "rule")):
+    for name, names, what in ((setting, TRAFFIC if joins else known, "setting"), (rule, RULES, "rule")):
         if unknown := set(name or ()) - set(names):
             raise typer.BadParameter(f"{what} {sorted(unknown)}: unknown; known are {', '.join(names)}")
     rows = []
     if joins:
-        rows = [row for name in TRAFFIC for row in _join(name, range(first_seed, first_seed + seeds), console)]
+        tried = range(first_seed, first_seed + seeds)
+        rows = [row for name in setting or TRAFFIC for row in _join(name, tried, load, console)]
     for each in [] if joins else [known[name] for name in setting or known]:
         if each.needs is not None and not each.needs.is_file():
             console.print(f"{each.name}: left out, {each.needs} is not there; give --traces or set SHADECAST_DATA")
@@ -59,17 +60,21 @@ def main(
         json_file.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=0) + "\n", encoding="utf-8")
 
 
-def _join(name: str, seeds: range, console: Console) -> list[dict[str, object]]:
-    found = {seed: compare(name, seed) for seed in seeds}
+def _join(name: str, seeds: range, load: float, console: Console) -> list[dict[str, object]]:
+    found = {seed: compare(name, seed, load) for seed in seeds}
     console.print(f"\n{name}: a third replica joins, {len(seeds)} seeds, the newcomer's first {FIRST} live requests")
-    table = Table("arm", "TTFT p50 s", "p99", "hits", "waited s", "copies", "took s", "all TTFT p50 s", "p50 / untried")
+    columns = "arm", "TTFT p50 s", "mean", "p99", "hits", "waited s", "copies", "took s", "all TTFT p50 s"
+    table = Table(*columns, "p50 / untried", "mean / untried")
     for arm in ARMS:
         mean = {f.name: fmean(getattr(each[arm.name], f.name) for each in found.values()) for f in fields(Joined)}
-        ratio = median(each[arm.name].first_p50_s / each[ARMS[0].name].first_p50_s for each in found.values())
+        p50, whole = (
+            median(getattr(each[arm.name], name) / getattr(each[ARMS[0].name], name) for each in found.values())
+            for name in ("first_p50_s", "first_mean_s")
+        )
         table.add_row(
-            arm.name, f"{mean['first_p50_s']:.3f}", f"{mean['first_p99_s']:.2f}", f"{mean['hits']:.3f}",
-            f"{mean['waited_s']:.0f}", f"{mean['copies']:.0f}", f"{mean['took_s']:.0f}", f"{mean['all_p50_s']:.3f}",
-            f"{ratio:.2f}",
+            arm.name, f"{mean['first_p50_s']:.3f}", f"{mean['first_mean_s']:.3f}", f"{mean['first_p99_s']:.2f}",
+            f"{mean['hits']:.3f}", f"{mean['waited_s']:.0f}", f"{mean['copies']:.0f}", f"{mean['took_s']:.0f}",
+            f"{mean['all_p50_s']:.3f}", f"{p50:.2f}", f"{whole:.2f}",
         )  # fmt: skip
     console.print(table)
     return [

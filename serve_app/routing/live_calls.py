@@ -61,8 +61,8 @@ class LiveCall(Call):
     """An attempt of the router's own, beside or in place of another one."""
     paid_s = 0.0
     """What going on elsewhere has cost its reader so far."""
-    ahead_tokens = 0.0
-    """Of prompts, to compute until this one's is, from its choice on."""
+    prompt_tokens = ahead_tokens = 0.0
+    """Of its prompt, and of prompts to compute until this one's is, from its choice on; 0 where there is none."""
     before = 0.0
     """Units that its reader has had from other attempts."""
     whole: PendingRequest | None = None

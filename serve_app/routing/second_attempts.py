@@ -267,7 +267,8 @@ class SecondAttempts:
             return None
         took_s = time.monotonic() - began_s
         second.call.paid_s += took_s
-        self.hand_over.begun(call.cost, had, took_s, self._calls.routes.picks.score_within(second.call.replica_id))
+        score = self._calls.routes.picks.score_within(second.call.replica_id)
+        self.hand_over.begun(second.call.ahead_tokens or call.cost, had, took_s, score)
         return second, [item]
 
     # ------------------------------------------------------------------ streams that a slower replica holds
@@ -275,7 +276,7 @@ class SecondAttempts:
     def _running(self, call: LiveCall) -> Running[LiveCall] | None:
         """A stream that may move. One of a multiplexed model stays: another replica may have to load that."""
         may = call.had is not None and self._movable(call) and not call.metadata.multiplexed_model_id
-        return Running(call, call.units, call.cost, call.paid_s) if may else None
+        return Running(call, call.units, call.prompt_tokens or call.cost, call.paid_s) if may else None
 
     async def _hand_over(self, move: Move[LiveCall]) -> None:
         """The reader waits for the first item there, but not much longer than was expected."""
@@ -288,7 +289,7 @@ class SecondAttempts:
                 await self._move(call, 0.0, there)
         except TimeoutError:
             score = self._calls.routes.picks.score_within(there)
-            self.hand_over.begun(call.cost, move.stream.items, move.patience_s, score)
+            self.hand_over.begun(move.stream.prompt, move.stream.items, move.patience_s, score)
 
     def ended(self, call: LiveCall) -> None:
         """A stream went well."""
@@ -298,7 +299,7 @@ class SecondAttempts:
         self.hand_over.lengths.add(call.units)
         if not call.is_second:
             score = self._calls.routes.picks.score_within(call.replica_id)
-            self.hand_over.begun(call.cost, 0, call.first_item_s, score)
+            self.hand_over.begun(call.ahead_tokens or call.cost, 0, call.first_item_s, score)
 
     # ------------------------------------------------------------------ streams whose replica has died
 

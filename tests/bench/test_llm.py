@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from bench.llm.engine import BLOCK_TOKENS, Engine, Job, Machine
+from bench.llm.joining import ARMS, ASSISTANTS, JOINS_S, join
 from bench.llm.routers import RULES
 from bench.llm.run import simulate
 from bench.llm.settings import settings
@@ -122,6 +123,17 @@ def test_prompts_leave_a_slow_replica_that_has_them():
         for name in ("Ray prefix router", "step 1, own x 2")
     )
     assert ours.first_p99_s < 0.5 * ray.first_p99_s
+
+
+def test_a_trial_by_copies_fills_a_newcomers_cache_before_its_first_live_request():
+    jobs = agents(ASSISTANTS, 6.0, JOINS_S + 100.0, 1)
+    untried, *_, trial = (join(arm, jobs, Machine(), seed=1) for arm in ARMS)
+    assert (untried.copies, untried.waited_s) == (0, pytest.approx(0.0, abs=2.0))
+    assert trial.copies >= 25
+    assert 3.0 <= trial.waited_s <= 31.0
+    assert trial.hits > untried.hits + 0.05
+    assert trial.first_mean_s < untried.first_mean_s
+    assert all(each.end_s != each.end_s for each in jobs), "the caller's requests are not touched"
 
 
 def test_routers_that_exchange_decisions_find_more_than_those_that_do_not():

@@ -26,6 +26,7 @@ class Greedy:
         yield [_event({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})]
         for written in range(1, body["max_tokens"] + 1):
             word = WORDS[zlib.crc32(text.encode()) % len(WORDS)]
+            word = word.strip() if text.endswith(">") else word
             text += word
             usage = {"prompt_tokens": len(prompt), "completion_tokens": written, "total_tokens": len(prompt) + written}
             reason = "length" if written == body["max_tokens"] else None

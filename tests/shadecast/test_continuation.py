@@ -52,6 +52,8 @@ def engine(body, name="x", length=20, usage=True):
         done = seed % length == 0
         if not done:
             word = WORDS[seed % len(WORDS)]
+            if text.endswith("<assistant>"):
+                word = word.strip() or "so"
             text += word
             written += 1
             part = {"text": word} if messages is None else {"delta": {"content": word}}
@@ -153,9 +155,9 @@ def part(text):
 
 def test_the_text_becomes_the_beginning_of_the_answer():
     body = chat("a", max_tokens=100)
-    rest = rest_of([], {"request": body}, part(" one two"))
+    rest = rest_of([], {"request": body}, part("one two."))
     asked = rest.kwargs["request"]
-    assert asked["messages"] == [*body["messages"], {"role": "assistant", "content": " one two"}]
+    assert asked["messages"] == [*body["messages"], {"role": "assistant", "content": "one two."}]
     assert (asked["continue_final_message"], asked["add_generation_prompt"]) == (True, False)
     assert asked["max_tokens"] == 98, "two tokens by its text"
     assert rest_of([completion("p")], {}, [{"choices": [{"text": "q"}]}]).args[0]["prompt"] == "pq"
@@ -177,6 +179,7 @@ def test_an_answer_that_was_to_go_on_from_a_beginning_goes_on_from_both():
         {"guided_regex": "x"}, {"structured_outputs": {"a": 1}}, {"seed": 3}, {"seed": 3, "temperature": 0.5},
         {"stream": False}, {"stream": None}, {"suffix": "x"}, {"prompt_logprobs": 1}, {"use_beam_search": True},
         {"truncate_prompt_tokens": 5}, {"modalities": ["audio"]},
+        {"bad_words": ["x y"]}, {"return_token_ids": True}, {"thinking_token_budget": 100},
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("body", [chat("a"), completion()])
@@ -191,6 +194,7 @@ def test_what_cannot_go_on_exactly_does_not(body, more):
     [
         {"n": 1, "logprobs": False, "echo": False, "presence_penalty": 0.0, "repetition_penalty": 1.0, "stop": None},
         {"temperature": 0.7, "top_p": 0.9, "tools": None, "tool_choice": "none", "stop": [], "seed": None},
+        {"top_logprobs": 0, "bad_words": [], "length_penalty": 1.0, "truncate_prompt_tokens": None},
         {"temperature": 0, "seed": 4, "response_format": {"type": "text"}, "max_tokens": 5, "min_tokens": 0},
     ],
 )
@@ -221,6 +225,7 @@ def test_what_is_no_plain_text_does_not_go_on(request_):
         [{"choices": [{"delta": {"content": "x"}, "finish_reason": "stop"}]}],
         [{"error": {"message": "no"}}],
         [{"choices": [{"delta": {"content": "line \n"}}]}],
+        [{"choices": [{"delta": {"content": " line"}}]}],
         [{"choices": [{"delta": {"content": "x" * 40}}]}],
         ["a word"],
     ],
@@ -249,6 +254,6 @@ class Older(Body):
 
 def test_bodies_of_pydantic_go_on_if_their_server_can():
     fields = {"messages": [{"role": "user", "content": "x"}], "stream": True}
-    asked = rest_of([Body(**fields)], {}, part(" one")).args[0]
-    assert asked.messages[-1] == {"role": "assistant", "content": " one"}
+    asked = rest_of([Body(**fields)], {}, part("one")).args[0]
+    assert asked.messages[-1] == {"role": "assistant", "content": "one"}
     assert not may_continue([Older(**fields)], {})

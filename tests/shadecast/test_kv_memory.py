@@ -72,7 +72,8 @@ def test_it_takes_the_place_of_the_nodes_memory_in_the_headroom_of_that_deployme
     known = fleet.add(Connection("r", "node-r"), 0.0)
     cpu, memory, network = fleet.headroom(known)
     assert memory == pytest.approx(math.log(0.5))
-    known.kv["router"] = (0.25, -1.0)
+    fleet.now_s = 0.5
+    fleet.take_router(report(view(own=0.25)))
     assert fleet.headroom(known) == (cpu, pytest.approx(math.log(0.75)), network)
 
 

@@ -219,7 +219,7 @@ class Product(Arm):
     def _items(self, request: Request) -> int:
         return int(self.sim.replicas[request.replica].received_s(request) / TOKEN_S + 1e-6)
 
-    def _paced(self, router: _Router, request: Request, items: int, seconds: float) -> None:
+    def _paced(self, router: _Router, request: Request, items: float, seconds: float) -> None:
         replica_id = self.ids[request.replica]
         router.ledger.pace(replica_id, items, seconds)
         router.hand_over.item.add(items, seconds, router.picks.score_within(replica_id))

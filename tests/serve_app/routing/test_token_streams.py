@@ -152,6 +152,35 @@ async def test_a_stream_is_handed_over_by_the_tokens_that_it_has_left(tokens, mo
         await reader
 
 
+@pytest.mark.parametrize(("tokens", "moves"), [(100, True), (30_000, False)])
+@in_virtual_time
+async def test_a_stream_is_not_handed_over_where_its_prompt_takes_longer_to_compute_than_that_saves(tokens, moves):
+    """A thousand tokens take .1 s; "b" has none of the prompts."""
+    async with serving(Replica("a"), Replica("b"), balance={"prefix": "auto", "resume": "had"}) as serve:
+        serve.take(table(version=1, a=1.0, b=0.0))
+        for k in range(12):
+            prompt = 500 * (1 + k % 4)
+            reader, first = await start(serve, {"stream": True, "prompt": f"{k:04}" * prompt})
+            await asyncio.sleep(1e-4 * prompt)
+            for _ in range(40):
+                first.give(batch(5))
+                await asyncio.sleep(0.05)
+            serve.report()
+            first.end()
+            await reader
+        reader, first = await start(serve, {"stream": True, "prompt": "word" * tokens})
+        await asyncio.sleep(0.05)
+        first.give(batch(5))
+        await settle()
+        serve.take(table(version=2, a=(1.0, 0.3, 0.0), b=1.0))
+        await settle()
+        seconds = serve.replicas["b"].sent
+        assert bool(seconds) is moves
+        for each in (*seconds, first):
+            each.give(batch(1)).end()
+        await reader
+
+
 def said(text, **more):
     """One chunk of an answer."""
     return {"id": "first", "choices": [{"index": 0, "delta": {"content": text}}], **more}
@@ -183,7 +212,7 @@ async def stalled(serve, request):
     await usual(serve)
     reader, first = await start(serve, request)
     first.give({"id": "first", "choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
-    first.give(said(" one"), said(" two", usage={"prompt_tokens": 9, "completion_tokens": 2}))
+    first.give(said("one"), said(" two", usage={"prompt_tokens": 9, "completion_tokens": 2}))
     await settle()
     await slow(serve, 2, "a")
     return reader, first, serve.replicas["b"].sent
@@ -198,7 +227,7 @@ async def test_the_rest_of_an_answer_is_asked_for_with_what_was_said_and_its_rea
         reader, first, (second,) = await stalled(serve, request)
         assert second.request.args == [
             request
-            | {"messages": [*request["messages"], {"role": "assistant", "content": " one two"}], "max_tokens": 48}
+            | {"messages": [*request["messages"], {"role": "assistant", "content": "one two"}], "max_tokens": 48}
             | {"continue_final_message": True, "add_generation_prompt": False}
         ]
         usage = {"prompt_tokens": 11, "completion_tokens": 1}
@@ -207,7 +236,7 @@ async def test_the_rest_of_an_answer_is_asked_for_with_what_was_said_and_its_rea
         second.end()
         got = await reader
         assert first.cancelled
-        assert "".join(c["choices"][0]["delta"].get("content", "") for c in got) == " one two three"
+        assert "".join(c["choices"][0]["delta"].get("content", "") for c in got) == "one two three"
         assert {chunk["id"] for chunk in got} == {"first"}
         assert [chunk["choices"][0]["delta"].get("role") for chunk in got] == ["assistant", None, None, None, None]
         assert got[-1]["usage"] == {"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12}
@@ -220,19 +249,19 @@ async def test_an_answer_that_moves_twice_is_asked_for_each_time_by_all_that_was
         await usual(serve)
         serve.take(table(version=2, a=1.0, b=0.0, c=0.0))
         reader, first = await start(serve)
-        first.give(said(" one"))
+        first.give(said("one"))
         await settle()
         first.die()
         await settle()
         second = last_sent(serve, but="a")
-        assert second.request.args[0]["messages"][-1]["content"] == " one"
+        assert second.request.args[0]["messages"][-1]["content"] == "one"
         second.give(said(" two"))
         await settle()
         await slow(serve, 3, second.replica.name)
         third = last_sent(serve, but=second.replica.name)
-        assert third.request.args[0]["messages"][-1]["content"] == " one two"
+        assert third.request.args[0]["messages"][-1]["content"] == "one two"
         third.give(said(" three")).end()
-        assert "".join(chunk["choices"][0]["delta"]["content"] for chunk in await reader) == " one two three"
+        assert "".join(chunk["choices"][0]["delta"]["content"] for chunk in await reader) == "one two three"
 
 
 def last_sent(serve, but):
