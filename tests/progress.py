@@ -54,6 +54,7 @@ class _Progress:
         self._terminal.write_line(f"{at} {done:>4}/{self._files}  {file}: {outcomes}, {self._took_s[file]:.0f} s")
 
 
+@pytest.hookimpl(trylast=True)  # the terminal comes first
 def pytest_configure(config: pytest.Config) -> None:
     """Where there is a terminal: not in the processes of pytest-xdist."""
     terminal = config.pluginmanager.get_plugin("terminalreporter")

@@ -30,8 +30,8 @@ HOW = (
     "a replica accepts; near full load the truth may be less, where queues build up behind a slow replica more",
     "failed requests count as missed; where Shadecast would have sent none, they fail as often as elsewhere",
     "intervals are of 95 %: half minutes (longer spans after four hours) drawn anew 200 times. They hold chance, not "
-    "the method's own error: in simulations the part of the mean latency that was saved was half of what was predicted, or "
-    "twice (docs/what_if.md); other days may differ by more",
+    "the method's own error: in simulations the part of the mean latency that was saved was half of what was "
+    "predicted, or twice (docs/what_if.md); other days may differ by more",
 )
 
 
