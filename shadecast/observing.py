@@ -218,9 +218,9 @@ class _Sums:
         for row, block in enumerate(blocks):
             for score, total in block["logs"]:
                 logs[row, score + _WIDEST] += total
-        self.own_logs = logs - self.counts * self._common(logs)
+        self.own_logs = logs - self.counts * self._shared(logs)
 
-    def _common(self, logs: Array) -> Array:
+    def _shared(self, logs: Array) -> Array:
         """[block, 1]: the mean log duration of each half minute, less what its predictions say of it."""
         by_block = np.maximum(self.counts.sum(axis=1, keepdims=True), 1e-9)
         by_score = np.maximum(self.counts.sum(axis=0, keepdims=True), 1e-9)

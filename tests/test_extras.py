@@ -23,7 +23,7 @@ from shadecast.errors import NotInstalledError
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-OURS = ("shadecast", "actors", "models", "serve_app", "train")
+OURS = ("shadecast", "actors", "models", "serve_app", "train", "bench")
 CALLED_IN_USERS_PROCESSES = (
     *("serve_app.router", "serve_app.routing.request_router", "serve_app.user_functions"),
     *("serve_app.mirror", "serve_app.copying"),

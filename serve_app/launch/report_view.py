@@ -29,9 +29,9 @@ HOW = (
     "each request is moved alone: that the others would have gone elsewhere, too, is not in it, nor is waiting before "
     "a replica accepts; near full load the truth may be less, where queues build up behind a slow replica more",
     "failed requests count as missed; where Shadecast would have sent none, they fail as often as elsewhere",
-    "intervals are of 95 %: half minutes (longer spans after four hours) drawn anew 200 times. They hold chance, not "
-    "the method's own error: in simulations the part of the mean latency that was saved was half of what was "
-    "predicted, or twice (docs/what_if.md); other days may differ by more",
+    "intervals are of 95 %: half minutes (longer spans after four hours) drawn anew 200 times; they hold chance, not "
+    "the method's own error: in simulations from half of what was predicted to twice of it came (docs/what_if.md); "
+    "other days may differ by more",
 )
 
 
@@ -58,7 +58,7 @@ class DeploymentReport:
         saved = f"{_percent(found.saved_fraction)} of the mean latency {_interval(found.saved_bounds)}"
         avoided = f"{_points(found.avoided_fraction)} points of SLO misses {_interval(found.avoided_bounds, _points)}"
         if low > 0.0:
-            return f"Shadecast would have saved {saved} and avoided {avoided}"
+            return f"Shadecast would have saved about {saved} and avoided {avoided}"
         if high < 0.0:
             return f"Shadecast would have cost {_percent(-found.saved_fraction)} of the mean latency"
         return f"no difference that could not be chance: Shadecast would have saved {saved} and avoided {avoided}"
