@@ -161,6 +161,14 @@ def test_why_tells_and_an_order_is_carried_out() -> None:
             await expect(page.locator("#said")).to_contain_text("Draining replica")
             assert len((await scene.coordinator.status())["holds"]) == 1
             await expect(row.get_by_role("button", name="release")).to_be_visible()
+            card = page.locator("#nodes .card").nth(5)
+            drain, release = (card.get_by_role("button", name=name, exact=False) for name in ("drain", "release"))
+            await expect(release).to_be_hidden()
+            await drain.click()
+            await page.locator("#ask-go").click()  # the token is kept
+            await expect(release).to_be_visible()
+            await expect(drain).to_be_hidden()
+            assert len((await scene.coordinator.status())["holds"]) == 2
             assert wrong == []
 
     asyncio.run(run())
