@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from playwright.async_api import Browser, async_playwright
+from playwright.async_api import Browser, async_playwright, expect
 
 from serve_app.page.rights import Rights, digest
 from serve_app.page.server import make_app
@@ -25,6 +25,7 @@ NO_CHROMIUM = (
     f"elsewhere `playwright install chromium`)"
 )
 TOKEN = "correct-horse-battery"
+expect.set_options(timeout=30_000)  # others may have the processor first
 
 
 def find_chromium() -> str | None:
