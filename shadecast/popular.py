@@ -18,8 +18,8 @@ _FADE = 0.05
 """Weight of a request's gain in the usual one."""
 _LEAST_TOKENS = 1.0
 """Added to every gain: where all that is popular has been copied, requests are copied by chance."""
-_REPAID, _MOST_OWED = 0.1, 2.0
-"""Copies that are missing for the fraction are made up for within ten requests or so."""
+_REPAID, _MOST_OWED = 0.2, 5.0
+"""Copies that are missing for the fraction are made up for within five requests or so."""
 
 
 def _depths() -> list[int]:

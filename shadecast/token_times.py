@@ -82,5 +82,6 @@ def marked(times_s: Sequence[float], units: Sequence[float]) -> tuple[float, flo
 
 def _add(fit: Fit, of: Sequence[float], seen_s: float) -> None:
     if math.isfinite(seen_s):
-        limit_s = _OUTLIER * fit.rough(of) if fit.count >= _ENOUGH else 0.0
-        fit.add(of, min(seen_s, limit_s or math.inf))
+        predict = fit.rough if fit.count % _ENOUGH else fit.predict  # solved now and then: it is not done in no time
+        limit_s = _OUTLIER * predict(of) if fit.count >= _ENOUGH else math.inf
+        fit.add(of, min(seen_s, limit_s))
