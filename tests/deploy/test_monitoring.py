@@ -237,6 +237,7 @@ def gone() -> dict[str, Any]:
 WRONG = set(ALERTS) - {"ShadecastMetricsGone", "ShadecastCoordinatorGone"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(PROMETHEUS is None, reason=NO_PROMETHEUS)
 @pytest.mark.parametrize(
     ("how", "expected"),
@@ -263,6 +264,7 @@ def test_alerts_hold_for_a_page_that_a_real_prometheus_scrapes_where_something_i
     asyncio.run(run())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(PROMETHEUS is None, reason=NO_PROMETHEUS)
 def test_an_alert_holds_where_there_is_no_page_to_scrape(tmp_path: Path) -> None:
     async def run() -> None:
@@ -288,6 +290,7 @@ def test_promtool_takes_the_rules_and_every_query_of_the_dashboard(tmp_path: Pat
         assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(PROMTOOL is None, reason=NO_PROMTOOL)
 @pytest.mark.parametrize("fault", ["", *FAULTS])
 def test_an_alert_goes_off_where_it_should_and_only_there(fault: str, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from tests.serve_app.page.page_scene import WideScene, make_scene
 from tests.serve_app.page.pictures import PICTURES, take
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(find_chromium() is None, reason=NO_CHROMIUM),
     pytest.mark.timeout(600),  # where others have the processor first
 ]
