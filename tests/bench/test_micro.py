@@ -8,6 +8,8 @@ import pytest
 
 from bench.micro import REPLICAS, ROUTERS, Row, checks
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):

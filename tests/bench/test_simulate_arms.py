@@ -265,6 +265,7 @@ def test_sessions_stay_on_their_replica_while_nothing_is_wrong(name: str) -> Non
     assert metrics["unfinished"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["live_capacity", "shadecast"])
 def test_sessions_leave_slowed_replicas_and_miss_hardly_any_deadline(name: str) -> None:
     """A quarter of the nodes is slowed at any time; routers that do not know a session place it past those."""
@@ -283,6 +284,7 @@ def test_random_routing_without_stickiness_would_move_nearly_every_turn() -> Non
     assert metrics["moved_fraction"] > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["p2c_ray", "prequal", "shadecast"])
 def test_requests_lost_in_a_crash_are_counted_and_still_answered(name: str) -> None:
     metrics = simulate(_small("tokens-crash", horizon_s=200.0), ARMS[name], 1)
