@@ -15,11 +15,12 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Self
 
 import ray
 
+from shadecast.config import built_from, check_numbers
 from shadecast.errors import ConfigError, ShadecastError
 from shadecast.inbox import node_message
 from shadecast.types import NodeReport
@@ -58,19 +59,12 @@ class ForecasterSettings:
             "log_max_age_s": (60.0, 1e10),
             "period_s": (0.05, 60.0),
         }
-        for name, (low, high) in bounds.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-                raise ConfigError(f"forecaster.{name} = {value!r}: must be a number from {low:g} to {high:g}")
+        check_numbers("forecaster", self, bounds)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:
         """Build from plain values; raises ConfigError on unknown names or values out of bounds."""
-        known = {f.name for f in fields(cls)}
-        for key in values:
-            if key not in known:
-                raise ConfigError(f"forecaster.{key}: unknown setting; known are {', '.join(sorted(known))}")
-        return cls(**values)
+        return built_from(cls, "forecaster", values)
 
 
 class CoordinatorLink:

@@ -5,10 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from models.grid import Array
-from shadecast.capacity import log_headroom
-
-HEADROOM_WEIGHTS = (0.3, 0.4, 0.3)
-"""Of the log headroom at the quantiles .1, .5, .9: what it is expected to be, as routing reckons it."""
+from shadecast.capacity import QUANTILE_WEIGHTS, log_headroom
 
 
 def log_headroom_of(load: Array) -> Array:
@@ -23,5 +20,5 @@ def headroom_errors(quantiles: Array, truth: Array) -> Array:
     Compare forecasts by its square: the expectation makes that least. The absolute value is least for the median, and
     a forecast that never warns of what is possible, but not likely, looks better by it.
     """
-    expected = log_headroom_of(quantiles) @ np.asarray(HEADROOM_WEIGHTS)
+    expected = log_headroom_of(quantiles) @ np.asarray(QUANTILE_WEIGHTS)
     return np.asarray(expected - log_headroom_of(truth))

@@ -25,7 +25,8 @@ from shadecast.prefix_score import Comparison
 
 if TYPE_CHECKING:
     from serve_app.ray_api import ServeRouter
-    from serve_app.routing.live_calls import LiveCall, LiveCalls
+    from serve_app.routing.live_call import LiveCall
+    from serve_app.routing.live_calls import LiveCalls
 
 logger = logging.getLogger("ray.serve")
 

@@ -17,6 +17,7 @@ from ray.serve.request_router import PendingRequest
 from serve_app.user_functions import UserFunction
 from shadecast.calls import Call, Phase
 from shadecast.config import CHOICES, BalanceConfig
+from shadecast.messages import number_of
 from shadecast.popular import Popular
 from shadecast.prefix import PrefixIndex
 from shadecast.prefix_exchange import Decisions
@@ -329,9 +330,8 @@ class Prefixes:
     def _stat(replica: Any, name: str) -> float | None:
         """A finite number that the deployment tells of a replica."""
         stats = getattr(replica, "routing_stats", None)
-        told = stats.get(name) if isinstance(stats, Mapping) else None
-        is_number = isinstance(told, (int, float)) and not isinstance(told, bool) and math.isfinite(told)
-        return told if is_number else None
+        told = number_of(stats.get(name)) if isinstance(stats, Mapping) else math.nan
+        return told if math.isfinite(told) else None
 
     # ------------------------------------------------------------------ other routers
 

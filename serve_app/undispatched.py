@@ -22,7 +22,8 @@ from shadecast.config import REPORT_S
 from shadecast.residence import Residence
 
 if TYPE_CHECKING:
-    from serve_app.routing.live_calls import LiveCall, LiveCalls
+    from serve_app.routing.live_call import LiveCall
+    from serve_app.routing.live_calls import LiveCalls
 
 _MOST_ASKED = 32
 """At a time: a router of a thousand replicas asks each of them twice a minute."""

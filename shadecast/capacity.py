@@ -32,7 +32,7 @@ _SURPRISE = 9.0
 """Three standard errors: a difference that is not chance."""
 _MANY = 8.0
 """Decayed number of observations that are enough to stand for themselves."""
-_QUANTILE_WEIGHTS = (0.3, 0.4, 0.3)
+QUANTILE_WEIGHTS = (0.3, 0.4, 0.3)
 """Of the values at the quantiles .1, .5 and .9 in an expected value: the mean of a normal distribution exactly, and
 nearly of most others (Swanson's rule; Hurst, Brown and Swanson 2000)."""
 _SPAN_STEPS = 8
@@ -83,7 +83,7 @@ def headroom_now(snapshot: NodeSnapshot | None) -> Headroom:
     )
 
 
-def steady(before: Headroom, now: Headroom) -> Headroom:
+def smoothed(before: Headroom, now: Headroom) -> Headroom:
     """The headroom to go by after a new sample: what telemetry's own noise may be counts in part, more at once.
 
     Equal nodes whose samples differ by noise would else get unequal shares, each in turn.
@@ -314,7 +314,7 @@ def outlook(
         if not all(math.isfinite(load) for load in (*loads, worst_load)):
             continue
         gate = min(max(forecast.gate.get(resource, 0.0), 0.0), 1.0)
-        expected = sum(w * log_headroom(load) for w, load in zip(_QUANTILE_WEIGHTS, loads, strict=True))
+        expected = sum(w * log_headroom(load) for w, load in zip(QUANTILE_WEIGHTS, loads, strict=True))
         change += gate * gamma[k] * (expected - now[k])
         worst += gamma[k] * log_headroom(worst_load)
         if resource == "memory":

@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from keyword import iskeyword
-from typing import Any, Self
+from typing import Any, Self, TypeVar, cast
 
 from shadecast.errors import ConfigError
+
+T = TypeVar("T")
 
 TICK_S = 0.5
 """Between two tables. Slower ones herd requests, faster ones cost more than they tell."""
@@ -82,6 +84,23 @@ class _Section:
                     f"{cls._name}.{key} = {values[key]!r}: unknown setting; known are {', '.join(sorted(known))}"
                 )
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known})
+
+
+def check_numbers(section: str, of: object, bounds: Mapping[str, tuple[float, float]]) -> None:
+    """Raises ConfigError for the first of an object's values that is no number within its bounds."""
+    for name, (low, high) in bounds.items():
+        value = getattr(of, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+            raise ConfigError(f"{section}.{name} = {value!r}: must be a number from {low:g} to {high:g}")
+
+
+def built_from(kind: type[T], section: str, values: Mapping[str, Any]) -> T:
+    """A dataclass of plain values. Raises ConfigError on unknown names, and as its `__post_init__` does."""
+    known = {f.name for f in fields(cast("Any", kind))}
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"{section}.{key}: unknown setting; known are {', '.join(sorted(known))}")
+    return kind(**values)
 
 
 def _checked(name: str, value: Any, kind: Any, meta: Mapping[str, Any]) -> int | float:

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from heapq import nsmallest
 from typing import Any
 
+from shadecast.messages import number_of
 from shadecast.pick import PickTable
 from shadecast.prefix_score import Comparison
 from shadecast.types import RoutingTable
@@ -296,12 +297,6 @@ def to_plain(decision: Decision, now_s: float) -> dict[str, Any]:
 
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def number_of(value: Any) -> float:
-    """A number of a message; NaN where there is none."""
-    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if plain else math.nan
 
 
 def check(answered: Any, at_most: int = 4 * MOST_BYTES) -> list[dict[str, Any]]:

@@ -189,8 +189,8 @@ def _guards(known: Replica, fleet: Fleet) -> list[str]:
         found.append(f"It has been far slower than the others for {_span(fleet.now_s - known.slow_since_s)}.")
     if known.doubted_s is not None:
         found.append(
-            f"It has been so slow that nobody chose it; for {_span(fleet.now_s - known.doubted_s)} copies of requests "
-            "have shown whether it is well again."
+            f"It was slower than others, so that nobody chose it; for {_span(fleet.now_s - known.doubted_s)} copies of "
+            "requests have shown whether it is well again."
         )
     return found
 

@@ -222,7 +222,7 @@ class Fleet:
             return
         change = max(abs(b - a) for a, b in zip(before.headroom, headroom, strict=True))
         back_s = self.now_s if made_s - before.made_s > LOST_AFTER_S else before.back_s
-        headroom = cap.steady(before.headroom, headroom)
+        headroom = cap.smoothed(before.headroom, headroom)
         self.nodes[report.node_id] = Node(report, made_s, headroom, (change, *before.changes[:2]), back_s)
 
     def take_router(self, report: RouterReport) -> bool:

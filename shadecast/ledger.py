@@ -115,8 +115,16 @@ class Ledger:
         """A call has ended: its outcome."""
         origin = "" if call.ok else call.origin
         outcome = Outcome(
-            *(call.duration_s, call.others, call.ok, call.cost, call.first_item_s, call.items, origin),
-            *(call.predicted, call.predicted_ours, call.refused),
+            call.duration_s,
+            call.others,
+            call.ok,
+            call.cost,
+            call.first_item_s,
+            call.items,
+            origin,
+            call.predicted,
+            call.predicted_ours,
+            call.refused,
         )
         if call.ok:
             self._new.append(call.duration_s)

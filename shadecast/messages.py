@@ -128,12 +128,18 @@ def as_list(values: Any, what: str) -> list[Any]:
     return list(values)
 
 
+def number_of(value: Any) -> float:
+    """A number of a message; NaN where there is none."""
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if plain else math.nan
+
+
 def numbers(message: Any, names: Iterable[str]) -> list[Any]:
     """Numbers of a message by name, 0 where they are missing; raises MessageError."""
     if not isinstance(message, Mapping):
         raise MessageError(f"{', '.join(names)}: a mapping is expected, not {type(message).__name__}")
     found = [message.get(name, 0) for name in names]
     for name, value in zip(names, found, strict=True):
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        if not math.isfinite(number_of(value)):
             raise MessageError(f"{name} = {value!r}: a number is expected")
     return found

@@ -1,8 +1,8 @@
 """How long requests usually stay on a deployment's replicas, where nobody tells when they end.
 
 Little's law: requests there = arrivals per second x time there. So the requests that replicas tell of, summed up over
-time, over those that arrived in that time, is the mean time; what ends here says it directly, as the same ratio. Both
-sums fade, so that the mean follows the traffic.
+time, over those that arrived in that time, is the mean time. Both sums fade, so that the mean follows the
+traffic.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _LEAST = 3.0
 
 
 class Residence:
-    """The mean time, from what replicas tell and from requests whose end is known."""
+    """The mean time, from what replicas tell."""
 
     __slots__ = ("_arrivals", "_faded_s", "_request_s", "first_s")
 
@@ -26,10 +26,6 @@ class Residence:
         self._faded_s = -math.inf
         self.first_s = 0.0
         """What to go by before anything was seen, if known: the nominal time of a request."""
-
-    def ended(self, duration_s: float, now_s: float) -> None:
-        """A request has ended after so long."""
-        self._add(duration_s, 1.0, now_s)
 
     def told(self, requests: float, over_s: float, arrivals: float, now_s: float) -> None:
         """Replicas had so many requests over a time in which so many arrived there, all routers' alike."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import Any, Self
 
+from shadecast.config import built_from, check_numbers
 from shadecast.errors import ConfigError
 
 OFF = "off"
@@ -69,19 +70,12 @@ class RetrainPlan:
             "probation_s": (0.0, 1e8),
             "look_s": (0.1, 3600.0),
         }
-        for name, (low, high) in bounds.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-                raise ConfigError(f"retrain.{name} = {value!r}: must be a number from {low:g} to {high:g}")
+        check_numbers("retrain", self, bounds)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:
         """Build from plain values; raises ConfigError on unknown names or values out of bounds."""
-        known = {f.name for f in fields(cls)}
-        for key in values:
-            if key not in known:
-                raise ConfigError(f"retrain.{key}: unknown setting; known are {', '.join(sorted(known))}")
-        return cls(**values)
+        return built_from(cls, "retrain", values)
 
 
 def every_s(text: str) -> float | None:

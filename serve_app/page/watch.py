@@ -77,14 +77,9 @@ class Watch:
 
     async def _refresh(self) -> None:
         try:
-            async with asyncio.timeout(_ANSWER_S):
-                answer = to_json(await self._ask())
-        except TimeoutError:
-            self._away = f"the coordinator did not answer within {_ANSWER_S:g} s"
+            answer = await _answer(self._ask)
         except ControlPlaneAwayError as error:
             self._away = str(error)
-        except Exception as error:
-            self._away = f"asking the coordinator failed: {one_line(error)}"
         else:
             self._status, self._away = answer, ""
             self._remember(self._now_s())
@@ -153,18 +148,24 @@ class Explanations:
         return kept[1]
 
     async def _asked(self, what: str, target: str) -> dict[str, Any]:
-        if self._ask is None:
+        ask = self._ask
+        if ask is None:
             raise ControlPlaneAwayError("nobody to ask")
-        try:
-            async with asyncio.timeout(_ANSWER_S):
-                answer: dict[str, Any] = to_json(await self._ask({"what": what, "target": target}))
-        except TimeoutError:
-            raise ControlPlaneAwayError(f"the coordinator did not answer within {_ANSWER_S:g} s") from None
-        except ControlPlaneAwayError:
-            raise
-        except Exception as error:
-            raise ControlPlaneAwayError(f"asking the coordinator failed: {one_line(error)}") from error
-        return answer
+        return await _answer(lambda: ask({"what": what, "target": target}))
+
+
+async def _answer(ask: Callable[[], Awaitable[Any]]) -> dict[str, Any]:
+    """The coordinator's, as JSON values. Raises ControlPlaneAwayError, whatever has gone wrong."""
+    try:
+        async with asyncio.timeout(_ANSWER_S):
+            answer: dict[str, Any] = to_json(await ask())
+    except TimeoutError:
+        raise ControlPlaneAwayError(f"the coordinator did not answer within {_ANSWER_S:g} s") from None
+    except ControlPlaneAwayError:
+        raise
+    except Exception as error:
+        raise ControlPlaneAwayError(f"asking the coordinator failed: {one_line(error)}") from error
+    return answer
 
 
 def to_json(value: Any) -> Any:

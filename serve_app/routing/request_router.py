@@ -18,7 +18,8 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RunningReplica
 
 from serve_app.ray_api import ServeRouter
 from serve_app.routing.link import keep_in_touch
-from serve_app.routing.live_calls import LiveCall, LiveCalls
+from serve_app.routing.live_call import LiveCall
+from serve_app.routing.live_calls import LiveCalls
 from serve_app.routing.watched_result import WatchedReplica
 from serve_app.user_functions import UserFunction
 from shadecast.config import CHOICES, Config, retired_settings, sections

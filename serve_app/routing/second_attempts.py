@@ -37,7 +37,8 @@ from shadecast.rescue import (
 from shadecast.types import RoutingTable
 
 if TYPE_CHECKING:
-    from serve_app.routing.live_calls import LiveCall, LiveCalls
+    from serve_app.routing.live_call import LiveCall
+    from serve_app.routing.live_calls import LiveCalls
     from serve_app.routing.watched_result import WatchedResult
 
 logger = logging.getLogger("ray.serve")

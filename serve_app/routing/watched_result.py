@@ -23,7 +23,8 @@ from serve_app.routing.ends import tell
 from shadecast.calls import Event
 
 if TYPE_CHECKING:
-    from serve_app.routing.live_calls import LiveCall, LiveCalls
+    from serve_app.routing.live_call import LiveCall
+    from serve_app.routing.live_calls import LiveCalls
     from shadecast.reading import Reading
 
 T = TypeVar("T")

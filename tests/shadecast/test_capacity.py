@@ -295,17 +295,17 @@ def test_a_node_is_left_for_what_is_likely_and_not_for_what_only_may_come(now):
 def test_noise_of_telemetry_makes_no_node_unlike_another_and_a_hog_counts_at_once():
     rng, held, last = random.Random(5), room(cpu=0.1), []
     for _ in range(200):
-        held = cap.steady(held, room(cpu=0.1 + rng.gauss(0.0, 0.035), memory=0.3))
+        held = cap.smoothed(held, room(cpu=0.1 + rng.gauss(0.0, 0.035), memory=0.3))
         last.append(held[0])
     assert statistics.pstdev(last[20:]) < 0.02
     assert statistics.fmean(last[20:]) == pytest.approx(math.log(0.9), abs=0.01)
     assert held[1] == pytest.approx(math.log(0.7), abs=1e-6)
-    assert cap.steady(held, room(cpu=0.5))[0] == pytest.approx(math.log(0.5)), "a hog"
+    assert cap.smoothed(held, room(cpu=0.5))[0] == pytest.approx(math.log(0.5)), "a hog"
 
 
 def test_a_load_that_rises_little_by_little_is_followed_within_two_seconds():
     held = room()
     for sample in range(60):  # two samples a second
-        held = cap.steady(held, room(cpu=0.01 * sample))
+        held = cap.smoothed(held, room(cpu=0.01 * sample))
         behind = held[0] - room(cpu=0.01 * max(sample - 4, 0))[0]
         assert behind <= 1e-9

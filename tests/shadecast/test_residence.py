@@ -31,10 +31,10 @@ def test_queues_that_are_told_each_second_give_the_mean_time(true_s):
     assert usual.mean_s == pytest.approx(true_s, rel=0.3)
 
 
-def test_ends_that_are_known_count_alike():
+def test_one_request_a_second_that_stays_two_seconds_is_two_at_a_time():
     usual = Residence()
     for i in range(50):
-        usual.ended(2.0, float(i))
+        usual.told(2.0, 1.0, 1.0, float(i))
     assert usual.mean_s == pytest.approx(2.0)
 
 
