@@ -6,8 +6,6 @@ the exit codes and what `--json` prints.
 
 from __future__ import annotations
 
-import contextlib
-import datetime
 import runpy
 import signal
 import socket
@@ -18,19 +16,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console, Group, RenderableType
+from rich.console import Console
 
-from serve_app.launch import explanations, ids, own_installation, tables, tokens
+from serve_app.launch import own_installation, tokens
 from serve_app.launch.answers import JsonOption, answer, failed, problems
 from serve_app.launch.connection import AddressOption, connected
+from serve_app.launch.look_commands import explain, nodes, status
+from serve_app.launch.order_commands import announce, drain, release
 from serve_app.launch.registry_commands import forecaster
 from serve_app.launch.report_command import report
-from serve_app.launch.times import duration_s, from_now_s
-from serve_app.launch.watching import Watching
 from serve_app.launch.what_if_command import simulate
 from serve_app.page.address import Address, PageError
-from serve_app.page.watch import to_json
-from shadecast.errors import AwayError, ConfigError, NotInstalledError, OrderError, ShadecastError
+from shadecast.errors import AwayError, ConfigError, NotInstalledError, ShadecastError
 
 if TYPE_CHECKING:
     from serve_app.launch.control_plane import ControlPlane
@@ -43,9 +40,6 @@ console = Console()
 
 FAILED, BAD_USE, AWAY = 1, 2, 3
 """Exit codes beside 0, which is: done."""
-_WATCH_S = 1.0
-_WATCH_ANSWER_S = 3.0
-_LEAST_WIDTH, _WIDE = 80, 1000
 
 PageOption = Annotated[
     int | None, typer.Option(min=0, max=65535, help="Port of the live page; 0 turns it off. [default: 8266]")
@@ -73,13 +67,6 @@ LookTokenFileOption = Annotated[
 AuditLogOption = Annotated[
     str, typer.Option(metavar="FILE", help="Where the coordinator writes down orders, on its node.")
 ]
-WideOption = Annotated[bool, typer.Option("--wide", help="All columns and whole ids, however narrow the terminal.")]
-TargetArgument = Annotated[
-    str,
-    typer.Argument(
-        help="Id of a replica or node, its beginning, or a node's host name.", autocompletion=ids.complete_targets
-    ),
-]
 
 
 def run() -> None:
@@ -99,20 +86,6 @@ def exit_code(error: ShadecastError) -> int:
             return BAD_USE
         case _:
             return FAILED
-
-
-def _status(timeout_s: float = 30.0) -> dict[str, Any]:
-    """The coordinator's status as JSON values; what it names is remembered for completion."""
-    from serve_app.launch.control_plane import ask_coordinator  # noqa: PLC0415 - see above
-
-    status: dict[str, Any] = to_json(ask_coordinator("status", timeout_s=timeout_s))
-    ids.remember(status)
-    return status
-
-
-def _show(view: list[RenderableType], *, wide: bool = False) -> None:
-    """Print tables; below 80 columns the terminal wraps them, nothing is cut."""
-    Console(width=_WIDE if wide else _width()).print(*view, sep="\n", highlight=False)
 
 
 @cli.command()
@@ -338,192 +311,8 @@ def down(address: AddressOption = "", as_json: JsonOption = False) -> None:
         console.print(f"Stopped {stopped} actors.")
 
 
-@cli.command()
-def status(
-    address: AddressOption = "",
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="Again every second, until Ctrl-C.")] = False,
-    wide: WideOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Show nodes with what is free and will be, replicas with state, share and KPIs, the table's age, and changes."""
-    with connected(address):
-        if watch:
-            _watch(wide=wide, as_json=as_json)
-            return
-        state = _status()
-    if as_json:
-        answer(**state)
-    else:
-        _show(tables.status_view(state, _width(), wide=wide), wide=wide)
-
-
-def _watch(*, wide: bool, as_json: bool) -> None:
-    """Show the status every second until Ctrl-C; while the control plane is away, what it said last."""
-    watching = Watching(time.monotonic)
-    live = console.is_terminal and not as_json
-    with contextlib.suppress(KeyboardInterrupt), console.screen() if live else contextlib.nullcontext() as screen:
-        while True:
-            try:
-                watching.heard(_status(_WATCH_ANSWER_S))
-            except ShadecastError as error:
-                watching.away(str(error))
-            if as_json:
-                answer(**watching.plain())
-            elif screen is not None:
-                screen.update(Group(*watching.view(_width(), wide=wide)))
-            else:
-                _show(watching.view(_width(), wide=wide), wide=wide)
-            time.sleep(_WATCH_S)
-
-
-def _width() -> int:
-    return max(console.width, _LEAST_WIDTH)
-
-
-@cli.command()
-def nodes(address: AddressOption = "", wide: WideOption = False, as_json: JsonOption = False) -> None:
-    """Show a row for each node: state, what is free now and expected to be, age of its telemetry, hold, replicas."""
-    with connected(address):
-        state = _status()
-    if as_json:
-        answer(nodes=tables.node_rows(state))
-    else:
-        _show(tables.nodes_view(state, _width(), wide=wide), wide=wide)
-
-
-@cli.command()
-def explain(  # noqa: PLR0917 - as above
-    last: Annotated[bool, typer.Option("--last", help="What routers decided last.")] = False,
-    request: Annotated[str, typer.Option(metavar="ID", help="One request, by the x-request-id of its answer.")] = "",
-    replica: Annotated[
-        str, typer.Option(metavar="ID", help="Why it gets what it gets.", autocompletion=ids.complete_targets)
-    ] = "",
-    node: Annotated[
-        str, typer.Option(metavar="ID", help="What is known of it, and why.", autocompletion=ids.complete_nodes)
-    ] = "",
-    wait: Annotated[
-        str, typer.Option(metavar="DURATION", help="With --request: until it comes, 300 s at most. [e.g. 60s]")
-    ] = "",
-    most: Annotated[int, typer.Option(min=1, max=50, help="With --last: so many.")] = 5,
-    address: AddressOption = "",
-    wide: WideOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Say why: where requests went and what the replicas' scores were, what a replica or node gets, what is missing."""
-    given = [(what, target) for what, target in (("request", request), ("replica", replica), ("node", node)) if target]
-    if last:
-        given.append(("last", ""))
-    if len(given) != 1:
-        raise ConfigError("explain: give one of --last, --request ID, --replica ID and --node ID")
-    if wait and not request:
-        raise ConfigError("explain: --wait is for --request: the others are known already")
-    told = _explain(
-        *given[0], address, most=50 if request else most, wait_s=duration_s(wait, "--wait") if wait else 0.0
-    )
-    if as_json:
-        answer(**told)
-    else:
-        _show(explanations.view(told, _width(), wide=wide), wide=wide)
-
-
-def _explain(what: str, target: str, address: str, **more: Any) -> dict[str, Any]:
-    """The coordinator's explanation, as JSON values. Raises OrderError where nothing has that id."""
-    from serve_app.launch.control_plane import ask_coordinator  # noqa: PLC0415 - see above
-
-    with connected(address):
-        if what in ("replica", "node"):
-            state = _status()
-            names = ids.node_names(state) if what == "node" else {}
-            target = ids.resolve(target, names or ids.replica_ids(state), names, what)
-        asked = {"what": what, "target": target, **more}
-        told: dict[str, Any] = to_json(ask_coordinator("explain", asked, timeout_s=30.0 + more["wait_s"]))
-    if "refused" in told:
-        raise OrderError(str(told["refused"]))
-    return told
-
-
-@cli.command()
-def drain(target: TargetArgument, address: AddressOption = "", as_json: JsonOption = False) -> None:
-    """Take a replica, or all replicas of a node, out of traffic; requests under way finish."""
-    told = _order("drain", target, address)
-    if as_json:
-        answer(**told)
-    else:
-        now = f"{told['concerned']} of what runs now"
-        console.print(f"Kept out of traffic until `shadecast release {target}`: {now}.", markup=False, highlight=False)
-
-
-@cli.command()
-def release(target: TargetArgument, address: AddressOption = "", as_json: JsonOption = False) -> None:
-    """Let a drained replica or node back in, through a trial."""
-    told = _order("release", target, address)
-    if as_json:
-        answer(**told)
-    else:
-        console.print(f"Let back in, through a trial: {told['concerned']} of what runs now.", highlight=False)
-
-
-@cli.command()
-def announce(  # noqa: PLR0917 - as above
-    node: Annotated[
-        str, typer.Argument(help="Id of a node, its beginning, or its host name.", autocompletion=ids.complete_nodes)
-    ],
-    from_: Annotated[str, typer.Option("--from", metavar="TIME", help="now, +10m, 14:30, or ISO 8601.")] = "now",
-    to: Annotated[str, typer.Option("--to", metavar="TIME", help="As --from.")] = "",
-    for_: Annotated[str, typer.Option("--for", metavar="DURATION", help="90s, 10m, 1.5h; in place of --to.")] = "",
-    strength: Annotated[
-        float, typer.Option(min=0.01, max=1.0, help="Part of the node that is taken; 1: as if it were away.")
-    ] = 1.0,
-    cancel: Annotated[bool, typer.Option("--cancel", help="Nothing that was announced for it comes.")] = False,
-    address: AddressOption = "",
-    as_json: JsonOption = False,
-) -> None:
-    """Tell in advance that a node will be slow or away: a batch job, a pause. Load leaves it in time, and returns."""
-    values: dict[str, Any] = {}
-    if not cancel:
-        starts_in_s, lasts_s = _interval(from_, to, for_)
-        values = {"starts_in_s": starts_in_s, "lasts_s": lasts_s, "strength": strength}
-    told = _order("cancel" if cancel else "announce", node, address, nodes_only=True, **values)
-    if as_json:
-        answer(**told)
-    elif cancel:
-        console.print(f"Cancelled for node {told['target'][:16]}: {told['cancelled']}.", highlight=False)
-    else:
-        starts, ends = (
-            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(told[f"{e}_wall_s"])) for e in ("starts", "ends")
-        )
-        console.print(f"Announced for node {told['target'][:16]}: from {starts} to {ends}.", highlight=False)
-    if not told["told"]:
-        text = "Its forecaster does not answer now; it hears of this when it reports again."
-        problems.print(text, highlight=False)
-
-
-def _interval(from_: str, to: str, for_: str) -> tuple[float, float]:
-    """Seconds until it starts, and how long it lasts. Raises ConfigError."""
-    if bool(to) == bool(for_):
-        raise ConfigError("announce: give one of --to TIME and --for DURATION, or --cancel")
-    now = datetime.datetime.now().astimezone()
-    starts_in_s = from_now_s(from_, "--from", now)
-    if starts_in_s < 0.0:
-        raise ConfigError(f"--from {from_!r}: lies {-starts_in_s:.0f} s back; give `now` or a time to come")
-    lasts_s = duration_s(for_, "--for") if for_ else from_now_s(to, "--to", now) - starts_in_s
-    if lasts_s <= 0.0:
-        raise ConfigError(f"{'--for' if for_ else '--to'} {for_ or to!r}: must be after --from {from_!r}")
-    return starts_in_s, lasts_s
-
-
-def _order(what: str, given: str, address: str, *, nodes_only: bool = False, **values: Any) -> dict[str, Any]:
-    """Order for the one replica or node that `given` means. Raises OrderError."""
-    from serve_app.launch.control_plane import order  # noqa: PLC0415 - see above
-
-    with connected(address):
-        state = _status()
-        names = ids.node_names(state)
-        known = set(names)
-        if not nodes_only:
-            known |= ids.replica_ids(state) | set(state.get("holds", ()))
-        target = ids.resolve(given, known, names, "node" if nodes_only else "replica or node")
-        return order(what, target, **values)
+for _command in (status, nodes, explain, drain, release, announce):
+    cli.command()(_command)
 
 
 @cli.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})

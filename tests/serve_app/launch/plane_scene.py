@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 
-from serve_app.launch import commands, connection, control_plane, registry_commands, report_command
+from serve_app.launch import (
+    commands,
+    connection,
+    control_plane,
+    look_commands,
+    order_commands,
+    registry_commands,
+    report_command,
+)
 from shadecast.errors import AwayError
 from tests.serve_app.page.page_scene import Scene, make_scene
 
@@ -46,7 +54,7 @@ class PlaneScene:
 
     def put_in_place(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(control_plane, "ask_coordinator", self.ask)
-        for module in (commands, connection, registry_commands, report_command):
+        for module in (commands, connection, look_commands, order_commands, registry_commands, report_command):
             monkeypatch.setattr(module, "connected", self.connected)
 
 

@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -289,7 +290,7 @@ def test_watch_shows_that_the_control_plane_is_away_and_back_and_ends_well_with_
             raise KeyboardInterrupt
         plane.away = step
 
-    monkeypatch.setattr(commands.time, "sleep", pause)
+    monkeypatch.setattr(time, "sleep", pause)
     assert run(monkeypatch, "status", "--watch") == 0
     out = capsys.readouterr().out
     assert out.count("every second; Ctrl-C ends") == 3
@@ -307,7 +308,7 @@ def test_watch_as_json_is_one_object_a_line(plane: PlaneScene, monkeypatch: pyte
             raise KeyboardInterrupt
         plane.away = ""
 
-    monkeypatch.setattr(commands.time, "sleep", pause)
+    monkeypatch.setattr(time, "sleep", pause)
     assert run(monkeypatch, "status", "--watch", "--json") == 0
     first, second = map(json.loads, capsys.readouterr().out.splitlines())
     assert first == {"schema": 1, "away": "restarting"}
