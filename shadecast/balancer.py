@@ -149,7 +149,7 @@ class Balancer:
         self._fleet.holds = tick.holds
         self._hold()
         self._lose()
-        self._trials.judge()
+        self._trials.judge(elapsed_s)
         self._admission.admit()
         self._admission.plan_mirrors()
         return self._publish()

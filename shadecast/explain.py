@@ -112,7 +112,7 @@ def _share(known: Replica, fleet: Fleet, *, share: float, panic: bool, urgent: s
         case State.SHIFTING:
             steps = ", ".join(f"{100 * step:g} %" for step in config.ramp)
             found.append(f"It may get {100 * share:g} % of the picks: step {c.step + 1} of its ramp of {steps}.")
-            found.append(f"The next step comes after {config.step_s:g} s, or 20 requests, without harm.")
+            found.append(f"The next step comes after {config.step_s:g} s with requests, or 20 of them, without harm.")
             if urgent:
                 found.append(f"Steps are short now: {urgent}.")
         case State.SHADOWING:
@@ -147,9 +147,9 @@ def _trial(known: Replica, now_s: float) -> dict[str, Any]:
     trial, ruling = known.trial, known.ruling
     if trial is None:
         return {"values": None, "sentences": []}
-    ruling = ruling or trial.rule(now_s)
+    ruling = ruling or trial.rule(now_s, quiet_s=known.quiet_s)
     evidence, missing = dict(ruling.evidence), trial.missing()
-    pairs_left, left_s = trial.left(now_s)
+    pairs_left, left_s = trial.left(now_s, known.quiet_s)
     sentences = [
         f"Its trial has {_count(trial.pairs, 'pair')} of a request and its copy: "
         f"{evidence['errors_shadow_only']:.0f} failed on it alone, "
@@ -163,6 +163,8 @@ def _trial(known: Replica, now_s: float) -> dict[str, Any]:
         sentences.append(f"A copy takes {_ratio(mean)} times as long as its request: {within}; {judged} judged.")
     sentences += [f"What is missing: {each}." for each in missing]
     sentences.append(f"The trial ends after {pairs_left} more pairs, or in {_span(left_s)}, at the latest.")
+    if known.quiet_s >= 1.0:
+        sentences.append(f"{_span(known.quiet_s)} without requests do not count: in silence nothing shows.")
     if evidence["error_score"] > 0.0:
         sentences.append(f"Errors speak against it: {evidence['error_score']:.1f} of {NEWCOMER_LIMIT:g} end the trial.")
     values = {

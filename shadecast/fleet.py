@@ -103,6 +103,8 @@ class Replica:
     """Fraction of its node's memory that was used when it was admitted."""
     step_outcomes: int = 0
     """Live requests that have ended since the present state, or step of the ramp, was entered."""
+    quiet_s: float = 0.0
+    """Of the time since then, how much was without requests: in silence nothing shows, for or against it."""
     slow_since_s: float | None = None
     """On the ramp: since when it has been so slow that it is of no use."""
     unexplained: float = 0.0
@@ -334,6 +336,14 @@ class Fleet:
     def waiting(self) -> int:
         """Requests that wait in routers for a replica that has room."""
         return sum(max(router.report.waiting, 0) for router in self.routers.values())
+
+    @property
+    def silence(self) -> float:
+        """How far nobody asks for anything: 0 with requests under way, or one a second and more; 1 without any."""
+        replicas = self.replicas.values()
+        if self.waiting or any(r.queue > 0.0 for r in replicas):
+            return 0.0
+        return max(1.0 - sum(r.recent.per_s for r in replicas), 0.0)
 
     def panic(self) -> bool:
         """Too few of the replicas that were good once take traffic."""

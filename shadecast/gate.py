@@ -147,9 +147,14 @@ class Trial:
         load_primary = load_factor(pair.primary_in_flight, self._slots, self._batch_half)
         return math.log(pair.shadow_s) - math.log(pair.primary_s) - math.log(load_shadow / load_primary)
 
-    def rule(self, now_s: float, *, memory_before: float = math.nan, memory_now: float = math.nan) -> Ruling:
-        """The ruling as of now; memory as a fraction of the candidate's node, NaN where it is not known."""
-        config, elapsed_s = self.config, self._advance(now_s)
+    def rule(
+        self, now_s: float, *, memory_before: float = math.nan, memory_now: float = math.nan, quiet_s: float = 0.0
+    ) -> Ruling:
+        """The ruling as of now; memory as a fraction of the candidate's node, NaN where it is not known.
+
+        `quiet_s`: of the time since the start, without requests; time alone ends a trial only where there were some.
+        """
+        config, elapsed_s = self.config, self._advance(now_s) - quiet_s
         speed = self._speed.interval(config.alpha, config.mixture)
         evidence = self._numbers(speed, elapsed_s)
         harm = memory_harm(memory_before, memory_now, config.memory_limit) or self._harm(speed)
@@ -184,9 +189,10 @@ class Trial:
             found.append(f"a mean time below {config.margin:g} times the primaries': it is {math.exp(speed.mean):.2g}")
         return tuple(found)
 
-    def left(self, now_s: float) -> tuple[int, float]:
-        """Pairs, and seconds, after which the trial ends at the latest."""
-        return max(self.config.max_pairs - self.pairs, 0), max(self.config.timeout_s - self._advance(now_s), 0.0)
+    def left(self, now_s: float, quiet_s: float) -> tuple[int, float]:
+        """Pairs, and seconds with requests, after which the trial ends at the latest."""
+        elapsed_s = self._advance(now_s) - quiet_s
+        return max(self.config.max_pairs - self.pairs, 0), max(self.config.timeout_s - elapsed_s, 0.0)
 
     def speed(self) -> float:
         """Of the candidate against the primaries, as judged so far: at most 1, and 1 while nothing is known."""

@@ -71,7 +71,7 @@ class Trials:
     def _enter(self, known: Replica, event: Event) -> None:
         """Prepare what the new state needs."""
         known.trial = known.ruling = None
-        known.step_outcomes = 0
+        known.step_outcomes, known.quiet_s = 0, 0.0
         if known.connection.state is not State.SHIFTING:
             known.slow_since_s = None
         if event in (Event.ADMIT, Event.ADMIT_URGENT, Event.ADMIT_UNTRIED):
@@ -125,10 +125,11 @@ class Trials:
 
     # ------------------------------------------------------------------ judgements
 
-    def judge(self) -> None:
-        """Every connection, by its state."""
-        now_s = self._fleet.now_s
+    def judge(self, elapsed_s: float) -> None:
+        """Every connection, by its state, `elapsed_s` after the last time."""
+        now_s, quiet_s = self._fleet.now_s, elapsed_s * self._fleet.silence
         for known in list(self._fleet.replicas.values()):
+            known.quiet_s += quiet_s
             match known.connection.state:
                 case State.SHADOWING:
                     self._judge_trial(known)
@@ -149,9 +150,11 @@ class Trials:
         if known.trial is None:
             return
         memory_now = self._memory_now(known)
-        ruling = known.trial.rule(self._fleet.now_s, memory_before=known.memory_before, memory_now=memory_now)
+        ruling = known.trial.rule(
+            self._fleet.now_s, memory_before=known.memory_before, memory_now=memory_now, quiet_s=known.quiet_s
+        )
         known.ruling = ruling
-        waited_s = self._fleet.now_s - known.connection.since_s
+        waited_s = self._fleet.now_s - known.connection.since_s - known.quiet_s
         if ruling.verdict is Verdict.CONTINUE and not known.trial.pairs and not self._fleet.copyable:
             if waited_s >= self._config.step_s:
                 reason = "requests cannot be copied: goes on as a small live canary"
@@ -174,7 +177,7 @@ class Trials:
         if harm:
             self.apply(known, Event.GUARD_TRIPPED, harm)
             return
-        waited_s = self._fleet.now_s - known.connection.since_s
+        waited_s = self._fleet.now_s - known.connection.since_s - known.quiet_s
         long_enough = waited_s >= self._config.step_s or (
             waited_s >= STEP_S and (bool(urgent) or known.step_outcomes >= _STEP_OUTCOMES)
         )

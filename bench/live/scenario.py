@@ -136,8 +136,8 @@ _HALF_SPEED = replace(
     name="newcomer-half-speed",
     note="a fourth replica joins on a machine of half the speed: every request takes twice the CPU time",
     faults=(Fault("newcomer_slow", 0.15, 1.0, 2.0, bad=False),),
-    rate_per_s=60,  # seven tenths of what the four can do: at half of it a faster one is nearly always idle, and chosen
-    requests=4800,
+    rate_per_s=50,  # six tenths of what the four can do: at less a faster one is nearly always idle, and rightly chosen
+    requests=4000,
 )
 _HALF_QUOTA = replace(
     _WELL,

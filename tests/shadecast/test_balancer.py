@@ -312,11 +312,36 @@ def test_a_failing_replica_on_the_ramp_is_withdrawn():
     assert world.live["new"] < 40
 
 
-def test_without_traffic_a_newcomer_does_not_starve():
+@pytest.mark.parametrize("copyable", [True, False])
+def test_silence_proves_nothing_so_a_broken_newcomer_is_found_before_users_meet_it(copyable):
+    world = grown(copyable=copyable)
+    world.rate_per_tick = 0
+    world.add("new", failing=0.5)
+    world.run(400)
+    assert world.state("new") in (State.SHADOWING, State.SHIFTING)
+    assert world.row("new").share <= 0.1
+    world.rate_per_tick = 10
+    world.run(30)
+    assert world.state("new") is not State.ACTIVE
+    assert world.failed_live <= (0 if copyable else 10)
+
+
+def test_a_newcomer_that_came_in_silence_has_its_share_seconds_after_the_first_requests():
     world = grown()
     world.rate_per_tick = 0
     world.add("new")
     world.run(400)
+    world.rate_per_tick = 10
+    world.run(20)
+    assert world.row("new").share == 1.0
+
+
+def test_with_a_request_now_and_then_a_newcomer_does_not_starve():
+    world = grown()
+    world.add("new")
+    for tick in range(1200):
+        world.rate_per_tick = tick % 10 == 0
+        world.tick()
     assert world.state("new") is State.ACTIVE
 
 
