@@ -703,6 +703,7 @@ def test_the_page_listens_serves_and_stops() -> None:
             sent = await client.post(f"{address}/api/drain", json={"target": "r1"}, headers=BEARER)
         assert sent.json()["concerned"] == 1
         forever = asyncio.ensure_future(served.serve_forever())
+        await asyncio.sleep(0)  # it waits now
         await asyncio.wait_for(served.stop(), 10)
         await asyncio.wait_for(forever, 10)
         with pytest.raises(httpx.ConnectError):
