@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +23,8 @@ class Row:
     seed: int
     metric: str
     value: float
+    code: str = ""
+    """What was measured: a commit (`code_version`), or "before 0059" once that decision has changed what it shows."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -36,6 +42,30 @@ class Check:
     def line(self) -> str:
         """For the terminal."""
         return f"{'met   ' if self.met else 'MISSED'} {self.text}: {self.measured}"
+
+
+_PRODUCT = ("shadecast", "serve_app", "actors", "models")
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+@cache
+def code_version() -> str:
+    """The last commit that changed the product, "-dirty" if it has changes since; "unknown" outside a git clone.
+
+    Commits that change the benchmarks, their rows or the documents alone are left out: they measure the same code.
+    """
+    git = shutil.which("git")
+    if git is None:
+        return "unknown"
+
+    def ask(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [git, "-C", str(_ROOT), *arguments, "--", *_PRODUCT]
+        return subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - fixed words
+
+    commit = ask("log", "-1", "--format=%h", "--abbrev=7").stdout.strip()
+    if not commit:
+        return "unknown"
+    return commit if ask("diff", "--quiet", "HEAD").returncode == 0 else f"{commit}-dirty"
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

@@ -1,7 +1,7 @@
 """`python -m bench.live --scenario NAME|all --arms A,B --seeds K --json FILE [--resume]`: measure, print, write.
 
-Prints one table per scenario with 95 % intervals over seeds and writes rows {scenario, arm, seed, metric, value} after
-every single run. `--clean` removes what a killed run left behind.
+Prints one table per scenario with 95 % intervals over seeds and writes rows {scenario, arm, seed, metric, value,
+code} after every single run. `--clean` removes what a killed run left behind.
 """
 
 from __future__ import annotations

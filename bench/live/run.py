@@ -24,7 +24,7 @@ from bench.live.metrics import Span, cpu_fractions, measure
 from bench.live.scenario import Fault, Scenario, requests
 from bench.live.soak import Watch
 from bench.live.workload import exchange_folder
-from bench.results import Row
+from bench.results import Row, code_version
 
 WORKERS = 4
 _ATTEMPTS = 2
@@ -36,6 +36,7 @@ class Rows:
 
     def __init__(self, path: Path | None, *, resume: bool) -> None:
         self._path = path
+        self._code = code_version()  # now: processes that are started later run what was there at the start
         self.rows: list[Row] = []
         if path is not None and resume and path.exists():
             self.rows = [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
@@ -45,8 +46,8 @@ class Rows:
         return any((row.scenario, row.arm, row.seed) == (scenario, arm, seed) for row in self.rows)
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Append and save."""
-        self.rows += rows
+        """Append and save, with the code that was measured."""
+        self.rows += [replace(row, code=row.code or self._code) for row in rows]
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             new = self._path.with_suffix(".new")
