@@ -77,6 +77,34 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return mean, half
 
 
+def is_older(code: str) -> bool:
+    """Whether a decision has changed since what rows of this code show."""
+    return code.startswith("before ")
+
+
+def comparable(rows: Iterable[Row], reference: str = "shadecast") -> list[Row]:
+    """Rows that may stand side by side.
+
+    Of each arm those of its newest code; then, where an arm has seeds that the reference arm has too, only those.
+    """
+    found = list(rows)
+    newest: dict[tuple[str, str], str] = {}
+    for row in found:
+        key = row.scenario, row.arm
+        newest[key] = max(newest.get(key, ""), _age(row))
+    found = [row for row in found if _age(row) == newest[row.scenario, row.arm]]
+    seeds: dict[tuple[str, str], set[int]] = {}
+    for row in found:
+        seeds.setdefault((row.scenario, row.arm), set()).add(row.seed)
+    kept = {key: each & seeds.get((key[0], reference), set()) or each for key, each in seeds.items()}
+    return [row for row in found if row.seed in kept[row.scenario, row.arm]]
+
+
+def _age(row: Row) -> str:
+    """The newer the code the larger."""
+    return row.code.removeprefix("before ") if is_older(row.code) else "now"
+
+
 def by_arm(rows: Iterable[Row], scenario: str, order: Iterable[str]) -> dict[str, dict[str, list[float]]]:
     """arm -> metric -> values by seed, arms in `order`; a metric that a run did not give has fewer values."""
     found: dict[str, dict[str, list[float]]] = {}
