@@ -40,7 +40,7 @@ _LLM = {
 _LIVE_METRICS = (
     *("requests", "p50_s", "p99_s", "p999_s", "slo_miss_fraction", "slo_misses", "errors", "error_fraction"),
     *("errors_timeout", "newcomer_first_answer_s", "newcomer_full_share_s", "newcomer_share"),
-    *("session_stray_fraction", "half_minute_share_low", "half_minute_share_high", "driver_cpu_ms_per_request"),
+    *("session_stray_fraction", "driver_cpu_ms_per_request"),
 )
 
 
@@ -139,7 +139,8 @@ def _live(path: Path) -> Iterator[Entry]:
         for run in runs.values():
             values = run.values
             values["slo_misses"] = float(round(values["slo_miss_fraction"] * values["requests"]))
-            values.setdefault("errors_timeout", 0.0)
+            if scenario.startswith("streams"):
+                values.setdefault("errors_timeout", 0.0)
             if "session_stay_fraction_well" in values:
                 values["session_stray_fraction"] = 1.0 - values["session_stay_fraction_well"]
         command = f"python -m bench.live --scenario {scenario} --arms {arm} {_seeds(runs)}"
@@ -173,7 +174,7 @@ def _runs(rows: Iterable[Row]) -> dict[tuple[str, str], dict[int, _Run]]:
 
 def _seeds(runs: Mapping[int, object]) -> str:
     first = min(runs)
-    return f"--first-seed {first} --seeds {max(runs) - first + 1}"
+    return (f"--first-seed {first} " if first else "") + f"--seeds {max(runs) - first + 1}"
 
 
 def _entries(

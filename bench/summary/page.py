@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from bench.summary.entries import DEFAULT, ORACLE, OURS, Entry, Summary
@@ -14,17 +15,17 @@ _HEAD = """\
 Each table answers one question, with Shadecast beside what else you can use with Ray Serve. `python -m bench.summary`
 writes this page and [summary.json](summary.json) from the committed rows; no number is typed by hand.
 
-Less is better, but for skills. **Bold** is the best of a row, and what is within a tenth of it: two seeds cannot tell
-such values apart. The oracle does not compete: it is told of a disturbance as it comes. *Live capacity alone* is
-Shadecast without its forecast. ¹ one seed or run. ° code that a later decision has changed; it was not run again. An
-empty cell was not run. Live rows: four isolated hosts of a quarter of a core each on one Linux machine with two cores,
-real Ray clusters, real faults, the same requests for every column ([how it is measured](live.md)).
+Less is better, but for skills. **Bold**: nothing in the row is better by more than a tenth and in every seed that both
+ran. The oracle does not compete: it is told of a disturbance as it comes. *Live capacity alone* is Shadecast without
+its forecast. ¹ one seed or run. ° of our code before a decision that has changed it, not run again since. An empty cell
+was not run. Live rows: four isolated hosts of a quarter of a core each on one Linux machine with two cores, real Ray
+clusters, real faults, the same requests for every column ([how it is measured](live.md)).
 """
 
 
 def page(summary: Summary, pictures: Mapping[str, str]) -> str:
     """The page in Markdown; `pictures` are captions by file name."""
-    parts = ["# Measured", _HEAD.strip()]
+    parts = ["# Benchmarks: Shadecast beside the alternatives", _HEAD.strip()]
     parts += [f"![{caption}]({name})" for name, caption in pictures.items()]
     asked = [question for question in QUESTIONS if _measured(question, summary)]
     for question in asked:
@@ -83,19 +84,30 @@ def _question(question: Question, summary: Summary) -> Iterator[str]:
     arms = [arm for arm in names if any(summary.get(line.scenario, line.metric, arm) for line in lines)]
     yield f"## {question.title}"
     rows = [f"| | {' | '.join(names[arm] for arm in arms)} |", "|---|" + "---:|" * len(arms)]
-    rows += [f"| {line.label} | {' | '.join(_cells(line, arms, summary))} |" for line in lines]
+    found = [e for line in lines for arm in arms if (e := summary.get(line.scenario, line.metric, arm)) is not None]
+    marks = _Marks(older=not all(e.older for e in found), single=not all(len(e.seeds) == 1 for e in found))
+    rows += [f"| {line.label} | {' | '.join(_cells(line, arms, summary, marks))} |" for line in lines]
     yield "\n".join(rows)
     told = [*sentences(question, summary), question.note]
+    told += [] if marks.single else ["All of this table is of one run."]
+    told += [] if marks.older else ["All of it is of older code."]
     yield _wrapped(" ".join(part for part in told if part))
     lost = losses(question, summary)
     if len(arms) > 1 and OURS in arms:
         yield _wrapped(f"Where Shadecast loses: {'; '.join(lost) if lost else 'in no row by more than a tenth'}.")
     yield _wrapped(f"More: {question.details}. Again:")
-    commands = dict.fromkeys(command for line in lines for command in _commands(line, arms, summary))
-    yield "\n".join(["```", *commands, "```"])
+    yield "\n".join(["```", *_commands(found), "```"])
 
 
-def _cells(line: Line, arms: Sequence[str], summary: Summary) -> Iterator[str]:
+@dataclass(frozen=True, slots=True)
+class _Marks:
+    """Which cells are marked: what is true of a whole table is said once."""
+
+    older: bool
+    single: bool
+
+
+def _cells(line: Line, arms: Sequence[str], summary: Summary, marks: _Marks) -> Iterator[str]:
     found = {arm: summary.get(line.scenario, line.metric, arm) for arm in arms}
     rivals = [entry for arm, entry in found.items() if entry is not None and arm != ORACLE]
     judged = len(rivals) > 1 and line.metric != "coverage_80"
@@ -107,19 +119,18 @@ def _cells(line: Line, arms: Sequence[str], summary: Summary) -> Iterator[str]:
         text = shown(entry)
         if judged and arm != ORACLE and not any(better(other, entry) for other in rivals):
             text = f"**{text}**"
-        yield text + ("°" if entry.older else "") + ("¹" if len(entry.seeds) == 1 else "")
+        yield text + "°" * (marks.older and entry.older) + "¹" * (marks.single and len(entry.seeds) == 1)
 
 
-def _commands(line: Line, arms: Sequence[str], summary: Summary) -> Iterator[str]:
+def _commands(found: Sequence[Entry]) -> Iterator[str]:
     """One command for all arms that were run with the same seeds."""
-    found = [e for arm in arms if (e := summary.get(line.scenario, line.metric, arm)) is not None]
-    together: dict[str, list[str]] = {}
+    together: dict[str, dict[str, None]] = {}
     for entry in found:
         before, option, rest = entry.command.partition(" --arms ")
         arm, _, after = rest.partition(" ")
-        together.setdefault(f"{before}{option}{{}} {after}" if option else entry.command, []).append(arm)
+        together.setdefault(f"{before}{option}{{}} {after}" if option else entry.command, {})[arm] = None
     for command, names in together.items():
-        yield command.replace("{}", ",".join(names)).strip()
+        yield command.replace("{}", ",".join(names))
 
 
 def _details(question: Question, summary: Summary) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib as mpl
 
 from bench.summary.entries import DEFAULT, LIVE, ORACLE, OURS, Summary
-from bench.summary.questions import ARMS, QUESTIONS, Line
+from bench.summary.questions import ARMS, QUESTIONS, Line, full_label
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -31,25 +31,27 @@ _STYLE = {
 
 def draw(folder: Path, summary: Summary) -> None:
     """Both pictures."""
-    latencies, misses = [], []
-    for line in (line for question in QUESTIONS if question.columns is None for line in question.lines):
-        if summary.get(line.scenario, line.metric, OURS) and summary.get(line.scenario, line.metric, DEFAULT):
-            if line.metric in ("p99_s", "p999_s"):
-                latencies.append(line)
-            elif line.metric.endswith(("error_fraction", "miss_fraction")):
-                misses.append(line)
+    latencies: list[tuple[str, Line]] = []
+    misses: list[tuple[str, Line]] = []
+    for question in QUESTIONS:
+        for line in question.lines if question.columns is None else ():
+            found = [summary.get(line.scenario, line.metric, arm) for arm in (OURS, DEFAULT)]
+            if line.metric in ("p99_s", "p999_s") and all(found):
+                latencies.append((full_label(question, line), line))
+            elif line.metric.endswith(("error_fraction", "miss_fraction")) and all(found):
+                misses.append((full_label(question, line), line))
     _dots(folder / "summary-latency.svg", latencies, summary, relative=True)
     _dots(folder / "summary-misses.svg", misses, summary, relative=False)
 
 
-def _dots(path: Path, lines: Sequence[Line], summary: Summary, *, relative: bool) -> None:
+def _dots(path: Path, lines: Sequence[tuple[str, Line]], summary: Summary, *, relative: bool) -> None:
     """A row for each line, a dot for each arm; where nothing was measured, none."""
     mpl.rcParams.update({"svg.hashsalt": path.name, "svg.fonttype": "none"})
-    figure, axis = plt.subplots(figsize=(9.5, 0.34 * len(lines) + 1.5))
-    low = 0.002 if relative else 0.05
+    figure, axis = plt.subplots(figsize=(10.5, 0.34 * len(lines) + 1.5))
+    low = 0.002 if relative else 0.02
     for arm, (marker, colour) in _STYLE.items():
         points = []
-        for i, line in enumerate(lines):
+        for i, (_, line) in enumerate(lines):
             entry = summary.get(line.scenario, line.metric, arm)
             value = None if entry is None else summary.ratio(entry) if relative else 100.0 * entry.value
             if value is not None:
@@ -58,7 +60,7 @@ def _dots(path: Path, lines: Sequence[Line], summary: Summary, *, relative: bool
             size = 60 if arm == OURS else 28
             axis.scatter(*zip(*points, strict=True), marker=marker, color=colour, s=size, label=ARMS[arm].strip("*"),
                          zorder=4 if arm == OURS else 3)  # fmt: skip
-    axis.set_yticks(range(len(lines)), [_label(line) for line in lines], fontsize=8)
+    axis.set_yticks(range(len(lines)), [label for label, _ in lines], fontsize=8)
     axis.set_ylim(len(lines) - 0.5, -0.5)
     axis.set_xscale("log")
     if relative:
@@ -69,8 +71,3 @@ def _dots(path: Path, lines: Sequence[Line], summary: Summary, *, relative: bool
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
-
-
-def _label(line: Line) -> str:
-    what = {"p99_s": "p99", "p999_s": "p99.9", "error_fraction": "failed or wrong", "slo_miss_fraction": "too late"}
-    return f"{line.scenario}: {what[line.metric]}"

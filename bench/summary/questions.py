@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from bench.summary.entries import DEFAULT, LIVE, ORACLE, OURS, Entry, Summary
+from bench.summary.entries import DEFAULT, HIGHER_IS_BETTER, LIVE, ORACLE, OURS, Entry, Summary
 
 ARMS: Mapping[str, str] = {
     DEFAULT: "Serve's default",
@@ -19,7 +19,7 @@ ARMS: Mapping[str, str] = {
 }
 """Columns, in order."""
 _ENOUGH = 1.1
-"""Where two values differ by less than a tenth, two seeds cannot tell them apart."""
+"""What differs by less than a tenth, two seeds cannot tell apart."""
 
 
 class NotMeasuredError(Exception):
@@ -65,14 +65,30 @@ def _digits(value: float) -> str:
         return f"{value:,.0f}"
     if abs(value) >= 100.0:
         return f"{value:,.0f}"
-    return f"{value:.1f}" if abs(value) >= 10.0 else f"{value:.2f}"
+    if abs(value) >= 10.0:
+        return f"{value:.1f}"
+    return f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.2g}"
 
 
-def better(entry: Entry, other: Entry, by: float = _ENOUGH) -> bool:
-    """Whether one is better than the other by more than two seeds can err: lower, but for skills."""
-    if entry.metric.startswith("pinball_skill"):
-        return entry.value > other.value * by
-    return entry.value * by < other.value
+def better(entry: Entry, other: Entry) -> bool:
+    """Whether one is better than the other by more than a tenth, and in every seed that both have."""
+    sign = -1.0 if entry.metric in HIGHER_IS_BETTER else 1.0
+    mine, theirs = (dict(zip(e.seeds, e.by_seed, strict=True)) for e in (entry, other))
+    always = all(sign * mine[seed] < sign * theirs[seed] for seed in mine.keys() & theirs.keys())
+    if sign < 0.0:
+        return always and entry.value > other.value * _ENOUGH
+    return always and entry.value * _ENOUGH < other.value
+
+
+def full_label(question: Question, line: Line) -> str:
+    """Its label, which says what "the same" is."""
+    subject = ""
+    for each in question.lines:
+        before, colon, _ = each.label.partition(":")
+        subject = subject if before == "the same" else before if colon else each.label
+        if each == line:
+            break
+    return line.label.replace("the same", subject, 1) if line.label.startswith("the same") else line.label
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +140,22 @@ def _neighbour(s: Summary) -> str:
 def _measuring(s: Summary) -> str:
     at = _At(s, "hog", "p999_s")
     verdict = {
-        0: "Live capacity alone is as good here: short requests need measuring, the forecast adds nothing.",
+        0: "Live capacity alone is as good within noise: short requests need measuring, the forecast adds nothing.",
         1: "Live capacity alone is slower here: the forecast adds something.",
         -1: "Live capacity alone is faster here: the forecast costs something.",
     }
     return verdict[at.beats(OURS, LIVE)]
+
+
+def _sessions(s: Summary) -> str:
+    at, strayed = _At(s, "sessions-hot", "p99_s"), _At(s, "sessions-hot", "session_stray_fraction")
+    if at.beats() >= 0:
+        raise NotMeasuredError("nothing to explain")
+    return (
+        f"Serve's default has the better p99 where sessions are sticky and one node is slow ({at(DEFAULT)}, Shadecast "
+        f"{at()}), because it does not keep them: {strayed(DEFAULT)} of the requests leave their place, {strayed()} "
+        "with Shadecast."
+    )
 
 
 def _newcomer(s: Summary) -> str:
@@ -290,8 +317,9 @@ QUESTIONS: tuple[Question, ...] = (
             Line("sticky sessions, one node slow: p99", "sessions-hot", "p99_s"),
             Line("the same: requests that leave their place on well nodes", "sessions-hot", "session_stray_fraction"),
         ),
-        (_neighbour, _measuring),
+        (_neighbour, _measuring, _sessions),
         _LIVE_PAGE,
+        note="Prequal's probes are calls of Ray actors here, which cost it more than they would elsewhere.",
     ),
     Question(
         "new-replica",
@@ -460,9 +488,11 @@ def losses(question: Question, summary: Summary) -> list[str]:
             continue
         names = question.columns or ARMS
         others = [summary.get(line.scenario, line.metric, arm) for arm in names if arm not in (OURS, ORACLE)]
-        best = min((each for each in others if each is not None), key=lambda each: each.value, default=None)
-        if best is not None and better(best, mine):
-            found.append(f"{line.label} ({names[best.arm].strip('*')} {shown(best)}, Shadecast {shown(mine)})")
+        ahead = [each for each in others if each is not None and better(each, mine)]
+        if ahead:
+            best = min(ahead, key=lambda each: each.value)
+            name = names[best.arm].strip("*")
+            found.append(f"{full_label(question, line)} ({name} {shown(best)}, Shadecast {shown(mine)})")
     return found
 
 
