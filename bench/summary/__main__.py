@@ -15,7 +15,7 @@ import typer
 from bench.live.arms import ARMS
 from bench.results import is_older
 from bench.summary.entries import read_all
-from bench.summary.page import document, page
+from bench.summary.page import PICTURES, document, page
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "benchmarks"
 
@@ -27,7 +27,7 @@ def main(
     scenario: Annotated[str, typer.Option(help="live scenarios with commas, whose rows of ours it makes old")] = "",
 ) -> None:
     """Write the page."""
-    from bench.summary.plots import PICTURES, draw  # noqa: PLC0415 - matplotlib is slow to import
+    from bench.summary.plots import draw  # noqa: PLC0415 - matplotlib is slow to import
 
     if bool(outdated_by) != bool(scenario):
         raise typer.BadParameter("--outdated-by and --scenario go together")
@@ -37,7 +37,7 @@ def main(
     if not summary.entries:
         raise typer.BadParameter(f"--docs {docs}: no row files there; live.json, micro.json, ... are looked for")
     draw(docs, summary)
-    (docs / "README.md").write_text(page(summary, PICTURES), encoding="utf-8")
+    (docs / "README.md").write_text(page(summary), encoding="utf-8")
     (docs / "summary.json").write_text(document(summary), encoding="utf-8")
     typer.echo(f"wrote README.md, summary.json and {', '.join(PICTURES)} in {docs}: {len(summary.entries)} values")
 

@@ -11,6 +11,10 @@ from typing import Any
 from bench.summary.entries import DEFAULT, ORACLE, OURS, Entry, Summary
 from bench.summary.questions import ARMS, QUESTIONS, Line, Question, better, losses, sentences, shown
 
+PICTURES = {
+    "summary-latency.svg": "Latencies, as multiples of Serve's default",
+    "summary-misses.svg": "Requests that fail, are wrong or too late, in percent",
+}
 _HEAD = """\
 Each table answers one question, with Shadecast beside what else you can use with Ray Serve. `python -m bench.summary`
 writes this page and [summary.json](summary.json) from the committed rows; no number is typed by hand.
@@ -23,10 +27,10 @@ clusters, real faults, the same requests for every column ([how it is measured](
 """
 
 
-def page(summary: Summary, pictures: Mapping[str, str]) -> str:
-    """The page in Markdown; `pictures` are captions by file name."""
+def page(summary: Summary) -> str:
+    """The page in Markdown."""
     parts = ["# Benchmarks: Shadecast beside the alternatives", _HEAD.strip()]
-    parts += [f"![{caption}]({name})" for name, caption in pictures.items()]
+    parts += [f"![{caption}]({name})" for name, caption in PICTURES.items()]
     asked = [question for question in QUESTIONS if _measured(question, summary)]
     for question in asked:
         parts += list(_question(question, summary))

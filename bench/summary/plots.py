@@ -13,10 +13,6 @@ from bench.summary.questions import ARMS, QUESTIONS, Line, full_label
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-PICTURES = {
-    "summary-latency.svg": "Latencies, as multiples of Serve's default",
-    "summary-misses.svg": "Requests that fail, are wrong or too late, in percent",
-}
 _STYLE = {
     DEFAULT: ("s", "#4c72b0"),
     "round_robin": ("v", "#937860"),

@@ -234,6 +234,19 @@ def _streams(s: Summary) -> str:
     )
 
 
+def _replay(s: Summary) -> str:
+    at = _At(s, "simulated replay", "slo_miss_fraction")
+    return (
+        f"Recorded jobs of machines that the model has not seen: {at.times()} the misses of Serve's rule, "
+        f"{at.times(OURS, LIVE)} those of live capacity alone."
+    )
+
+
+def _expected(s: Summary) -> str:
+    at = _At(s, "simulated periodic", "slo_miss_fraction")
+    return f"Neighbours at an interval: {at.times()} and {at.times(OURS, LIVE)}."
+
+
 def _periodic(s: Summary) -> str:
     at, all_ = _At(s, "streams-periodic", "slo_misses"), _At(s, "streams-periodic", "requests")
     return (
@@ -244,9 +257,10 @@ def _periodic(s: Summary) -> str:
 
 def _random(s: Summary) -> str:
     at = _At(s, "simulated tokens-antagonist", "slo_miss_fraction")
-    verdict = {0: "as live capacity alone", 1: "live capacity alone", -1: "live capacity alone"}[at.beats(OURS, LIVE)]
-    tail = "nobody can foresee them." if at.beats(OURS, LIVE) == 0 else f"{at.times(OURS, LIVE)} of it."
-    return f"Neighbours that come at random, simulated: {at.times()} the misses of Serve's rule, {verdict}; {tail}"
+    return (
+        f"Neighbours that come at random, simulated: {at.times()} the misses of Serve's rule, {at.times(OURS, LIVE)} "
+        "those of live capacity alone: nobody can foresee them."
+    )
 
 
 def _pauses(s: Summary) -> str:
@@ -325,15 +339,15 @@ QUESTIONS: tuple[Question, ...] = (
         "new-replica",
         "A new replica is well: when does it work?",
         (
-            Line("fourth replica, nobody waits: its first answer after its start", "newcomer-well",
+            Line("a fourth replica, nobody waits: its first answer after its start", "newcomer-well",
                  "newcomer_first_answer_s"),
-            Line("the same: its full share after Serve lists it", "newcomer-well", "newcomer_full_share_s"),
-            Line("the same: p99 of everybody", "newcomer-well", "p99_s"),
-            Line("at a quarter of that load: its full share", "newcomer-well-few", "newcomer_full_share_s"),
-            Line("its machine has half the speed: p99 of everybody", "newcomer-half-speed", "p99_s"),
+            Line("the same: full share after Serve lists it", "newcomer-well", "newcomer_full_share_s"),
+            Line("the same: p99", "newcomer-well", "p99_s"),
+            Line("at a quarter of that load: full share", "newcomer-well-few", "newcomer_full_share_s"),
+            Line("a newcomer on a machine of half the speed: p99", "newcomer-half-speed", "p99_s"),
             Line("two replicas too busy become four: first answer", "scale-up-under-load", "newcomer_first_answer_s"),
             Line("the same: full share", "scale-up-under-load", "newcomer_full_share_s"),
-            Line("the same: p99 of everybody", "scale-up-under-load", "p99_s"),
+            Line("the same: p99", "scale-up-under-load", "p99_s"),
         ),
         (_newcomer, _scale_up),
         _LIVE_PAGE,
@@ -343,9 +357,9 @@ QUESTIONS: tuple[Question, ...] = (
         "broken-replica",
         "A new replica is broken: do users see it?",
         (
-            Line("it fails 20 %: answers that fail", "newcomer-failing", "error_fraction"),
-            Line("it answers wrong: wrong answers", "newcomer-wrong", "error_fraction"),
-            Line("it is five times too slow: p99 of everybody", "newcomer-slow", "p99_s"),
+            Line("a newcomer fails 20 %: answers that fail", "newcomer-failing", "error_fraction"),
+            Line("a newcomer answers wrong: wrong answers", "newcomer-wrong", "error_fraction"),
+            Line("a newcomer is five times too slow: p99", "newcomer-slow", "p99_s"),
         ),
         (_broken, _slow_newcomer),
         _LIVE_PAGE,
@@ -395,7 +409,7 @@ QUESTIONS: tuple[Question, ...] = (
             Line("simulated, recorded jobs: miss", "simulated replay", "slo_miss_fraction"),
             Line("simulated, short requests, announced pauses: p99.9", "simulated short-pauses", "p999_s"),
         ),
-        (_streams, _periodic, _random, _pauses),
+        (_streams, _periodic, _random, _replay, _expected, _pauses),
         _LIVE_PAGE + ", [simulation](simulation.md)",
         note="Simulated rows: Prequal is tuned for them, the oracle is a scheduler that knows every node's future.",
     ),
@@ -466,7 +480,7 @@ QUESTIONS: tuple[Question, ...] = (
             for metric, what in (("slo_miss_fraction", "requests that miss"), ("first_token_p99_s", "first token, p99"))
         ),
         (_llm,),
-        "[language models](../llm.md), [what was tried](../decisions/0090-prefixes.md)",
+        "[language models](../llm.md)",
         columns={
             DEFAULT: "Serve's default",
             "round_robin": "round robin",
