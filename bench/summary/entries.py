@@ -9,8 +9,9 @@ from pathlib import Path
 from statistics import fmean, geometric_mean
 from typing import Any
 
-from bench.forecast_page import SKILLS, mean_of
+from bench.forecast_page import SKILLS
 from bench.results import Row, comparable, interval, is_older
+from train.backtest import mean_of
 
 OURS, DEFAULT, ORACLE, LIVE = "shadecast", "default", "oracle", "live_capacity"
 HIGHER_IS_BETTER = frozenset({"pinball_skill_last_value", "pinball_skill_ridge"})
@@ -167,7 +168,7 @@ def _runs(rows: Iterable[Row]) -> dict[tuple[str, str], dict[int, _Run]]:
     """(scenario, arm) -> seed -> its metrics."""
     found: dict[tuple[str, str], dict[int, _Run]] = {}
     for row in rows:
-        run = found.setdefault((row.scenario, row.arm), {}).setdefault(row.seed, _Run({}, row.code))
+        run = found.setdefault((row.scenario, row.arm), {}).setdefault(row.seed, _Run({}, row.code or "unknown"))
         run.values[row.metric] = row.value
     return found
 

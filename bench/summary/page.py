@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.summary.entries import DEFAULT, ORACLE, OURS, Entry, Summary
-from bench.summary.questions import ARMS, QUESTIONS, Line, Question, better, losses, sentences, shown
+from bench.summary.questions import ARMS, QUESTIONS, Line, Question, better, full_label, losses, sentences, shown
 
 PICTURES = {
     "summary-latency.svg": "Latencies, as multiples of Serve's default",
@@ -146,10 +146,17 @@ def _details(question: Question, summary: Summary) -> str:
             if entry is None:
                 continue
             low, high = (shown(entry, end(entry.by_seed)) for end in (min, max))
-            several = len(entry.seeds) > 1
+            spread = f"{low} to {high}" if len(entry.seeds) > 1 else ""
             inside = " to ".join(shown(entry, max(end, 0.0)) for end in entry.interval or ())
             seeds = ", ".join(map(str, entry.seeds))
-            cells = (line.label, name.strip("*"), shown(entry), f"{low} to {high}" if several else "", inside, seeds)
+            cells = (
+                full_label(question, line),
+                name.strip("*"),
+                shown(entry),
+                f"{low} to {high}" if several else "",
+                inside,
+                seeds,
+            )
             rows.append(f"| {' | '.join(cells)} | {entry.code} |")
     return "\n".join(rows)
 

@@ -211,6 +211,19 @@ def test_rows_are_saved_after_every_run_and_resumed(tmp_path):
     assert by_arm(Rows(path, resume=True).rows, "hog", ARMS)["default"]["p99_s"] == [1.5, 2.5]
 
 
+def test_what_is_of_older_code_is_run_again_and_replaced_where_that_is_asked_for(tmp_path):
+    path = tmp_path / "live.json"
+    old = Row("hog", "shadecast", 0, "p99_s", 1.5, "before 0059")
+    Rows(path, resume=False).add([old, Row("hog", "default", 0, "p99_s", 9.0, "c1")])
+    assert Rows(path, resume=True).done("hog", "shadecast", 0)
+    rows = Rows(path, resume=True, renew=True)
+    assert not rows.done("hog", "shadecast", 0)
+    assert rows.done("hog", "default", 0)
+    rows.add([Row("hog", "shadecast", 0, "p99_s", 0.5, "c2")])
+    assert [(row.arm, row.value, row.code) for row in rows.rows] == [("default", 9.0, "c1"), ("shadecast", 0.5, "c2")]
+    assert rows.done("hog", "shadecast", 0)
+
+
 def test_arms_stand_side_by_side_with_the_newest_code_and_the_seeds_that_ours_has():
     old = [Row("hog", arm, seed, "p99_s", 1.0, code) for seed in (0, 1) for arm, code in
            (("default", "c1"), ("shadecast", "before 0059"), ("live_capacity", "before 0054"))]  # fmt: skip

@@ -156,7 +156,8 @@ def measured_rows():
 
 def numbers(text):
     """Those of a sentence, with their digits after the point; names of quantiles are none."""
-    for found in re.findall(r"(?<![\w.])(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?!\w)", re.sub(r"\bp\d+(\.\d+)?", "", text)):
+    text = re.sub(r"\bp\d+(\.\d+)?", "", text)
+    for found in re.findall(r"(?<![\w.])(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?=x?(?:\W|$))", text):
         number = found.replace(",", "")
         yield found, float(number), len(number.partition(".")[2])
 
@@ -171,8 +172,8 @@ def test_each_number_of_readmes_table_is_a_row_of_the_summary(committed, what, r
     told = set()
     for entry in committed.entries.values():
         if entry.key.startswith(keys):
-            ratio = committed.ratio(entry)
-            found = [entry.value, entry.total, *entry.by_seed, *([] if ratio is None else [ratio])]
+            ratios = [committed.ratio(entry, other) for other in ("default", "live_capacity")]
+            found = [entry.value, entry.total, *entry.by_seed, *(each for each in ratios if each is not None)]
             told |= {scale * value for value in found for scale in (1.0, 100.0, 1000.0)}
             told |= {100.0 - 100.0 * value for value in found if entry.unit == "fraction"}
     assert told, f"{what!r}: no rows {keys}"
