@@ -153,7 +153,7 @@ def _details(question: Question, summary: Summary) -> str:
                 full_label(question, line),
                 name.strip("*"),
                 shown(entry),
-                f"{low} to {high}" if several else "",
+                spread,
                 inside,
                 seeds,
             )
