@@ -34,7 +34,14 @@ _MICRO = {
 _LLM = {
     "power of two (Serve)": DEFAULT,
     "round robin": "round_robin",
+    "least requests": "least_requests",
+    "session hash": "session_hash",
     "Ray prefix router": "ray_prefix",
+    "SGLang cache_aware": "sglang",
+    "AIBrix prefix-cache": "aibrix",
+    "production-stack prefixaware": "production_stack",
+    "Dynamo KV": "dynamo",
+    "llm-d 3:2:2": "llm_d",
     "Shadecast without prefixes": "shadecast_no_prefix",
     "step 1, own x 2": OURS,
 }
@@ -124,6 +131,7 @@ def read_all(docs: Path) -> Summary:
         "micro.json": _micro,
         "scale.json": _scale,
         "forecast.json": _forecast,
+        "forecast-shipped.json": _forecast,
         "llm.json": _llm,
     }
     for name, reader in readers.items():
@@ -222,22 +230,27 @@ def _scale(path: Path) -> Iterator[Entry]:
 def _forecast(path: Path) -> Iterator[Entry]:
     document = json.loads(path.read_text(encoding="utf-8"))
     public = [row for row in document["rows"] if row["source"] != "own"]
+    shipped = {"lstm": "shipped", "lstm_gated": "shipped_gated"} if document["champion"] else {}
+    command = "python -m bench.forecast" + (" --champion --json again.json" if document["champion"] else "")
     for model in dict.fromkeys(row["model"] for row in public):
         for metric in SKILLS:
             values = (float(mean_of(public, model, metric)),)
-            command = "python -m bench.forecast"
             source = f"docs/benchmarks/{path.name}"
-            yield Entry("forecast", metric, model, values, (document["seed"],), document["code"], source, command)
+            arm = shipped.get(model, model)
+            yield Entry("forecast", metric, arm, values, (document["seed"],), document["code"], source, command)
 
 
 def _llm(path: Path) -> Iterator[Entry]:
     document = json.loads(path.read_text(encoding="utf-8"))
+    code = document.get("code", "unknown")
     found: dict[tuple[str, str], dict[int, _Run]] = {}
     for row in document["rows"]:
         if row["rule"] in _LLM:
             values = {"slo_miss_fraction": 1.0 - row["in_slo"], "first_token_p99_s": row["first_p99_s"]}
             values["first_token_p50_s"] = row["first_p50_s"]
-            found.setdefault((row["setting"], row["rule"]), {})[row["seed"]] = _Run(values, document["code"])
+            found.setdefault((row["setting"], row["rule"]), {})[row["seed"]] = _Run(
+                values, document.get("code", "unknown")
+            )
     for (setting, rule), runs in found.items():
         command = f'python -m bench.llm --setting "{setting}" --rule "{rule}" {_seeds(runs)}'
         metrics = ("slo_miss_fraction", "first_token_p50_s", "first_token_p99_s")
