@@ -248,9 +248,7 @@ def _llm(path: Path) -> Iterator[Entry]:
         if row["rule"] in _LLM:
             values = {"slo_miss_fraction": 1.0 - row["in_slo"], "first_token_p99_s": row["first_p99_s"]}
             values["first_token_p50_s"] = row["first_p50_s"]
-            found.setdefault((row["setting"], row["rule"]), {})[row["seed"]] = _Run(
-                values, document.get("code", "unknown")
-            )
+            found.setdefault((row["setting"], row["rule"]), {})[row["seed"]] = _Run(values, code)
     for (setting, rule), runs in found.items():
         command = f'python -m bench.llm --setting "{setting}" --rule "{rule}" {_seeds(runs)}'
         metrics = ("slo_miss_fraction", "first_token_p50_s", "first_token_p99_s")
