@@ -60,8 +60,10 @@ def shown(entry: Entry, value: float | None = None) -> str:
 
 
 def _digits(value: float) -> str:
-    """Three digits from 1 on, two below; counts that are whole as they are."""
-    if value == round(value) and abs(value) < 1e6:
+    """Three digits from 1 on, two below; what is whole as it is."""
+    if abs(value) < 5e-4:
+        return "0"
+    if value == round(value):
         return f"{value:,.0f}"
     if abs(value) >= 100.0:
         return f"{value:,.0f}"

@@ -116,6 +116,19 @@ def test_rows_are_marked_as_older_by_the_number_of_a_decision_but_only_ours(tmp_
         mark(tmp_path / "live.json", "0062", ["calm"])
 
 
+def test_rules_for_language_models_are_a_table_once_their_rows_are_there(tmp_path):
+    rows = [
+        {"setting": "tool agents", "rule": rule, "seed": seed, "in_slo": in_slo, "first_p50_s": 1.0, "first_p99_s": 9.0}
+        for rule, in_slo in (("power of two (Serve)", 0.25), ("Ray prefix router", 0.5), ("step 1, own x 2", 0.75))
+        for seed in (0, 1)
+    ]
+    (tmp_path / "llm.json").write_text(json.dumps({"code": "c1", "rows": rows}))
+    found = page(read_all(tmp_path))
+    assert "| | Serve's default | Ray's prefix router | **Shadecast, prefix on** |" in found
+    assert "| tool agents: requests that miss | 75 % | 50 % | **25 %** |" in found
+    assert "25 % of the requests miss" in found
+
+
 CLAIMS: dict[str, tuple[tuple[str, ...], set[str]]] = {
     "hog beside one of four": (("hog/p999_s/", "hog/p99_s/"), set()),
     "what four hosts can do": (("overload/p99_s/", "overload/slo_miss_fraction/"), {"2"}),
