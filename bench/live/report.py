@@ -180,7 +180,7 @@ def _made(name: str, rows: Sequence[Row]) -> str:
             runs.setdefault((row.arm, row.code), set()).add(row.seed)
     order = {arm: i for i, arm in enumerate(ARMS)}
     told = sorted(runs.items(), key=lambda run: (order.get(run[0][0], len(order)), run[0][1]))
-    text = "; ".join(f"{arm} {', '.join(map(str, sorted(seeds)))} ({code})" for (arm, code), seeds in told)
+    text = "; ".join(f"{arm} {', '.join(map(str, sorted(seeds)))} ({code or 'unknown'})" for (arm, code), seeds in told)
     since = any(is_older(code) for _, code in runs)
     return f"Seeds (code): {text}." + (' "before" names a decision that has changed our part since.' if since else "")
 
