@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup wheel serve demo test test-quick test-install test-rays check bench-sim bench-forecast bench-micro bench-llm bench-scale bench-live pictures protos clean
+.PHONY: help setup wheel serve demo test test-quick test-install test-rays check bench-sim bench-forecast bench-micro bench-llm bench-scale bench-live bench-summary pictures protos clean
 
 help: ## List the commands
 	@grep -E '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk 'BEGIN {FS = ":.*?## "}; {printf "  make %-16s %s\n", $$1, $$2}'
@@ -64,6 +64,9 @@ bench-scale: $(STAMP) ## The coordinator under many replicas and routers: real m
 
 bench-live: $(STAMP) ## All routers on isolated hosts, real faults, docs/benchmarks/live.md (root; many hours; goes on where it was)
 	@$(BIN)/python -m bench.live --scenario all --seeds 3 --resume --json docs/benchmarks/live.json --markdown docs/benchmarks/live.md $(ARGS)
+
+bench-summary: $(STAMP) ## Write docs/benchmarks/README.md and summary.json from the committed rows (seconds)
+	@$(BIN)/python -m bench.summary $(ARGS)
 
 pictures: $(STAMP) ## Take the pictures of the live page that README and docs show (needs a Chromium)
 	@$(BIN)/python -m tests.serve_app.page.pictures

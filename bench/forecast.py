@@ -28,6 +28,7 @@ from rich.table import Table
 
 from bench.forecast_cost import measure_cost
 from bench.forecast_page import compact, page
+from bench.results import code_version
 from models.forecaster import Model
 from models.grid import N_HORIZONS, N_TARGETS, Array
 from models.lstm import ForecastNet, LstmConfig
@@ -178,6 +179,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "champion": arguments.champion,
         "train": asdict(config) if config else None,
         "command": "python -m bench.forecast " + " ".join(arguments.shown),
+        "code": code_version(),
         "seed": arguments.seed,
         "data_sha256": data_hash(series),
         "trained_machines": sorted({f"{s.source}/{s.machine}" for s in train}),

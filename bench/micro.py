@@ -2,7 +2,8 @@
 
 Decisions of Ray's power-of-two, consistent-hash and round-robin routers and ours, side by side: the real classes over
 stand-in replicas; table swap, outcome recording, score-table rebuild, forecaster step; and, on a local cluster, the
-throughput of a no-op deployment through handles, default and ours in turn. Rows {name, arm, replicas, metric, value}.
+throughput of a no-op deployment through handles, default and ours in turn. Rows {name, arm, replicas, metric, value,
+code}.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,6 +38,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import micro_prefix
+from bench.results import code_version
 from bench.simulate.report import machine
 from serve_app.router import PredictiveRouter
 from shadecast.calls import Call, Calls, Event
@@ -66,6 +68,7 @@ class Row:
     replicas: int
     metric: str
     value: float
+    code: str = ""
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,9 @@ def main(
         rows += [Row(*each) for each in compare(pairs=2 if quick else 16, rounds=8 if quick else 12, seconds=0.5)]
     _print(console, rows)
     if json_file is not None:
-        json_file.write_text(json.dumps([asdict(row) for row in rows], indent=0) + "\n", encoding="utf-8")
+        json_file.write_text(
+            json.dumps([asdict(replace(row, code=code_version())) for row in rows], indent=0) + "\n", encoding="utf-8"
+        )
         console.print(f"wrote {json_file}")
 
 

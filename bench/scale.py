@@ -17,7 +17,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -27,6 +27,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from bench.results import code_version
 from bench.simulate.report import machine
 from serve_app.coordinator import COORDINATOR, NAMESPACE
 from serve_app.launch.processes import CoordinatorProcess
@@ -67,6 +68,7 @@ class Row:
     tables_per_s: float
     """Of one router."""
     rss_mb: float
+    code: str = ""
 
 
 class _Router:
@@ -309,7 +311,9 @@ def main(
             ):
                 console.print(f"{'held  ' if value <= bound else 'MISSED'} {what}: {value:.3g} (bound {bound:g})")
     if json_file is not None:
-        json_file.write_text(json.dumps([asdict(row) for row in rows], indent=0) + "\n", encoding="utf-8")
+        json_file.write_text(
+            json.dumps([asdict(replace(row, code=code_version())) for row in rows], indent=0) + "\n", encoding="utf-8"
+        )
         console.print(f"wrote {json_file}")
 
 

@@ -1,7 +1,7 @@
 """`python -m bench.live --scenario NAME|all --arms A,B --seeds K --json FILE [--resume]`: measure, print, write.
 
-Prints one table per scenario with 95 % intervals over seeds and writes rows {scenario, arm, seed, metric, value} after
-every single run. `--clean` removes what a killed run left behind.
+Prints one table per scenario with 95 % intervals over seeds and writes rows {scenario, arm, seed, metric, value,
+code} after every single run. `--clean` removes what a killed run left behind.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ def main(
     first_seed: Annotated[int, typer.Option(min=0, help="the first of the K seeds")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="write rows here, after every run")] = None,
     resume: Annotated[bool, typer.Option(help="keep the rows of the file and run only what is missing")] = False,
+    renew: Annotated[bool, typer.Option(help="with --resume: run again what is of older code")] = False,
     quick: Annotated[bool, typer.Option(help="a third of the requests: a p99 means little (tables say so)")] = False,
     series: Annotated[Path, typer.Option(help="latencies and states over time, for the pictures")] = Path(
         ".shadecast/live"
@@ -62,7 +63,7 @@ def main(
         console.print(f"bench.live: {error}", style="red", markup=False)
         raise typer.Exit(2) from None
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # end as on Ctrl-C: with everything removed
-    rows = run.Rows(json_file, resume=resume)
+    rows = run.Rows(json_file, resume=resume, renew=renew)
     failures: list[str] = []
     started_s = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())

@@ -14,7 +14,7 @@ from rich.table import Table
 from bench.live.arms import ARMS
 from bench.live.scenario import SCENARIOS, Scenario
 from bench.live.targets import baseline, checks
-from bench.results import Check, Row, by_arm, interval
+from bench.results import Check, Row, by_arm, comparable, interval, is_older
 
 _COLUMNS = (
     ("p50_s", "p50 ms", 1000.0, 0),
@@ -83,6 +83,7 @@ def _checks(name: str, found: Found, rows: Sequence[Row]) -> list[Check]:
 
 def print_table(console: Console, scenario: Scenario, rows: Sequence[Row]) -> None:
     """One scenario's table with intervals over seeds, and how it stands to the targets."""
+    rows = comparable(rows)
     found = by_arm(rows, scenario.name, ARMS)
     if not found:
         return
@@ -112,6 +113,7 @@ def write_markdown(path: Path, rows: Sequence[Row], series: Path | None) -> None
     """The page: targets on top, then one section with table and pictures per scenario."""
     from bench.live.plots import plot_scenario  # noqa: PLC0415 - matplotlib only when asked for
 
+    rows = comparable(rows)
     pictures = path.with_suffix("")
     pictures.mkdir(parents=True, exist_ok=True)
     verdicts: list[tuple[str, Check]] = []
@@ -137,6 +139,7 @@ def write_markdown(path: Path, rows: Sequence[Row], series: Path | None) -> None
             lines.append(f"| {arm} | " + " | ".join(cells) + " |")
         kinds = _errors(found)
         lines += ["", f"Errors: {kinds}."] if kinds else []
+        lines += ["", _made(name, rows)]
         if series is not None:
             for picture in plot_scenario(pictures, name, list(found), series):
                 lines += ["", f"![{name}]({pictures.name}/{picture.name})"]
@@ -167,6 +170,19 @@ def _notes(path: Path) -> list[str]:
     """Hand-written notes that live beside the page and survive its making."""
     notes = path.with_name(f"{path.stem}-notes.md")
     return [*notes.read_text(encoding="utf-8").rstrip().splitlines(), ""] if notes.exists() else []
+
+
+def _made(name: str, rows: Sequence[Row]) -> str:
+    """Seeds and code of each arm."""
+    runs: dict[tuple[str, str], set[int]] = {}
+    for row in rows:
+        if row.scenario == name:
+            runs.setdefault((row.arm, row.code), set()).add(row.seed)
+    order = {arm: i for i, arm in enumerate(ARMS)}
+    told = sorted(runs.items(), key=lambda run: (order.get(run[0][0], len(order)), run[0][1]))
+    text = "; ".join(f"{arm} {', '.join(map(str, sorted(seeds)))} ({code or 'unknown'})" for (arm, code), seeds in told)
+    since = any(is_older(code) for _, code in runs)
+    return f"Seeds (code): {text}." + (' "before" names a decision that has changed our part since.' if since else "")
 
 
 def _errors(found: Found) -> str:

@@ -24,7 +24,7 @@ from bench.live.metrics import Span, cpu_fractions, measure
 from bench.live.scenario import Fault, Scenario, requests
 from bench.live.soak import Watch
 from bench.live.workload import exchange_folder
-from bench.results import Row
+from bench.results import Row, code_version, is_older
 
 WORKERS = 4
 _ATTEMPTS = 2
@@ -34,25 +34,29 @@ _CONTROL_PLANE = {"coordinator": "CoordinatorProcess", "forecasters": "Forecaste
 class Rows:
     """The file of results, rewritten whole after every run, so that a killed benchmark loses only the run under way."""
 
-    def __init__(self, path: Path | None, *, resume: bool) -> None:
-        self._path = path
+    def __init__(self, path: Path | None, *, resume: bool, renew: bool = False) -> None:
+        self._path, self._renew = path, renew
+        self._code = code_version()  # now: processes that are started later run what was there at the start
         self.rows: list[Row] = []
         if path is not None and resume and path.exists():
             self.rows = [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
 
     def done(self, scenario: str, arm: str, seed: int) -> bool:
-        """Whether that run is in the file."""
-        return any((row.scenario, row.arm, row.seed) == (scenario, arm, seed) for row in self.rows)
+        """Whether that run is in the file; if older code is to be run again, of newer code."""
+        same = [row for row in self.rows if (row.scenario, row.arm, row.seed) == (scenario, arm, seed)]
+        return bool(same) and not (self._renew and is_older(same[0].code))
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Append and save."""
-        self.rows += rows
+        """Append and save, with the code that was measured; rows of the same run that were there go."""
+        new = [replace(row, code=row.code or self._code) for row in rows]
+        runs = {(row.scenario, row.arm, row.seed) for row in new}
+        self.rows = [row for row in self.rows if (row.scenario, row.arm, row.seed) not in runs] + new
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            new = self._path.with_suffix(".new")
+            written = self._path.with_suffix(".new")
             lines = ",\n".join(json.dumps(row.as_dict()) for row in self.rows)
-            new.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-            new.replace(self._path)
+            written.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+            written.replace(self._path)
 
 
 @dataclass(frozen=True, slots=True)

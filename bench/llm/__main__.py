@@ -24,6 +24,7 @@ from bench.llm.routers import RULES
 from bench.llm.run import Result, simulate
 from bench.llm.settings import Setting, settings
 from bench.llm.traffic import ceiling
+from bench.results import code_version
 from bench.simulate.report import machine
 
 _SINGLE = [name for name, rule in RULES.items() if name.startswith("step 1, own x") or not name.startswith("step 1")]
@@ -57,7 +58,8 @@ def main(
         rules = rule or (list(RULES) if each.routers > 1 else _SINGLE)
         rows += _compare(each, rules, range(first_seed, first_seed + seeds), load, console)
     if json_file is not None:
-        json_file.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=0) + "\n", encoding="utf-8")
+        made = {"machine": machine(), "code": code_version(), "rows": rows}
+        json_file.write_text(json.dumps(made, indent=0) + "\n", encoding="utf-8")
 
 
 def _join(name: str, seeds: range, load: float, console: Console) -> list[dict[str, object]]:

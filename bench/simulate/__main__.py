@@ -1,6 +1,6 @@
 """`python -m bench.simulate --scenario NAME|all --seeds K [--quick] --json FILE`: measure, print, write.
 
-Prints one table per scenario with 95 % intervals over seeds and writes rows {scenario, arm, seed, metric, value}.
+Prints one table per scenario with 95 % intervals over seeds and writes rows {scenario, arm, seed, metric, value, code}.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from bench.recordings import held_apart, shared_data
-from bench.results import Row
+from bench.results import Row, code_version
 from bench.simulate.arms import ALWAYS, ARMS
 from bench.simulate.report import machine, print_table, write_markdown
 from bench.simulate.run import simulate
@@ -49,7 +49,7 @@ def _load(name: str, trace: Path | None, quick: bool) -> Scenario:
 def _run(job: _Job) -> list[Row]:
     scenario = _load(job.scenario, job.trace, job.quick)
     metrics = simulate(scenario, ARMS[job.arm], job.seed)
-    return [Row(scenario.name, job.arm, job.seed, metric, value) for metric, value in metrics.items()]
+    return [Row(scenario.name, job.arm, job.seed, metric, value, code_version()) for metric, value in metrics.items()]
 
 
 def _prepare(name: str, trace: Path | None, console: Console) -> list[tuple[str, Path | None]]:

@@ -21,7 +21,7 @@ from bench.live.run import Rows
 from bench.live.scenario import SCENARIOS, find_scenarios, requests
 from bench.live.soak import growth_per_s
 from bench.live.targets import baseline, checks
-from bench.results import Row, by_arm
+from bench.results import Row, by_arm, code_version, comparable
 from shadecast.config import Config
 
 NODES = ("one", "two", "three", "four")
@@ -202,13 +202,38 @@ def test_rows_are_saved_after_every_run_and_resumed(tmp_path):
     rows = Rows(path, resume=False)
     rows.add([Row("hog", "default", 0, "p99_s", 1.5)])
     assert json.loads(path.read_text()) == [
-        {"scenario": "hog", "arm": "default", "seed": 0, "metric": "p99_s", "value": 1.5}
+        {"scenario": "hog", "arm": "default", "seed": 0, "metric": "p99_s", "value": 1.5, "code": code_version()}
     ]
     again = Rows(path, resume=True)
     assert again.done("hog", "default", 0)
     assert not again.done("hog", "default", 1)
     again.add([Row("hog", "default", 1, "p99_s", 2.5)])
     assert by_arm(Rows(path, resume=True).rows, "hog", ARMS)["default"]["p99_s"] == [1.5, 2.5]
+
+
+def test_what_is_of_older_code_is_run_again_and_replaced_where_that_is_asked_for(tmp_path):
+    path = tmp_path / "live.json"
+    old = Row("hog", "shadecast", 0, "p99_s", 1.5, "before 0059")
+    Rows(path, resume=False).add([old, Row("hog", "default", 0, "p99_s", 9.0, "c1")])
+    assert Rows(path, resume=True).done("hog", "shadecast", 0)
+    rows = Rows(path, resume=True, renew=True)
+    assert not rows.done("hog", "shadecast", 0)
+    assert rows.done("hog", "default", 0)
+    rows.add([Row("hog", "shadecast", 0, "p99_s", 0.5, "c2")])
+    assert [(row.arm, row.value, row.code) for row in rows.rows] == [("default", 9.0, "c1"), ("shadecast", 0.5, "c2")]
+    assert rows.done("hog", "shadecast", 0)
+
+
+def test_arms_stand_side_by_side_with_the_newest_code_and_the_seeds_that_ours_has():
+    old = [Row("hog", arm, seed, "p99_s", 1.0, code) for seed in (0, 1) for arm, code in
+           (("default", "c1"), ("shadecast", "before 0059"), ("live_capacity", "before 0054"))]  # fmt: skip
+    assert comparable(old) == old
+    new = [Row("hog", arm, seed, "p99_s", 2.0, "c2") for seed in (1, 7) for arm in ("default", "shadecast")]
+    left = {(row.arm, row.seed, row.code) for row in comparable(old + new)}
+    assert left == {("shadecast", 1, "c2"), ("shadecast", 7, "c2"), ("default", 1, "c1"), ("default", 1, "c2"),
+                    ("default", 7, "c2"), ("live_capacity", 1, "before 0054")}  # fmt: skip
+    apart = [Row("hog", "default", 3, "p99_s", 1.0, "c1"), Row("hog", "shadecast", 4, "p99_s", 1.0, "c1")]
+    assert comparable(apart) == apart, "other seeds are better than none"
 
 
 def fill(arm, **metrics):

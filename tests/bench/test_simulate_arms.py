@@ -364,7 +364,7 @@ def test_the_command_prints_a_table_and_writes_rows_and_a_page(tmp_path: Path) -
     assert result.exit_code == 0, result.output
     assert "QUICK" in result.output
     rows = json.loads(rows_file.read_text())
-    assert set(rows[0]) == {"scenario", "arm", "seed", "metric", "value"}
+    assert set(rows[0]) == {"scenario", "arm", "seed", "metric", "value", "code"}
     assert {row["arm"] for row in rows} == {"p2c_ray", "live_capacity"}
     assert {row["seed"] for row in rows} == {0, 1}
     assert {row["metric"] for row in rows} >= set(METRICS)

@@ -1,0 +1,1 @@
+"""One page and one file for all benchmarks, from their committed rows: `python -m bench.summary`."""
