@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 LANGUAGES = {
-    "sh": "each command is known and its options exist; it is run against the served example, unless NOT_RUN says why not",
+    "sh": "each command is known and its options exist; run on the served example, unless NOT_RUN says why not",
     "python": "executed",
     "yaml": "taken by Serve's schema, the application's arguments and the router's settings",
     "json": "the router's settings",
@@ -21,18 +21,17 @@ LANGUAGES = {
     "text": "a drawing, or what is printed",
 }
 NOT_RUN = {
-    r"git clone|make setup|export PIP_": "the tests run in what it makes",
-    r"make (serve|demo|test|clean)\b": "the example that blocks run against is what `make serve` starts; `make test` is who asks",
+    r"make (serve|demo|test|clean)\b": "`make serve` starts the example that blocks run against, `make test` asks",
     r"make (bench|test|check|wheel|pictures)-?": "minutes to hours; it is no part of the tests",
     r"pip ": "changes the installation; checks/install.py does it in environments of its own",
     r"shadecast up .*--(page-host|page-allow-host)": "opens ports of this machine; tests/serve_app/page",
     r"shadecast up .*--(telemetry-log|retrain|registry)": "tests/cluster/test_forecast_loop.py, test_retraining.py",
     r"shadecast simulate ": "tests/serve_app/launch/test_simulate_command.py",
     r"shadecast report": "ten minutes of requests; tests/serve_app/launch/test_report_command.py",
-    r"shadecast forecaster (show|shadow|promote|rollback) ?": "changes a registry; tests/models/test_registry.py",
+    r"shadecast forecaster (shadow|promote|rollback)": "changes a registry; tests/models/test_registry.py",
     r"cp -r models/checkpoints ": "a folder that all machines see",
     r"python -m (train|bench)": "minutes to hours; tests/train, tests/bench",
-    r"ray (job|up|down|exec|get-auth-token|start)": "a cluster over ssh, or a dashboard; tests/cluster/test_cluster_yaml.py",
+    r"ray (job|up|down|exec|get-auth-token|start)": "a cluster over ssh; tests/cluster/test_cluster_yaml.py",
     r"export RAY_AUTH_MODE|chmod 600 ": "as above",
     r"serve deploy": "Ray's dashboard, which the example does without; tests/cluster/test_deployed_settings.py",
     r"serve run (?!--non-blocking)": "goes on until Ctrl-C; tests/serve_app/test_app.py",
@@ -40,7 +39,7 @@ NOT_RUN = {
 }
 """Commands, by how they begin, that are not run, with the reason. Their options are looked at all the same."""
 RUN = (
-    r"shadecast (up|status|nodes|explain|drain|release|announce|forecaster live|forecaster list)\b",
+    r"shadecast (up|status|nodes|explain|drain|release|forecaster (live|list|show))\b",
     r"(curl|serve run --non-blocking|sleep|wait|grep|jq|cat|echo|export PATH=)",
 )
 """Commands that may be run against the served example."""
