@@ -224,6 +224,7 @@ def reader(serving, grpc_port, tmp_path_factory):
             "localhost:9000": f"localhost:{grpc_port}",
             "localhost:8266": page.removeprefix("http://"),
             "127.0.0.1:8266": page.removeprefix("http://"),
+            "seq 3000": "seq 20",
             "REPLICA": digits["replicas"][0]["replica_id"],
             "NODE": status["nodes"][0]["node_id"],
         }
