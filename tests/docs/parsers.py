@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import runpy
 import signal
 import subprocess
@@ -142,6 +143,8 @@ def _known(words: list[str], options: set[str], of: str) -> None:
 
 @cache
 def _make(words: tuple[str, ...]) -> None:
-    ran = subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    own = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # `make test` has its own
+    command = ["make", "-n", *words]
+    ran = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=30, check=False)
     if ran.returncode != 0:
         raise WrongCommandError(f"make {' '.join(words)}: {ran.stderr}")
