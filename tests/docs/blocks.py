@@ -26,7 +26,7 @@ NOT_RUN = {
     r"pip ": "changes the installation; checks/install.py does it in environments of its own",
     r"shadecast up .*--(page-host|page-allow-host)": "opens ports of this machine; tests/serve_app/page",
     r"shadecast up .*--(telemetry-log|retrain|registry)": "tests/cluster/test_forecast_loop.py, test_retraining.py",
-    r"shadecast simulate ": "tests/serve_app/launch/test_simulate_command.py",
+    r"shadecast simulate .*--telemetry": "a log of telemetry; tests/serve_app/launch/test_simulate_command.py",
     r"shadecast report": "ten minutes of requests; tests/serve_app/launch/test_report_command.py",
     r"shadecast forecaster (shadow|promote|rollback)": "changes a registry; tests/models/test_registry.py",
     r"cp -r models/checkpoints ": "a folder that all machines see",
@@ -39,8 +39,8 @@ NOT_RUN = {
 }
 """Commands, by how they begin, that are not run, with the reason. Their options are looked at all the same."""
 RUN = (
-    r"shadecast (up|status|nodes|explain|drain|release|forecaster (live|list|show))\b",
-    r"(curl|serve run --non-blocking|sleep|seq|wait|grep|jq|cat|echo|export PATH=)",
+    r"shadecast (up|status|nodes|explain|drain|release|simulate|forecaster (live|list|show))\b",
+    r"(curl|serve run --non-blocking|sleep|seq|wait|grep|jq|awk|cat|echo|export PATH=)",
 )
 """Commands that may be run against the served example."""
 
