@@ -87,7 +87,7 @@ def blocks(page: str) -> list[Block]:
 def _language(page: str, found: re.Match[str]) -> str:
     if not found[2] and is_record(page):
         return "sh" if re.match(r" *(python|make|shadecast) ", found[3]) else "text"
-    return found[2].strip()
+    return {"bash": "sh", "shell": "sh"}.get(found[2].strip(), found[2].strip())
 
 
 def without_blocks(page: str) -> str:
