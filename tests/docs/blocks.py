@@ -21,9 +21,9 @@ LANGUAGES = {
     "text": "a drawing, or what is printed",
 }
 NOT_RUN = {
-    r"make (serve|demo|test|clean)\b": "`make serve` starts the example that blocks run against, `make test` asks",
+    r"make (serve|demo|llm|test|clean)\b": "`make serve` starts the example that blocks run against, `make test` asks",
     r"make (bench|test|check|wheel|pictures)-?": "minutes to hours; it is no part of the tests",
-    r"pip ": "changes the installation; checks/install.py does it in environments of its own",
+    r"pip |examples/[\w/]+\.sh ": "changes an installation; checks/install.py does it in environments of its own",
     r"shadecast up .*--(page-host|page-allow-host)": "opens ports of this machine; tests/serve_app/page",
     r"shadecast up .*--(telemetry-log|retrain|registry)": "tests/cluster/test_forecast_loop.py, test_retraining.py",
     r"shadecast simulate .*--telemetry": "a log of telemetry; tests/serve_app/launch/test_simulate_command.py",
