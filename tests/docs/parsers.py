@@ -102,7 +102,7 @@ def _arguments(parser: Any, words: list[str], strictly: bool) -> None:
     if not isinstance(parser, argparse.ArgumentParser):
         _command(parser, words, strictly)
         return
-    _known(words, set(parser._option_string_actions), parser.prog)
+    _known(words, set(parser._option_string_actions), parser.prog)  # argparse tells its options nowhere else
     if strictly:
         try:
             parser.parse_args(words)
