@@ -179,9 +179,18 @@ def is_served(block: Block) -> bool:
 
 
 def served(*of: str) -> list[Block]:
-    """The blocks that are run against the served example, as a reader of these pages, and then of the others, would."""
+    """The blocks that are run against the served example, as a reader of these pages, and then of the others, would.
+
+    One that has nothing but commands of blocks before it is left out.
+    """
     rest = [page for page in pages() if page not in of]
-    return [block for page in (*of, *rest) for block in blocks(page) if is_served(block)]
+    found, told = [], set()
+    for block in (block for page in (*of, *rest) for block in blocks(page) if is_served(block)):
+        said = {" ".join(command) for command in commands(block.text)} if block.language == "sh" else {block.text}
+        if said - told:
+            found.append(block)
+        told |= said
+    return found
 
 
 def module_name(block: Block) -> str:
