@@ -58,8 +58,9 @@ class Block:
 
 
 def pages() -> list[str]:
-    """README, SECURITY.md, and what is in docs."""
+    """README, SECURITY.md, what is in docs, and the examples' page."""
     found = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    found += (ROOT / "examples").glob("README.md")
     return [str(path.relative_to(ROOT)) for path in found]
 
 

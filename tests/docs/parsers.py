@@ -36,6 +36,8 @@ def check(words: list[str], *, strictly: bool) -> None:
             _arguments(_module("train"), rest, strictly)
         case ["shadecast", *rest]:
             _command(_shadecast(), rest, strictly)
+        case ["python", "-m", module, *_] if not module.startswith(("bench", "train")):
+            _exists(module)  # what has no parser would run
         case ["python", "-m", module, *rest]:
             _arguments(_module(module), rest, strictly)
         case ["ray", "job", *rest]:
@@ -74,11 +76,15 @@ def _ray_job() -> Any:
     return job_cli_group
 
 
+def _exists(module: str) -> None:
+    if not module.rpartition(".")[2].isupper() and importlib.util.find_spec(module) is None:  # NAME stands for any
+        raise WrongCommandError(f"python -m {module}: there is no such module")
+
+
 @cache
 def _module(name: str) -> Any:
     """The parser that `python -m NAME` makes."""
-    if importlib.util.find_spec(name) is None:
-        raise WrongCommandError(f"python -m {name}: there is no such module")
+    _exists(name)
 
     def found(parser: Any, *_: Any, **__: Any) -> None:
         raise _FoundError(parser)

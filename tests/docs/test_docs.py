@@ -96,6 +96,7 @@ def test_each_command_in_prose_exists_with_its_options(page: str) -> None:
         "shadecast up --page-port a-word",
         "shadecast drain",
         "python -m bench.nothing",
+        "python -m examples.nothing",
         "python -m train --telemetri x",
         "make nothing",
         "ray upp cluster.yaml",
