@@ -133,9 +133,10 @@ class Configured:
     """In place of a class of `ray.serve.llm`, which needs an engine: what is given must suit a deployment."""
 
     def __init__(self, **given: Any) -> None:
-        options = given["deployment_config"]
+        options = given.get("deployment_config", {})
         serve.deployment(type("Server", (), {})).options(**options)
-        check_settings(options["request_router_config"])
+        if "request_router_config" in options:
+            check_settings(options["request_router_config"])
 
 
 def prelude() -> dict[str, Any]:
