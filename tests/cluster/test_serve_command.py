@@ -258,6 +258,14 @@ def test_what_the_documentation_says_to_run_runs_and_prints_what_it_says(reader,
         assert "my-test: predict of mine/Model" in ran.stdout, ran.stdout + ran.stderr
 
 
+def test_up_says_which_options_a_control_plane_that_runs_was_not_started_with(serving, tmp_path):
+    *_, env, _ = serving
+    told = run_in(env, "up", "--telemetry-log", str(tmp_path), "--link-bytes-per-s", "0")
+    assert told.returncode == 0, told.stderr
+    assert "--telemetry-log not taken" in told.stderr
+    assert "link" not in told.stderr
+
+
 def test_a_port_that_is_taken_is_one_line():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -27,6 +27,7 @@ NOT_RUN = {
     r"shadecast up .*--(page-host|page-allow-host)": "opens ports of this machine; tests/serve_app/page",
     r"shadecast up .*--(telemetry-log|retrain|registry)": "tests/cluster/test_forecast_loop.py, test_retraining.py",
     r"shadecast simulate .*--telemetry": "a log of telemetry; tests/serve_app/launch/test_simulate_command.py",
+    r"shadecast down": "ends what the other blocks need; tests/cluster/test_upgrade.py",
     r"shadecast report": "ten minutes of requests; tests/serve_app/launch/test_report_command.py",
     r"shadecast forecaster (shadow|promote|rollback)": "changes a registry; tests/models/test_registry.py",
     r"cp -r models/checkpoints ": "a folder that all machines see",
