@@ -57,7 +57,7 @@ class Effort:
     epochs: int = DEFAULTS.epochs
     start: str = "champion"
     most_rows: int = 1_000_000
-    """Of the log, the newest: about 8 minutes of one core (docs/forecasting.md)."""
+    """Of the log, the newest: about 8 minutes of one core (docs/retrain.md)."""
 
 
 @dataclass(frozen=True, slots=True)

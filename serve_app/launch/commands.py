@@ -286,6 +286,10 @@ def up(  # noqa: PLR0917 - as above
             retrain=retrain,
             retrain_plan=plan,
         )
+    if plane.not_taken:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in plane.not_taken)
+        text = f"It runs already, started otherwise: {options} not taken; `shadecast down`, then this again."
+        problems.print(text, markup=False, highlight=False, soft_wrap=True)
     if as_json:
         answer(**_of(plane))
         return

@@ -54,6 +54,8 @@ class ControlPlane:
     rights: Rights = field(default_factory=Rights)
     token_source: str = ""
     """Where the token for orders is to be found, such as `the file ...`; empty where the page has none."""
+    not_taken: tuple[str, ...] = ()
+    """Settings that were given, and that the coordinator, which ran already, was not started with."""
 
 
 def start_control_plane(
@@ -104,16 +106,26 @@ def start_control_plane(
         .remote(dict(settings or {}), ray_metrics=ray_metrics, audit_log=audit_log)
     )
     _answer(coordinator.status.remote(), 60.0)
+    not_taken = _not_taken(coordinator, {**(settings or {}), "audit_log": audit_log})
     if plan is not None:
         _start_retraining(settings or {}, plan, retrain_effort or {})
     elif retrain is not None:
         stop_retraining()
     if page_port == 0:
-        return ControlPlane(coordinator, "", wanted)
+        return ControlPlane(coordinator, "", wanted, not_taken=not_taken)
     if running is not None and (wanted, rights) != (before, was):
         _stop_page(running.actor)
     url = _start_page(wanted, rights)
-    return ControlPlane(coordinator, url, wanted, rights, operate.source if operate is not None else _source(rights))
+    source = operate.source if operate is not None else _source(rights)
+    return ControlPlane(coordinator, url, wanted, rights, source, not_taken)
+
+
+def _not_taken(coordinator: Any, given: Mapping[str, Any]) -> tuple[str, ...]:
+    """Which of the settings that are given a coordinator was not started with. One of an older version does not say."""
+    if not hasattr(coordinator, "settings"):
+        return ()
+    taken = _answer(coordinator.settings.remote(), 60.0)
+    return tuple(name for name, value in given.items() if value and taken.get(name) != value)
 
 
 def retraining_plan(

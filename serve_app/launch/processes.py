@@ -40,6 +40,7 @@ class CoordinatorProcess:
     def __init__(self, settings: Mapping[str, Any], *, ray_metrics: bool = True, audit_log: str = "") -> None:
         """`audit_log`: the file on this node that orders are written to; empty: the usual one."""
         own_installation.put_first()
+        self._settings = {**settings, "audit_log": audit_log}
         from actors.audit_log import AuditLog  # noqa: PLC0415 - not before our installation is first
         from actors.coordinator import Coordinator  # noqa: PLC0415 - not before our installation is first
         from actors.forecaster_actor import ForecasterFleet  # noqa: PLC0415
@@ -110,6 +111,10 @@ class CoordinatorProcess:
     async def status(self) -> dict[str, Any]:
         """Everything that the coordinator knows, as plain values."""
         return await self._coordinator.status()
+
+    def settings(self) -> dict[str, Any]:
+        """What it was started with."""
+        return self._settings
 
 
 class ForecasterProcess:

@@ -1,9 +1,9 @@
-"""`make serve`, as a stranger runs it: comes up, reads digits, shows its state, stops without a trace."""
+"""`make serve`, as a stranger runs it: comes up, reads digits, does what README and docs say, stops without a trace."""
 
 import contextlib
 import json
 import os
-import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +19,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from tests.cluster.conftest import wait_for
+from tests.docs.blocks import blocks, commands, module_name, pages, served
 from tests.ports import free_port
 
 TOKEN = "a-secret-token-of-tests"
@@ -33,7 +34,12 @@ def get(url, body=None, headers=None):
 
 
 @pytest.fixture(scope="module")
-def serving(tmp_path_factory):
+def grpc_port():
+    return free_port()
+
+
+@pytest.fixture(scope="module")
+def serving(tmp_path_factory, grpc_port):
     """The running command: (process, url of predictions, url of the page, environment, its output file)."""
     folder = tmp_path_factory.mktemp("serve")
     port, page_port = free_port(), free_port()
@@ -47,7 +53,8 @@ def serving(tmp_path_factory):
     env.pop("RAY_ADDRESS", None)
     log = (folder / "log").open("w+")
     command = [sys.executable, "-m", "serve_app", "serve", "--port", str(port), "--page-port", str(page_port)]
-    process = subprocess.Popen([*command, "--workers", "2", "--replicas", "2"], stdout=log, stderr=log, env=env)
+    command += ["--workers", "2", "--replicas", "2", "--grpc-port", str(grpc_port)]
+    process = subprocess.Popen(command, stdout=log, stderr=log, env=env)
     try:
         wait_for(lambda: process.poll() is not None or "Ctrl-C stops" in (folder / "log").read_text(), 180, "ready")
         assert process.poll() is None, (folder / "log").read_text()
@@ -70,14 +77,6 @@ def test_it_reads_digits_rightly(serving):
     assert outputs["digit"]["shape"] == [50]
     assert outputs["probabilities"]["shape"] == [50, 10]
     assert np.mean(np.array(outputs["digit"]["data"]) == labels[:50]) >= 0.97
-
-
-def test_the_curl_line_of_the_readme_gives_a_zero(serving):
-    _, url, *_ = serving
-    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
-    body = re.search(r"-d '(\{.*?\})'", readme, re.DOTALL).group(1)
-    (output,) = json.loads(get(f"{url}/v2/models/digits/infer", json.loads(body)))["outputs"]
-    assert output["data"] == [0]
 
 
 def test_status_shows_nodes_and_replicas(serving):
@@ -197,6 +196,74 @@ def test_the_page_shows_the_same_and_takes_orders_only_with_the_token(serving):
 
     wait_for(drained, 20, "the replica drains")
     get(page + "/api/release", {"target": replica}, {"Authorization": f"Bearer {TOKEN}"})
+
+
+# ---------------------------------------------------------------- what README and docs tell to do
+
+
+@pytest.fixture(scope="module")
+def reader(serving, grpc_port, tmp_path_factory):
+    """Runs a block as its reader would, who has the files of the pages; tells what was printed."""
+    _, url, page, env, log = serving
+    folder = tmp_path_factory.mktemp("reader")
+    for block in (block for name in pages() for block in blocks(name)):
+        if block.language == "python" and (name := module_name(block)):
+            (folder / f"{name}.py").write_text(block.text)
+    state = folder / ".local/state/shadecast"
+    state.mkdir(parents=True)
+    (state / "operate-token").write_text(TOKEN)
+    address = next(line.partition("RAY_ADDRESS=")[2] for line in log.read_text().splitlines() if "RAY_ADDRESS=" in line)
+    bin_first = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    ours = {**env, "PATH": bin_first, "HOME": str(folder), "RAY_ADDRESS": address.strip()}
+
+    def run(block):
+        status = json.loads(get(page + "/api/status"))
+        digits = next(each for each in status["deployments"] if each["deployment"] == "default/digits")
+        meant = {
+            "localhost:8000": url.removeprefix("http://"),
+            "localhost:9000": f"localhost:{grpc_port}",
+            "localhost:8266": page.removeprefix("http://"),
+            "127.0.0.1:8266": page.removeprefix("http://"),
+            "seq 3000": "seq 20",
+            "REPLICA": digits["replicas"][0]["replica_id"],
+            "NODE": status["nodes"][0]["node_id"],
+        }
+        text = block.text
+        for written, here in meant.items():
+            text = text.replace(written, here)
+        command = ["bash", "-euo", "pipefail", "-c"] if block.language == "sh" else [sys.executable, "-c"]
+        return subprocess.run(
+            [*command, text], env=ours, cwd=folder, capture_output=True, timeout=120, text=True, check=False
+        )
+
+    return run
+
+
+SERVED = [pytest.param(block, id=block.where) for block in served("docs/try.md", "docs/adopt.md")]
+
+
+@pytest.mark.parametrize("block", SERVED)
+def test_what_the_documentation_says_to_run_runs_and_prints_what_it_says(reader, block):
+    tools = {command[0] for command in commands(block.text)} if block.language == "sh" else set()
+    if missing := [tool for tool in tools & {"curl", "jq"} if shutil.which(tool) is None]:
+        pytest.skip(f"{', '.join(missing)}: not installed")
+    ran = reader(block)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert '{"error"' not in ran.stdout, ran.stdout
+    told = "".join(ran.stdout.split())
+    for line in block.text.splitlines():
+        if line.startswith("# ") and not line.endswith(".py"):
+            assert "".join(line.removeprefix("# ").split()) in told, ran.stdout
+    if "--request my-test" in block.text:
+        assert "my-test: predict of mine/Model" in ran.stdout, ran.stdout + ran.stderr
+
+
+def test_up_says_which_options_a_control_plane_that_runs_was_not_started_with(serving, tmp_path):
+    *_, env, _ = serving
+    told = run_in(env, "up", "--telemetry-log", str(tmp_path), "--link-bytes-per-s", "0")
+    assert told.returncode == 0, told.stderr
+    assert "--telemetry-log not taken" in told.stderr
+    assert "link" not in told.stderr
 
 
 def test_a_port_that_is_taken_is_one_line():

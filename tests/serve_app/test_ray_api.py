@@ -226,10 +226,10 @@ def test_this_is_a_supported_ray():
     assert RAY in SUPPORTED, f"Ray {RAY} is not supported yet: run the tests, then widen pyproject.toml and SUPPORTED"
 
 
-def test_the_versions_that_are_supported_are_those_that_the_package_asks_for_and_the_readme_names():
+def test_the_versions_that_are_supported_are_those_that_the_package_asks_for_and_the_docs_name():
     (ray_line,) = re.findall(r'"ray\[serve\](.*?)"', (ROOT / "pyproject.toml").read_text())
     assert ray_line == ">={}.{},<{}.{}".format(*SUPPORTED[0], SUPPORTED[-1][0], SUPPORTED[-1][1] + 1)
-    rows = re.findall(r"^\| (\d+)\.(\d+)\.\d+ \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| (\d+)\.(\d+)\.\d+ \|", (ROOT / "docs/adopt.md").read_text(), re.MULTILINE)
     assert sorted((int(major), int(minor)) for major, minor in rows) == SUPPORTED
 
 

@@ -26,16 +26,20 @@ def parameters(method):
 
 
 @pytest.mark.parametrize(
-    ("process", "works", "for_use_without_ray"),
+    ("process", "works", "for_use_without_ray", "of_how_it_was_started"),
     [
-        (CoordinatorProcess, Coordinator, {"close", "tick"}),
-        (ForecasterProcess, ForecasterActor, set()),
-        (PageProcess, Page, {"serve_forever"}),
+        (CoordinatorProcess, Coordinator, {"close", "tick"}, {"settings"}),
+        (ForecasterProcess, ForecasterActor, set(), set()),
+        (PageProcess, Page, {"serve_forever"}, set()),
     ],
 )
-def test_an_actor_takes_the_calls_of_the_object_that_does_the_work(process, works, for_use_without_ray):
+def test_an_actor_takes_the_calls_of_the_object_that_does_the_work(
+    process, works, for_use_without_ray, of_how_it_was_started
+):
     expected = {name: what for name, what in signatures(works).items() if name not in for_use_without_ray}
-    assert signatures(process) == expected
+    own = signatures(process)
+    assert {name: own.pop(name) for name in of_how_it_was_started}.keys() == of_how_it_was_started
+    assert own == expected
 
 
 def test_a_forecaster_is_named_after_its_node():
