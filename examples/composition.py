@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from dataclasses import dataclass
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -124,7 +125,9 @@ class Shown:
     bills: dict[str, Counter[str]]
 
     def __str__(self) -> str:
-        bills = "; ".join(f"{name} billed {bill['billed']}, copies {bill['copies']}" for name, bill in self.bills.items())
+        bills = "; ".join(
+            f"{name} billed {bill['billed']}, copies {bill['copies']}" for name, bill in self.bills.items()
+        )
         return (
             f"{self.requests} requests, {self.failed} failed, {self.right:.0%} of the digits are read right.\n"
             f"A second replica of Combine joined ({', '.join(self.newcomer)}). {bills}."
@@ -138,7 +141,7 @@ async def show(examples: Examples) -> Shown:
     from examples.running import load, until  # noqa: PLC0415
 
     pixels, digits = load_digits(return_X_y=True)
-    images = iter(range(0, len(digits), 2))
+    images = cycle(range(0, len(digits), 2))  # the other half was learned from
 
     def bills() -> dict[str, Counter[str]]:
         each = {name: examples.of_each_replica("composition", name, "bill") for name in ("Linear", "Neighbours")}

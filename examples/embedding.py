@@ -129,8 +129,8 @@ class Shown:
     def __str__(self) -> str:
         return (
             f"Sentences that mean the same: cosine {self.alike:.2f}; others: {self.different:.2f}.\n"
-            f"A second replica joined ({', '.join(self.newcomer)}). It had {self.copies_before} copies before its first "
-            f"request. {self.failed} of {self.requests} requests failed."
+            f"A second replica joined ({', '.join(self.newcomer)}). It had {self.copies_before} copies before its "
+            f"first request. {self.failed} of {self.requests} requests failed."
         )
 
 

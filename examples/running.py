@@ -66,9 +66,13 @@ class Examples:
         app = serve.status().applications.get(name)
         if app is not None and app.status == "DEPLOY_FAILED":
             raise RuntimeError(f"{name} did not start: {app.message}")
-        return app is not None and app.status == "RUNNING" and all(
-            app.deployments[each].replica_states.get("RUNNING") == count
-            for each, count in self._replicas[name].items()
+        return (
+            app is not None
+            and app.status == "RUNNING"
+            and all(
+                app.deployments[each].replica_states.get("RUNNING") == count
+                for each, count in self._replicas[name].items()
+            )
         )
 
     def handle(self, name: str, deployment: str) -> DeploymentHandle:
@@ -108,7 +112,7 @@ async def load(ask: Callable[[int], Awaitable[Any]], clients: int, pause_s: floa
             seen.sent += 1
             try:
                 seen.answers.append(await ask(number))
-            except Exception as error:  # noqa: BLE001 - it is counted, whatever it is
+            except Exception as error:
                 seen.errors.append(error)
             await asyncio.sleep(pause_s)
 
