@@ -33,8 +33,14 @@ if TYPE_CHECKING:
 
 ROUTER = RequestRouterConfig(
     request_router_class="serve_app.router:PredictiveRouter",
-    # replicas of the first start need no trial; 15 s where nobody waits
-    request_router_kwargs={"config": {"balance": {"bootstrap_s": 3.0}}},
+    request_router_kwargs={
+        "config": {
+            "balance": {
+                "rescue_fraction": 0.0,  # no second attempts: a request that is stuck would be billed twice
+                "bootstrap_s": 3.0,  # replicas of the first start need no trial; 15 s where nobody waits
+            }
+        }
+    },
 )
 SMALL = {"num_cpus": 0.1}
 

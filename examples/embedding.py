@@ -153,7 +153,7 @@ async def show(examples: "Examples") -> Shown:
                 for replica_id, copies, requests in examples.of_each_replica("embedding", "MiniLM", "history")
             }
 
-        before = await asyncio.to_thread(histories)
+        before = await until(histories, 10.0, "the replica answers")
 
         def newcomer_that_serves() -> tuple[str, int] | None:
             found = histories().items()

@@ -17,6 +17,7 @@ from typing import Any
 
 from ray import serve
 from ray.serve.context import _get_global_client
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ServeDeploySchema
 
@@ -34,6 +35,7 @@ class Examples:
     def __init__(self, url: str) -> None:
         self.url = url
         self._replicas: dict[str, dict[str, int]] = {}
+        self._handles: dict[tuple[str, str], DeploymentHandle] = {}
 
     def deploy(self, wanted: Mapping[str, Mapping[str, int]]) -> None:
         """Start examples, or change how many replicas a deployment has, as `serve deploy` does; until all run.
@@ -75,13 +77,14 @@ class Examples:
             )
         )
 
-    def handle(self, name: str, deployment: str) -> DeploymentHandle:
-        """A handle for a deployment of an example."""
-        return serve.get_deployment_handle(deployment, name)
-
     def of_each_replica(self, name: str, deployment: str, method: str) -> list[Any]:
-        """What a method answers on each replica."""
-        answers: list[Any] = self.handle(name, deployment).broadcast(method).results(timeout_s=30)
+        """What a method answers on each replica; [] in the instant before the handle knows any."""
+        if (handle := self._handles.get((name, deployment))) is None:
+            handle = self._handles[name, deployment] = serve.get_deployment_handle(deployment, name)
+        try:
+            answers: list[Any] = handle.broadcast(method).results(timeout_s=30)
+        except DeploymentUnavailableError:
+            return []
         return answers
 
     def events(self, name: str, deployment: str) -> dict[str, list[str]]:

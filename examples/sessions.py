@@ -30,7 +30,7 @@ ROUTER = RequestRouterConfig(
     request_router_class="serve_app.router:PredictiveRouter",
     request_router_kwargs={
         "config": {
-            "session": {"repin_ratio": 100.0},  # a cache is worth more here than a faster replica; 2 is the default
+            "session": {"moves_per_s": 0.0},  # for the sake of balance none moves; by default up to 2 % a second may
             "trial": {"drain_s": 8.0},  # a drain takes no longer; 30 s where nobody waits
         }
     },
@@ -119,13 +119,19 @@ async def show(examples: Examples, sessions: int = 24) -> Shown:
                 moved_s[session] = time.monotonic()
 
         def known() -> bool:
-            return len(examples.events("sessions", "Assistant")) >= 3 and min(turns.values(), default=0) >= 8
+            return len(examples.events("sessions", "Assistant")) >= 3
+
+        def talked() -> bool:
+            return len(turns) == sessions and min(turns.values()) >= 6
 
         def all_left() -> bool:
             return all(seen[-1] != drained for seen in homes.values())
 
         async with load(say, clients=sessions, pause_s=0.02) as seen:
-            await until(known, 30.0, "each session has had some turns, and the coordinator knows the replicas")
+            await until(known, 30.0, "the coordinator knows the replicas")
+            homes.clear()
+            turns.clear()
+            await until(talked, 30.0, "each session has had some turns")
             drained = Counter(found[-1] for found in homes.values()).most_common(1)[0][0]
             began_s = time.monotonic()
             await asyncio.to_thread(order, "drain", drained)
