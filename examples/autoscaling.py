@@ -41,7 +41,7 @@ AUTOSCALING = AutoscalingConfig(
     look_back_period_s=2.0,
     metrics_interval_s=0.5,
 )
-WORK_S = 0.1
+WORK_S = 0.2
 
 
 @serve.deployment(
@@ -51,7 +51,7 @@ WORK_S = 0.1
     request_router_config=ROUTER,
 )
 class Model:
-    """Takes a tenth of a second, as a model on an accelerator might."""
+    """Takes a fifth of a second, as a model on an accelerator might."""
 
     def __init__(self) -> None:
         self._replica = serve.get_replica_context().replica_id.unique_id

@@ -169,7 +169,7 @@ async def show(examples: Examples) -> Shown:
             events.update(examples.events("composition", "Combine"))
             return next((tuple(e) for e in events.values() if "admit" in e and len(e) > 1), ())
 
-        async with load(read, clients=2, pause_s=0.05) as seen:
+        async with load(read, clients=2, pause_s=0.08) as seen:
             await asyncio.sleep(4.0)  # the first start is over
             await asyncio.to_thread(examples.deploy, {"composition": {"Combine": 2}})
             events_of_newcomer = await until(newcomer, 60.0, "a newcomer has had its trial")

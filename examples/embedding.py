@@ -159,7 +159,7 @@ async def show(examples: "Examples") -> Shown:
             found = histories().items()
             return next(((r, copies) for r, (copies, served) in found if r not in before and served), None)
 
-        async with load(lambda number: embed(f"Sentence of client {number}."), clients=2, pause_s=0.02) as seen:
+        async with load(lambda number: embed(f"Sentence of client {number}."), clients=2, pause_s=0.08) as seen:
             await asyncio.to_thread(examples.deploy, {"embedding": {"MiniLM": 2}})
             newcomer, copies_before = await until(newcomer_that_serves, 60.0, "the newcomer serves")
         events = await asyncio.to_thread(examples.events, "embedding", "MiniLM")

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import importlib
 import os
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ class Examples:
     def __init__(self, url: str) -> None:
         self.url = url
         self._replicas: dict[str, dict[str, int]] = {}
+        self._lock = threading.Lock()
         self._handles: dict[tuple[str, str], DeploymentHandle] = {}
 
     def deploy(self, wanted: Mapping[str, Mapping[str, int]]) -> None:
@@ -42,10 +44,19 @@ class Examples:
 
         `{"embedding": {"MiniLM": 2}}`: this example, with two replicas of that deployment. Others go on undisturbed.
         """
-        for name, replicas in wanted.items():
-            self._replicas[name] = {**self._replicas.get(name, {}), **replicas}
+        with self._lock:  # an application that a configuration does not name is deleted: one at a time
+            for name, replicas in wanted.items():
+                self._replicas[name] = {**self._replicas.get(name, {}), **replicas}
+            _get_global_client().deploy_apps(ServeDeploySchema.model_validate(self._config()))
+        deadline_s = time.monotonic() + _START_S
+        while not all(map(self._runs, wanted)):
+            if time.monotonic() > deadline_s:
+                raise TimeoutError(f"not all of {', '.join(wanted)} run after {_START_S:g} s: {serve.status()}")
+            time.sleep(0.1)
+
+    def _config(self) -> dict[str, Any]:
         path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        config = {
+        return {
             "applications": [
                 {
                     "name": name,
@@ -57,12 +68,6 @@ class Examples:
                 for name, replicas in self._replicas.items()
             ]
         }
-        _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config))
-        deadline_s = time.monotonic() + _START_S
-        while not all(map(self._runs, wanted)):
-            if time.monotonic() > deadline_s:
-                raise TimeoutError(f"not all of {', '.join(wanted)} run after {_START_S:g} s: {serve.status()}")
-            time.sleep(0.1)
 
     def _runs(self, name: str) -> bool:
         app = serve.status().applications.get(name)

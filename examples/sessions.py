@@ -35,7 +35,7 @@ ROUTER = RequestRouterConfig(
         }
     },
 )
-TURN_S = 0.25
+TURN_S = 0.4
 
 
 @serve.deployment(
@@ -96,7 +96,7 @@ class Shown:
         )
 
 
-async def show(examples: Examples, sessions: int = 24) -> Shown:
+async def show(examples: Examples, sessions: int = 18) -> Shown:
     """Talk in many sessions at once, and drain the replica that has most of them."""
     import httpx  # noqa: PLC0415 - replicas need none of it
 
