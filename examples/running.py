@@ -158,7 +158,7 @@ def serving(local: LocalCluster, port: int) -> Iterator[Examples]:
 def run(name: str) -> None:
     """Start a cluster and an example, print what it shows, and leave nothing running."""
     example = importlib.import_module(f"examples.{name}")  # replicas import this one, not `__main__`
-    print("Starting a local cluster (half a minute) ...", flush=True)
+    print("Starting a local cluster ...", flush=True)
     with LocalCluster(workers=1) as local, serving(local, PORT) as examples:
         examples.deploy({name: {}})
         print(asyncio.run(example.show(examples)))
