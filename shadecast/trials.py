@@ -23,6 +23,8 @@ ACTIVE_LIMIT = 9.0
 """Score of the error guard at which a replica in use is drained; about one false alarm in e^9 requests."""
 _STEP_OUTCOMES = 20
 """A step of the ramp ends early after so many requests."""
+_STILL_ASKED_S = 3.0
+"""So long after its last request a replica that drains is taken to be left by its sessions."""
 _KNOWN_SPEED = 10.0
 """Recent observations from which on the ramp goes by a replica's speed."""
 _FAILING_S = 600.0
@@ -139,12 +141,19 @@ class Trials:
                     self._guard(known)
                 case State.DRAINING:
                     waited_s = now_s - known.connection.since_s
-                    if known.queue <= 0:
+                    if known.queue <= 0 and not self._is_still_asked(known):
                         self.apply(known, Event.DRAINED, "empty")
                     elif waited_s > self._config.drain_s:
                         self.apply(known, Event.DRAINED, f"deadline: {known.queue:g} requests still open")
                 case State.INACTIVE:
                     pass
+
+    def _is_still_asked(self, known: Replica) -> bool:
+        """Whether sessions that have not left yet still ask one that is well, but is to be kept out of traffic.
+
+        One that a guard drains is not well: its sessions leave at once.
+        """
+        return self._fleet.is_held(known) and self._fleet.now_s - known.asked_s < _STILL_ASKED_S
 
     def _judge_trial(self, known: Replica) -> None:
         if known.trial is None:

@@ -433,6 +433,22 @@ def test_an_operator_drains_a_node_and_lets_it_back_in_through_a_trial():
     assert world.state("old2") is State.SHADOWING
 
 
+def test_a_drained_replica_serves_its_sessions_until_they_have_left_or_the_deadline():
+    world = grown()
+    world.kept_session = "old0"
+    world.holds = {"old0"}
+    world.run(15)
+    assert world.state("old0") is State.DRAINING, "between two short requests it looks empty, and is not"
+    world.kept_session = ""
+    world.run(5)
+    assert world.state("old0") is State.INACTIVE
+
+    world.kept_session = "old1"
+    world.holds = {"old0", "old1"}
+    world.run(40)
+    assert world.state("old1") is State.INACTIVE
+
+
 def test_what_a_guard_drains_comes_back_although_the_coordinator_restarts_meanwhile():
     world = grown()
     world.machines["old0"].failing = 1.0

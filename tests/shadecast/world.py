@@ -50,6 +50,8 @@ class World:
     """But for this part of the best one's, as when those are busy for a moment."""
     bad_session: str = ""
     """The replica that has the session whose requests fail everywhere, four a second of them."""
+    kept_session: str = ""
+    """The replica that a session goes on asking, four times a second, until it is moved."""
     of_sessions: int = 0
     """Sessions that requests are of; 0: they are of none."""
     waiting: int = 0
@@ -112,6 +114,8 @@ class World:
                     )
         if self.bad_session in alive:
             outcomes[self.bad_session] += [Outcome(0.01, 0.0, False, origin="bad")] * 2
+        if self.kept_session in alive:
+            outcomes[self.kept_session] += [Outcome(0.05, 0.0, True)] * 2
         self.mirrored += mirrored
         self.seq += 1
         replicas = tuple(
