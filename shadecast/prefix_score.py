@@ -17,12 +17,31 @@ from shadecast.rendezvous import Rendezvous
 
 OWN_WEIGHT = 2.0
 """w; 1, 1.5, 2 and 3 are compared in docs/decisions/0090."""
+LATER_PER_S = 3.0
+"""Requests a second that will wait behind this one."""
 _NEAR = 1.1
 """Scores within a tenth of the best are equal: speeds are not known more exactly."""
 _LOOK_AT_ALL = 32
 """With more replicas, a prompt's holder and a few others are compared."""
 _DRAWS = 3
 _MIN_SPEED = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What tokens cost in seconds, on a replica of nominal speed, as learned from streams (`shadecast.token_times`)."""
+
+    prefill_s: float
+    """b: a prompt token."""
+    step_s: float
+    """a: an answer's token, alone."""
+    sequence_s: float
+    """c: what each other request adds to that."""
+    context_s: float
+    """d: what each token of their contexts adds."""
+    answer_tokens: float
+    """o: of a usual answer."""
+    later_per_s: float = LATER_PER_S
 
 
 @dataclass(slots=True)
@@ -34,6 +53,8 @@ class Load:
     """P: sent there and not computed yet, what was cached not counted."""
     requests: float = 0.0
     """n: all that are there, waiting or decoding."""
+    context_tokens: float = 0.0
+    """K: of their prompts."""
     speed: float = 1.0
 
 
@@ -43,6 +64,19 @@ def prefill_score(
     """The score of one replica; the least is best. An engine computes at least one token of each prompt."""
     work = pending_tokens + own_weight * max(uncached_tokens, 1.0)
     return work * (requests + 1.0) / max(speed, _MIN_SPEED)
+
+
+def seconds_score(load: Load, prompt_tokens: int, uncached_tokens: float, costs: Costs) -> float:
+    """Seconds that users wait because a prompt goes there: itself, those that are there, and those that come later."""
+    speed, n, answer = max(load.speed, _MIN_SPEED), load.requests, costs.answer_tokens
+    own_s, wait_s = costs.prefill_s * max(uncached_tokens, 1.0), costs.prefill_s * load.pending_tokens
+    context = costs.context_s * prompt_tokens
+    decode_s = answer * (
+        costs.step_s + costs.sequence_s * (n + 1.0) + costs.context_s * load.context_tokens + context
+    )
+    others_s = n * (own_s + answer / 2.0 * (costs.sequence_s + context))
+    later_s = costs.later_per_s * own_s / speed * (wait_s + own_s / 2.0)
+    return (wait_s + own_s + decode_s + others_s + later_s) / speed
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +113,7 @@ def choose(
     random: Callable[[], float],
     *,
     cold: tuple[Rendezvous, int] | None = None,
+    costs: Costs | None = None,
     own_weight: float = OWN_WEIGHT,
 ) -> int:
     """Index of the replica for a prompt, -1 if there is none. `random` gives floats in [0, 1).
@@ -91,13 +126,14 @@ def choose(
     many = len(loads) > _LOOK_AT_ALL and bool(cached)
     holder = max(everybody, key=lambda i: cached.get(loads[i].replica_id, 0)) if many else -1
     compared = drawn(everybody, holder, random)
-    scores = {
-        i: prefill_score(
-            load.pending_tokens, prompt_tokens - cached.get(load.replica_id, 0), load.requests, load.speed, own_weight
-        )
-        for i in compared
-        for load in (loads[i],)
-    }
+    scores: dict[int, float] = {}
+    for i in compared:
+        load = loads[i]
+        left = prompt_tokens - cached.get(load.replica_id, 0)
+        if costs is not None:
+            scores[i] = seconds_score(load, prompt_tokens, left, costs)
+        else:
+            scores[i] = prefill_score(load.pending_tokens, left, load.requests, load.speed, own_weight)
     if not scores:
         return -1
     best = min(scores.values())

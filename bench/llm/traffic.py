@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ def agents(shape: Agents, calls_per_s: float, until_s: float, seed: int) -> list
                 _block(("system", system, i) if i < shared else (session, i)) for i in range(tokens // BLOCK_TOKENS)
             ]
             if call_s < until_s:
-                jobs.append(Job(0, call_s, hashes, tokens, answer))
+                jobs.append(Job(0, call_s, hashes, tokens, answer, session))
             tokens += answer
             call_s += rng.expovariate(1.0 / shape.think_s)
     return numbered(jobs)
@@ -74,6 +75,8 @@ def agents(shape: Agents, calls_per_s: float, until_s: float, seed: int) -> list
 
 def trace(path: Path, seed: int, calls_per_s: float, until_s: float) -> list[Job]:
     """A published trace, from its beginning and as often as needed, at a pace that gives so many calls a second.
+
+    Once if there is no end.
 
     In the Azure format nothing is known of prefixes: no two prompts share one. Laps share nothing either.
     """
@@ -84,6 +87,8 @@ def trace(path: Path, seed: int, calls_per_s: float, until_s: float) -> list[Job
     jobs: list[Job] = []
     lap = 0
     while True:
+        if lap and math.isinf(until_s):
+            return numbered(jobs)
         for row in rows:
             at_s = (row.at_s + lap * length_s) / pace
             if at_s >= until_s:
@@ -93,11 +98,22 @@ def trace(path: Path, seed: int, calls_per_s: float, until_s: float) -> list[Job
         lap += 1
 
 
+_COMMON = 1
+"""Blocks that conversations of many begin with."""
+
+
 def numbered(jobs: Sequence[Job]) -> list[Job]:
-    """Jobs in order of arrival."""
+    """Jobs in order of arrival. One without a session continues that of the longest prompt that it begins with."""
     ordered = sorted(jobs, key=lambda job: job.at_s)
+    sessions: dict[bytes, int] = {}
+    """Last block of a prompt -> its session."""
     for number, job in enumerate(ordered):
         job.number = number
+        if job.session < 0:
+            own = job.hashes[_COMMON:]
+            job.session = next((sessions[block] for block in reversed(own) if block in sessions), number)
+            if own:
+                sessions[own[-1]] = job.session
     return ordered
 
 
