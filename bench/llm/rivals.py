@@ -252,12 +252,12 @@ def _part(values: Sequence[float], among: Sequence[int], i: int) -> float:
 
 RIVALS = (
     Rule("round robin", _round_robin),
-    Rule("power of two (Serve)", _power_of_two, omniscient=False),
+    Rule("power of two (Serve)", _power_of_two),
     Rule("least requests", _least_requests),
     Rule("session hash", _session_hash(1e9)),
     Rule("session hash, bounded 1.25", _session_hash(_BOUND)),
-    Rule("Ray prefix router", _ray_prefix(float("inf")), omniscient=False, one_tree=True, endless=True),
-    Rule("Ray prefix router, threshold 10", _ray_prefix(_RAY_IMBALANCE), omniscient=False, one_tree=True, endless=True),
+    Rule("Ray prefix router", _ray_prefix(float("inf")), one_tree=True, endless=True),
+    Rule("Ray prefix router, threshold 10", _ray_prefix(_RAY_IMBALANCE), one_tree=True, endless=True),
     Rule("SGLang cache_aware", _sglang, one_tree=True, endless=True),
     Rule("AIBrix prefix-cache", _aibrix, one_tree=True, endless=True),
     Rule("production-stack prefixaware", _stack_prefix, one_tree=True, endless=True),

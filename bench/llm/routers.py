@@ -9,23 +9,26 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
 
 from bench.llm.engine import BLOCK_TOKENS, Engine, Job, Machine
 from shadecast.pick import load_cost
 from shadecast.prefix import PrefixIndex
 from shadecast.prefix_exchange import Decisions
 from shadecast.prefix_mail import Mail, load_columns, others_load, read_news
-from shadecast.prefix_score import OWN_WEIGHT, Load, choose
+from shadecast.prefix_score import OWN_WEIGHT, Contexts, Costs, Load, choose, waits_s
 from shadecast.prompts import Prompt
 from shadecast.rendezvous import Rendezvous, session_key
 from shadecast.token_times import TokenTimes, Work
 
 ENDLESS = 1 << 60
+_Pick: TypeAlias = Callable[[Job], int]
+_TRUE_ANSWER_TOKENS = 200.0
 _ENDS = range(BLOCK_TOKENS, 1 << 30, BLOCK_TOKENS)
 _CHOICES = 4
 _BATCH_HALF = 16.0
-EXCHANGE_S = 0.2
+EXCHANGE_S = 0.05
 REPORT_S, TABLE_S = 1.0, 0.5
 
 
@@ -34,12 +37,9 @@ class Rule:
     """One arm."""
 
     name: str
-    make: Callable[[Router], Callable[[Job], int]]
-    about: str = ""
+    make: Callable[[Router], _Pick]
     rival: bool = True
     """Whether it is somebody else's."""
-    omniscient: bool = True
-    """Whether its routers know the engines' state and each other's decisions at once."""
     one_tree: bool = False
     """Whether all routers have one index, of which each knows at once."""
     shares: bool = True
@@ -54,10 +54,8 @@ class Rule:
     """Its index is as large as the GPU's memory, whatever is kept on the host."""
     room: float = 1.0
     """Fraction of an engine's memory that its index reckons with: answers take some, too."""
-    others: float = 0.0
-    """How far a router's own changes since it heard of the others are taken for those of each other router."""
-    knows_speed: bool = True
-    """Whether it has measured how fast replicas are."""
+    several: bool = False
+    """Whether it differs with several routers only."""
 
 
 @dataclass(slots=True)
@@ -87,20 +85,16 @@ class Router:
     mine: list[Load] = field(init=False)
     """Its own requests and tokens."""
     base: list[Load] = field(init=False)
-    """What comes on top of `weight` times its own, as it has heard."""
-    weight: float = field(init=False)
-    context: float = 0.0
-    """Prompt tokens of its own requests."""
-    count: float = 0.0
+    """What comes on top of its own, as it has heard."""
+    contexts: Contexts = field(default_factory=Contexts)
+    """Of its own requests."""
     times: TokenTimes = field(default_factory=TokenTimes)
     """What tokens take, learned from its own streams."""
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
-        self.weight = 1.0 + self.rule.others * (self.routers - 1)
-        speeds = self.speeds if self.rule.knows_speed else (1.0,) * len(self.speeds)
         self.loads, self.mine, self.base = (
-            [Load(f"r{i}", speed=speed) for i, speed in enumerate(speeds)] for _ in range(3)
+            [Load(f"r{i}", speed=speed) for i, speed in enumerate(self.speeds)] for _ in range(3)
         )
         self.index = self.tree if self.tree is not None else new_index(self.rule, self.machine)
         self.choose = self.rule.make(self)
@@ -119,12 +113,13 @@ class Router:
         job.ahead, job.others = load.pending_tokens + job.uncached, load.requests
         job.context = load.context_tokens
         self.sent.add(self.index.insert(name, prompt))
-        self._count(i, 1.0, float(job.uncached), job.prompt_tokens)
+        self.contexts.add(name, job.prompt_tokens)
+        self._count(i, 1.0, float(job.uncached))
         return i
 
     def told(self, i: int, requests: int) -> None:
         """A replica has accepted a request, and says how many it has: Serve's replicas do."""
-        self.base[i].requests = requests - self.weight * self.mine[i].requests
+        self.base[i].requests = requests - self.mine[i].requests
         self._reckon(i)
 
     def first(self, job: Job) -> None:
@@ -136,22 +131,19 @@ class Router:
         if not self.rule.rival:
             at_s = job.first_s - job.at_s, job.end_s - job.at_s
             self.times.learn(Work(job.ahead, job.others, job.context), at_s, (1.0, float(job.answer_tokens)))
-        self._count(job.replica, -1.0, 0.0, -job.prompt_tokens)
+        self.contexts.remove(self.loads[job.replica].replica_id, job.prompt_tokens)
+        self._count(job.replica, -1.0, 0.0)
 
-    def _count(self, i: int, requests: float, tokens: float, context: int = 0) -> None:
-        self.mine[i].context_tokens += context
-        self.context += context
-        self.count += requests
+    def _count(self, i: int, requests: float, tokens: float) -> None:
         self.mine[i].requests += requests
         self.mine[i].pending_tokens += tokens
         self._reckon(i)
 
     def _reckon(self, i: int) -> None:
         load, base, mine = self.loads[i], self.base[i], self.mine[i]
-        load.requests = max(base.requests + self.weight * mine.requests, 0.0)
-        mean = self.context / self.count if self.count else 0.0
-        load.context_tokens = mine.context_tokens + max(load.requests - mine.requests, 0.0) * mean
-        load.pending_tokens = max(base.pending_tokens + self.weight * mine.pending_tokens, 0.0)
+        load.requests = max(base.requests + mine.requests, 0.0)
+        load.context_tokens = self.contexts.on(load.replica_id, load.requests)
+        load.pending_tokens = max(base.pending_tokens + mine.pending_tokens, 0.0)
 
     def exchange(self, mail: Mail, now_s: float) -> None:
         """Tell the others, and hear of them."""
@@ -165,14 +157,13 @@ class Router:
             self.index.learn(decision, _ENDS)
         tokens = news.tokens if self.rule.believes else others_load(news.tokens, news.age_s, pending)
         for i, base in enumerate(self.base):
-            others = tokens.get(base.replica_id, 0.0)
-            base.pending_tokens = others - (self.weight - 1.0) * self.mine[i].pending_tokens
+            base.pending_tokens = tokens.get(base.replica_id, 0.0)
             self._reckon(i)
 
     def take_table(self, counts: Sequence[float]) -> None:
         """Requests on each replica, as all routers' last reports have them."""
         for i, base in enumerate(self.base):
-            base.requests = counts[i] - self.weight * self.mine[i].requests
+            base.requests = counts[i] - self.mine[i].requests
             self._reckon(i)
 
     def join(self) -> None:
@@ -205,7 +196,7 @@ def prompt_of(job: Job) -> Prompt:
     return Prompt(job.hashes, _ENDS, job.prompt_tokens)
 
 
-def _today(router: Router) -> Callable[[Job], int]:
+def _today(router: Router) -> _Pick:
     """Ours without prefixes: least predicted time of one more request, of four drawn."""
 
     def pick(_job: Job) -> int:
@@ -216,17 +207,34 @@ def _today(router: Router) -> Callable[[Job], int]:
     return pick
 
 
-def seconds(*, cold: bool = True) -> Callable[[Router], Callable[[Job], int]]:
-    """Ours, step 2: step 1 until costs are learned."""
+def _place(router: Router) -> Callable[[Job], tuple[Rendezvous, int] | None]:
+    ring = Rendezvous({load.replica_id: load.speed for load in router.loads}, b"bench")
+    return lambda job: (ring, session_key(job.hashes[0], b"bench")) if job.hashes else None
 
-    def make(router: Router) -> Callable[[Job], int]:
-        ring = Rendezvous({load.replica_id: load.speed for load in router.loads}, b"bench")
+
+def _product(weight: float) -> Callable[[Router], _Pick]:
+    """Step 1, with own tokens counted `weight` times."""
+
+    def make(router: Router) -> _Pick:
+        place, random = _place(router), router.rng.random
+        return lambda job: choose(
+            router.loads, job.prompt_tokens, router.cached, random, cold=place(job), own_weight=weight
+        )
+
+    return make
+
+
+def _seconds(change: Callable[[Costs], Costs] = lambda costs: costs, *, cold: bool = True) -> Callable[[Router], _Pick]:
+    """Step 2: step 1 until costs are learned; arms `change` what was learned."""
+
+    def make(router: Router) -> _Pick:
+        place, random = _place(router), router.rng.random
 
         def pick(job: Job) -> int:
-            place = (ring, session_key(job.hashes[0], b"bench")) if cold and job.hashes else None
+            learned = router.times.costs()
             return choose(
-                router.loads, job.prompt_tokens, router.cached, router.rng.random, cold=place,
-                costs=router.times.costs(),
+                router.loads, job.prompt_tokens, router.cached, random, cold=place(job) if cold else None,
+                costs=change(learned) if learned is not None else None,
             )  # fmt: skip
 
         return pick
@@ -234,38 +242,59 @@ def seconds(*, cold: bool = True) -> Callable[[Router], Callable[[Job], int]]:
     return make
 
 
-def _product(weight: float, *, cold: bool = True) -> Callable[[Router], Callable[[Job], int]]:
-    """Ours, step 1, with own tokens counted `weight` times."""
+def _true_costs(router: Router) -> _Pick:
+    """Step 2 with the engines' own constants."""
+    m = router.machine
+    costs = Costs(1.0 / m.prefill_per_s, m.base_s, m.sequence_s, m.token_s, _TRUE_ANSWER_TOKENS)
+    return _seconds(lambda _: costs)(router)
 
-    def make(router: Router) -> Callable[[Job], int]:
-        ring = Rendezvous({load.replica_id: load.speed for load in router.loads}, b"bench")
+
+def _without(part: int) -> Callable[[Router], _Pick]:
+    """Step 2 without one of first, decode, others, later."""
+
+    def make(router: Router) -> _Pick:
+        whole = _seconds()(router)
 
         def pick(job: Job) -> int:
-            place = (ring, session_key(job.hashes[0], b"bench")) if cold and job.hashes else None
-            return choose(
-                router.loads, job.prompt_tokens, router.cached, router.rng.random, cold=place, own_weight=weight
-            )
+            costs = router.times.costs()
+            if costs is None:
+                return whole(job)
+
+            def key(i: int) -> float:
+                load = router.loads[i]
+                left = job.prompt_tokens - router.cached.get(load.replica_id, 0)
+                parts = waits_s(load, job.prompt_tokens, left, costs)
+                return sum(parts) - parts[part]
+
+            return router.least(range(len(router.loads)), key)
 
         return pick
 
     return make
 
 
-def ours(name: str, make: Callable[[Router], Callable[[Job], int]], **settings: object) -> Rule:
+def ours(name: str, make: Callable[[Router], _Pick], **settings: Any) -> Rule:
     """An arm of ours."""
-    return Rule(name, make, rival=False, omniscient=False, **settings)  # type: ignore[arg-type]
+    return Rule(name, make, rival=False, **settings)
 
 
-WEIGHTS = (1.0, 1.5, 2.0, 3.0)
+NOW = "Shadecast"
+"""What is wired."""
 OURS = (
     ours("Shadecast without prefixes", _today),
-    *(ours(f"step 1, own x {weight:g}", _product(weight)) for weight in WEIGHTS),
-    ours("step 2", seconds()),
-    ours("step 2, cold prefixes anywhere", seconds(cold=False)),
-    *(ours(f"step 1, room {room:g}", _product(OWN_WEIGHT), room=room) for room in (0.5, 0.75)),
-    ours("step 1, cold prefixes anywhere", _product(OWN_WEIGHT, cold=False)),
-    ours("step 1, decisions not exchanged", _product(OWN_WEIGHT), shares=False),
-    ours("step 1, neither", _product(OWN_WEIGHT, cold=False), shares=False),
-    ours("step 1, loads believed", _product(OWN_WEIGHT), believes=True),
-    ours("step 1, reports each second", _product(OWN_WEIGHT), exchange_s=1.0),
+    *(ours(f"step 1, own x {weight:g}", _product(weight)) for weight in (1.0, 1.5, 2.0, 3.0)),
+    ours(NOW, _seconds()),
+    *(ours(f"without {name}", _without(part)) for part, name in enumerate(("first", "decode", "others", "later"))),
+    ours("without context", _seconds(lambda costs: replace(costs, context_s=0.0))),
+    ours("true costs", _true_costs),
+    ours("prefill x 2", _seconds(lambda costs: replace(costs, prefill_s=2.0 * costs.prefill_s))),
+    ours("prefill x 0.5", _seconds(lambda costs: replace(costs, prefill_s=0.5 * costs.prefill_s))),
+    ours("later x 2", _seconds(lambda costs: replace(costs, later_per_s=2.0 * costs.later_per_s))),
+    ours("later x 0.5", _seconds(lambda costs: replace(costs, later_per_s=0.5 * costs.later_per_s))),
+    ours("cold prefixes anywhere", _seconds(cold=False)),
+    ours("step 1, decisions not exchanged", _product(OWN_WEIGHT), shares=False, several=True),
+    ours("decisions not exchanged", _seconds(), shares=False, several=True),
+    ours("loads believed", _seconds(), believes=True, several=True),
+    ours("exchange each 0.2 s", _seconds(), exchange_s=0.2, several=True),
+    ours("exchange each second", _seconds(), exchange_s=1.0, several=True),
 )

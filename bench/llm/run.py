@@ -64,9 +64,7 @@ def simulate(
     rng = random.Random(f"{seed}/routers")
     engines = [Engine(machine, speed) for speed in speeds]
     tree = new_index(rule, machine) if rule.one_tree else None
-    fleet = [
-        Router(rule, speeds, machine, seed * 1000 + number, engines, routers, tree) for number in range(routers)
-    ]
+    fleet = [Router(rule, speeds, machine, seed * 1000 + number, engines, routers, tree) for number in range(routers)]
     mail, counts = Mail(), [[0.0] * len(speeds) for _ in range(routers)]
     due: list[tuple[float, int]] = []
     """Ends of engines' steps; one that was cut short leaves its old entry behind."""
