@@ -83,7 +83,8 @@ class TokenTimes:
         if self._costs is None and self._first.count >= _ENOUGH and self._batch.count >= _ENOUGH:
             prefill_s = self._first.part(1)
             if prefill_s > 0.0:
-                self._costs = Costs(prefill_s, *(self._batch.part(i) for i in range(3)), self._answer_tokens)
+                step_s, sequence_s, context_s = (self._batch.part(i) for i in range(3))
+                self._costs = Costs(prefill_s, step_s, sequence_s, context_s, self._answer_tokens)
         return self._costs
 
     def expected_s(self, work: Work, tokens: float) -> float:

@@ -67,8 +67,8 @@ def main(
                 console.print(f"{each.name}: left out, {each.needs} is not there; give --traces or set SHADECAST_DATA")
                 continue
             done = {(row["rule"], row["seed"]) for row in rows if row["setting"] == each.name}
-            names = rule or [name for name, one in RULES.items() if each.routers > 1 or not one.several]
-            todo = [_Run(each.name, traces, name, seed, load) for seed in tried for name in names]
+            rules = rule or [name for name, one in RULES.items() if each.routers > 1 or not one.several]
+            todo = [_Run(each.name, traces, name, seed, load) for seed in tried for name in rules]
             todo = [run for run in todo if (run.rule, run.seed) not in done]
             for row in pool.map(_run, todo) if jobs > 1 else map(_run, todo):
                 rows.append(row)
