@@ -321,7 +321,10 @@ class Prefixes:
             return
         self._reasons = self._reasons or bool(count.finish)
         work = Work(call.ahead_tokens, call.others, call.context_tokens)
-        self._times.learn(work, call.reading.times_s, call.reading.units_at, count.tokens)
+        picks = self._routes.picks
+        i = picks.index.get(call.replica_id, -1)
+        speed = picks.speed(i) if i >= 0 and self._routes.level != "power_of_two" else 1.0
+        self._times.learn(work, call.reading.times_s, call.reading.units_at, count.tokens, speed)
 
     def count_of(self, call: Any) -> TokenCount | None:
         """What counts the tokens of a call's stream; None where it has no prompt."""

@@ -45,10 +45,10 @@ class Work:
 class TokenTimes:
     """Of one router's live streams. All times are NaN as long as they are not known."""
 
-    __slots__ = ("_answer_tokens", "_batch", "_costs", "_first", "_next")
+    __slots__ = ("_answer_tokens", "_batch", "_costs", "_first", "_next", "_prefill")
 
     def __init__(self) -> None:
-        self._first, self._next, self._batch = Fit(3), Fit(2), Fit(3)
+        self._first, self._next, self._prefill, self._batch = Fit(3), Fit(2), Fit(3), Fit(3)
         self._answer_tokens = 0.0
         self._costs: Costs | None = None
 
@@ -57,10 +57,18 @@ class TokenTimes:
         """Whether streams enough were seen."""
         return self._first.count >= _ENOUGH
 
-    def learn(self, work: Work, times_s: Sequence[float], units: Sequence[float], answer_tokens: float = 0.0) -> None:
+    def learn(
+        self,
+        work: Work,
+        times_s: Sequence[float],
+        units: Sequence[float],
+        answer_tokens: float = 0.0,
+        speed: float = 1.0,
+    ) -> None:
         """A stream has given `units` tokens in all by each of these times since its start; NaN where nobody looked.
 
-        Its answer had `answer_tokens`, or as many as by the last of the times.
+        Its answer had `answer_tokens`, or as many as by the last of the times. For `costs` a replica's `speed` is taken
+        out of them.
         """
         seen = [(at_s, tokens) for at_s, tokens in zip(times_s, units, strict=False) if math.isfinite(at_s) and tokens]
         if not seen:
@@ -73,15 +81,17 @@ class TokenTimes:
         if all_tokens > tokens:
             next_s = (last_s - first_s) / (all_tokens - tokens)
             _add(self._next, (1.0, work.others), next_s)
-            _add(self._batch, (1.0, work.others, work.context_tokens), next_s)
+            _add(self._batch, (1.0, work.others, work.context_tokens), next_s * speed)
         if tokens <= MARK_TOKENS:  # else it says more of the answer than of its beginning
             before_s = (tokens - 1.0) * self._next.predict((1.0, work.others)) if tokens > 1.0 else 0.0
-            _add(self._first, (1.0, work.ahead_tokens, work.others), max(first_s - before_s, 0.0))
+            parts, alone_s = (1.0, work.ahead_tokens, work.others), max(first_s - before_s, 0.0)
+            _add(self._first, parts, alone_s)
+            _add(self._prefill, parts, alone_s * speed)
 
     def costs(self) -> Costs | None:
         """What tokens cost on a replica of usual speed; None before streams enough were seen, or without prefill."""
-        if self._costs is None and self._first.count >= _ENOUGH and self._batch.count >= _ENOUGH:
-            prefill_s = self._first.part(1)
+        if self._costs is None and self._prefill.count >= _ENOUGH and self._batch.count >= _ENOUGH:
+            prefill_s = self._prefill.part(1)
             if prefill_s > 0.0:
                 step_s, sequence_s, context_s = (self._batch.part(i) for i in range(3))
                 self._costs = Costs(prefill_s, step_s, sequence_s, context_s, self._answer_tokens)

@@ -130,7 +130,8 @@ class Router:
         """Its answer is complete."""
         if not self.rule.rival:
             at_s = job.first_s - job.at_s, job.end_s - job.at_s
-            self.times.learn(Work(job.ahead, job.others, job.context), at_s, (1.0, float(job.answer_tokens)))
+            work, units = Work(job.ahead, job.others, job.context), (1.0, float(job.answer_tokens))
+            self.times.learn(work, at_s, units, speed=self.loads[job.replica].speed)
         self.contexts.remove(self.loads[job.replica].replica_id, job.prompt_tokens)
         self._count(job.replica, -1.0, 0.0)
 
