@@ -86,7 +86,10 @@ def write(path: Path, settings: Sequence[Setting], rows: Sequence[Mapping[str, A
         sections += [f"### {setting.name}", "", _about(setting, found), "", *_table(found, MAIN)]
         parts = [rule for rule in found if rule not in MAIN]
         if parts:
-            sections += ["Parts of ours:", "", *_table(found, [NOW, *parts])]
+            seeds = _common_seeds(rows, setting.name, [NOW, *parts])
+            same = by_rule([row for row in rows if row["seed"] in seeds], setting.name)
+            title = f"Parts of ours, seeds {', '.join(map(str, sorted(seeds)))}:"
+            sections += [title, "", *_table(same, [NOW, *parts])]
     met = sum(check.met for _, check in verdicts)
     about = ", ".join(f"{key} {value}" for key, value in made.items())
     notes = path.with_name("llm_simulation-notes.md")
@@ -111,6 +114,12 @@ def write(path: Path, settings: Sequence[Setting], rows: Sequence[Mapping[str, A
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join([*head, *sections]).rstrip() + "\n", encoding="utf-8")
+
+
+def _common_seeds(rows: Sequence[Mapping[str, Any]], setting: str, rules: Sequence[str]) -> set[int]:
+    """Of runs that all of the rules have had, so that they are compared on the same requests."""
+    ran = [{int(row["seed"]) for row in rows if (row["setting"], row["rule"]) == (setting, rule)} for rule in rules]
+    return set.intersection(*ran)
 
 
 def _about(setting: Setting, found: Found) -> str:
