@@ -58,8 +58,8 @@ bench-forecast: $(STAMP) ## Judge all forecasting models, write docs/benchmarks/
 bench-micro: $(STAMP) ## Time the decision, the table and the outcome path; throughput beside Serve's routers
 	@$(BIN)/python -m bench.micro $(ARGS)
 
-bench-llm: $(STAMP) ## Routing rules in front of simulated language-model engines with prefix caches (10 min)
-	@$(BIN)/python -m bench.llm $(ARGS)
+bench-llm: $(STAMP) ## Routing rules in front of simulated language-model engines, docs/benchmarks/llm_simulation.md (an hour; goes on where it was)
+	@$(BIN)/python -m bench.llm --jobs 2 --resume --json docs/benchmarks/llm_simulation.json --markdown docs/benchmarks/llm_simulation.md $(ARGS)
 
 bench-scale: $(STAMP) ## The coordinator under many replicas and routers: real messages, a process of its own (7 min)
 	@$(BIN)/python -m bench.scale $(ARGS)

@@ -22,7 +22,7 @@ from shadecast.popular import Popular
 from shadecast.prefix import PrefixIndex
 from shadecast.prefix_exchange import Decisions
 from shadecast.prefix_mail import News, load_columns, others_load, read_news
-from shadecast.prefix_score import Comparison, Load, choose, drawn
+from shadecast.prefix_score import Comparison, Contexts, Load, choose, drawn
 from shadecast.prompts import Prompt, find_body, read_prompt
 from shadecast.rendezvous import Rendezvous, session_key
 from shadecast.token_pairs import TokenCopy
@@ -36,8 +36,9 @@ logger = logging.getLogger("ray.serve")
 
 KV_TOKENS = 280_000
 """Of a replica that does not say: a model of 32 billion parameters on two H100."""
-_BETWEEN_S, _EXCHANGES_PER_S = 0.2, 200.0
-"""Loads that are told each second are no better than none at all; those of all routers together take this many."""
+_BUSY_S, _IDLE_S, _EXCHANGES_PER_S = 0.05, 0.2, 200.0
+"""Between two exchanges while there is something to tell, and else. Loads that are told each second are no better than
+none at all; those of all routers together take this many."""
 _NEVER = 1e-9
 _KV_STAT, _USED_STAT = "kv_tokens", "kv_cache_usage_perc"
 """What `record_routing_stats` of a deployment may tell: the tokens that the replica's cache holds, and the fraction of
@@ -71,6 +72,8 @@ class Prefixes:
         """Those tokens by replica."""
         self._held: dict[Any, tuple[str, Prompt]] = {}
         """Calls with a prompt, and the replica that has them."""
+        self._contexts = Contexts()
+        """Of those."""
         self._popular, self._times = Popular(), TokenTimes()
         self._reasons = False
         """Whether answers have been seen to end with a reason."""
@@ -108,6 +111,7 @@ class Prefixes:
         self._placed.clear()
         self._pending.clear()
         self._held.clear()
+        self._contexts = Contexts()
         self._sent, self._news, self._others = Decisions(), News(self._news.number), {}
 
     # ------------------------------------------------------------------ choosing
@@ -146,14 +150,17 @@ class Prefixes:
             loads = [Load(ids[i], self._pending.get(ids[i], 0.0), float(picks.in_flight[i])) for i in compared]
         else:
             loads = [Load(ids[i], self._tokens_on(ids[i]), picks.queue(i), picks.speed(i)) for i in compared]
-        self._compared = pending, Comparison(prompt.tokens, loads, cached)
+        costs = self._times.costs()
+        for load in loads if costs is not None else ():
+            load.context_tokens = self._contexts.on(load.replica_id, load.requests)
+        self._compared = pending, Comparison(prompt.tokens, loads, cached, costs)
         cold = None
         if not cached:
             whose = pending.metadata.session_id or (prompt.hashes[0] if prompt.hashes else b"")
             if whose:
                 self._ring = ring = self._ring or Rendezvous(dict.fromkeys(ids, 1.0), self._key)
                 cold = ring, session_key(whose, self._key)
-        at = choose(loads, prompt.tokens, cached, random, cold=cold)
+        at = choose(loads, prompt.tokens, cached, random, cold=cold, costs=costs)
         return compared[at] if at >= 0 else -1
 
     def compared(self, pending: PendingRequest) -> Comparison | None:
@@ -162,6 +169,15 @@ class Prefixes:
 
     def _tokens_on(self, replica_id: str) -> float:
         return self._pending.get(replica_id, 0.0) + self._others.get(replica_id, 0.0)
+
+    def _requests_on(self, replica_id: str) -> float:
+        """Besides the one that has just been counted."""
+        picks = self._routes.picks
+        i = picks.index.get(replica_id, -1)
+        if i < 0:
+            return 0.0
+        alone = self._routes.level == "power_of_two"
+        return max((float(picks.in_flight[i]) if alone else picks.queue(i)) - 1.0, 0.0)
 
     def _holder(self, cached: Mapping[str, int], pool: Sequence[int]) -> int:
         """Of many replicas, one with the longest match that has a place; -1 without any."""
@@ -222,7 +238,9 @@ class Prefixes:
         """A call is chosen for a replica, which will have its prompt, or has left one. Never raises."""
         try:
             self.computed(call)
-            self._held.pop(call, None)
+            left = self._held.pop(call, None)
+            if left is not None:
+                self._contexts.remove(left[0], left[1].tokens)
             self._place(call)
         except Exception as error:
             self._fails(error)
@@ -234,7 +252,9 @@ class Prefixes:
         self._last = None
         if prompt is not None:
             call.prompt_tokens, call.ahead_tokens = prompt.tokens, self._await(call, call.replica_id, prompt, cached)
+            call.context_tokens = self._contexts.on(call.replica_id, self._requests_on(call.replica_id))
             self._held[call] = call.replica_id, prompt
+            self._contexts.add(call.replica_id, prompt.tokens)
             self._popular.add(prompt)
             self._count("prompt_tokens", prompt.tokens)
             self._count("cached_tokens", min(cached.get(call.replica_id, 0), prompt.tokens))
@@ -295,14 +315,16 @@ class Prefixes:
         return copy
 
     def ended(self, call: Any) -> None:
-        """A stream with a prompt went well. What its tokens took is learned where somebody asks. Never raises."""
+        """A stream with a prompt went well: what its tokens took is learned. Never raises."""
         count = call.reading.count if call.reading is not None else None
         if count is None:
             return
         self._reasons = self._reasons or bool(count.finish)
-        if self._routes.mirrored or not self._times.known:
-            work = Work(call.ahead_tokens, call.others)
-            self._times.learn(work, call.reading.times_s, call.reading.units_at)
+        work = Work(call.ahead_tokens, call.others, call.context_tokens)
+        picks = self._routes.picks
+        i = picks.index.get(call.replica_id, -1)
+        speed = picks.speed(i) if i >= 0 and self._routes.level != "power_of_two" else 1.0
+        self._times.learn(work, call.reading.times_s, call.reading.units_at, count.tokens, speed)
 
     def count_of(self, call: Any) -> TokenCount | None:
         """What counts the tokens of a call's stream; None where it has no prompt."""
@@ -341,7 +363,7 @@ class Prefixes:
         table = self._routes.table
         if not self.on or table is None or table.routers <= 1:
             return math.inf
-        return max(_BETWEEN_S, table.routers / _EXCHANGES_PER_S)
+        return max(_BUSY_S if self._sent or self._pending else _IDLE_S, table.routers / _EXCHANGES_PER_S)
 
     def post(self, router_id: str) -> dict[str, Any] | None:
         """What the other routers should know, and what this one has had of them; None while it is switched off."""

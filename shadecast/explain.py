@@ -271,11 +271,12 @@ def _by_prompt(d: Mapping[str, Any], looked: Sequence[Mapping[str, Any]], of: st
     if its is None:
         return [f"{prompt}.", f"It went to {chosen} {of}: what its prompt chose had no place any more."]
     score = its["prefix_score"]
+    shown = f"{score:.{0 if score >= 100.0 else 2}f}"
     least = "the least" if score <= min(c["prefix_score"] for c in compared) else "within a tenth of the least"
     found = [
         f"{prompt}; {chosen} has {its['cached_tokens']:.0f} of them in its cache, "
         f"and {its['waiting_tokens']:.0f} of other prompts wait there to be computed.",
-        f"It went there: its prefix score, {score:.0f}, was {least} of the {len(compared)} that were compared {of}.",
+        f"It went there: its prefix score, {shown}, was {least} of the {len(compared)} that were compared {of}.",
     ]
     if not any(c["cached_tokens"] for c in compared):
         found.append(

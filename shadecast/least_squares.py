@@ -41,6 +41,12 @@ class Fit:
             self._solve()
         return self.rough(of)
 
+    def part(self, number: int) -> float:
+        """What one of that costs; 0 where it cannot be told from the others, or takes nothing."""
+        if not self._solved:
+            self._solve()
+        return self._parts[number]
+
     def rough(self, of: Sequence[float]) -> float:
         """The same without what was added since the last prediction: that costs next to nothing."""
         return sum(part * x for part, x in zip(self._parts, of, strict=True))

@@ -50,14 +50,24 @@ class Job:
     """Of the prompt's whole blocks; each stands for all up to there."""
     prompt_tokens: int
     answer_tokens: int
+    session: int = -1
+    """Whose it is; -1 for nobody's."""
     router: int = 0
     uncached: int = 0
     """Prompt tokens that the router takes for not cached where it sends it."""
+    ahead: float = 0.0
+    """Prompt tokens that the router takes for those to compute until its first token."""
+    others: float = 0.0
+    """Requests that the router takes for those there when it came."""
+    context: float = 0.0
+    """Tokens of their prompts."""
     replica: int = -1
     left: int = 0
     """Prompt tokens that the engine has not computed yet."""
     depth: int = 0
     """Blocks that the engine had."""
+    expected: int = 0
+    """Prompt tokens that it lacked when the request came."""
     hits: int = 0
     """Prompt tokens that it had; one at least is computed."""
     first_s: float = math.nan
@@ -85,6 +95,12 @@ class Engine:
         """Blocks in use -> by how many requests."""
         self._kept: OrderedDict[bytes, None] = OrderedDict()
         """Blocks that nobody uses, the least recently used first."""
+        self.pending_tokens = 0
+        """Prompt tokens to compute: of those that wait as it looked when they came."""
+        self.held_tokens = 0
+        """Prompts and answers of all that are here, shared ones once for each."""
+        self._next_speed = speed
+        """From the next step on."""
         self._run = (0.0, 0, 0)
         """Of equal decode steps: their beginning, how many, and prompt tokens computed in the step (then one)."""
 
@@ -93,12 +109,64 @@ class Engine:
         """All that are here."""
         return len(self._waiting) + len(self._prefilling) + len(self._decoding)
 
+    @property
+    def waiting(self) -> int:
+        """Those that have no place in the batch yet."""
+        return len(self._waiting)
+
+    @property
+    def decoding(self) -> int:
+        """Those whose first token is made."""
+        return len(self._decoding)
+
+    @property
+    def context_tokens(self) -> int:
+        """Of those that decode."""
+        return self._context
+
+    @property
+    def used_tokens(self) -> int:
+        """Memory that requests take: vLLM's KV cache usage times its size."""
+        return self._reserved
+
+    @property
+    def blocks_in_use(self) -> int:
+        """Of prompts, shared ones once."""
+        return len(self._used)
+
+    def cached_tokens(self, hashes: Sequence[bytes]) -> int:
+        """Of a prompt with these blocks, what is in memory now."""
+        return self._depth(hashes) * BLOCK_TOKENS
+
+    def _depth(self, hashes: Sequence[bytes]) -> int:
+        used, kept = self._used, self._kept
+        depth = 0
+        for block in hashes:
+            if block not in used and block not in kept:
+                break
+            depth += 1
+        return depth
+
+    def set_speed(self, speed: float, now_s: float) -> None:
+        """Faster or slower from the next step on."""
+        self._next_speed = speed
+        if self.due_s == math.inf:
+            self.speed = speed
+        else:
+            self._cut(now_s)
+
     def submit(self, job: Job, now_s: float) -> None:
         """A request arrives. A run of steps is cut after the step that is under way."""
         self._waiting.append(job)
+        job.expected = max(job.prompt_tokens - self.cached_tokens(job.hashes), 1)
+        self.pending_tokens += job.expected
+        self.held_tokens += job.prompt_tokens + job.answer_tokens
         if self.due_s == math.inf:
             self._start(now_s)
-            return
+        else:
+            self._cut(now_s)
+
+    def _cut(self, now_s: float) -> None:
         began_s, steps, chunk = self._run
         if steps > 1 and not chunk:
             steps = min(max(self._steps_until(now_s - began_s), 1), steps)
@@ -128,6 +196,7 @@ class Engine:
             job = self._prefilling[0]
             done = min(job.left, chunk)
             job.left -= done
+            self.pending_tokens -= done
             chunk -= done
             if job.left:
                 break
@@ -150,6 +219,7 @@ class Engine:
 
     def _start(self, now_s: float) -> None:
         """Admit who fits, and begin the next step, or as many equal ones as there are."""
+        self.speed = self._next_speed
         self._admit()
         decoding = len(self._decoding)
         room = max(self.machine.chunk_tokens - decoding, 0)
@@ -185,11 +255,7 @@ class Engine:
     def _admit(self) -> None:
         while self._waiting:
             job = self._waiting[0]
-            depth = 0
-            for block in job.hashes:
-                if block not in self._used and block not in self._kept:
-                    break
-                depth += 1
+            depth = self._depth(job.hashes)
             revived = sum(block not in self._used for block in job.hashes[:depth])
             own = job.prompt_tokens - depth * BLOCK_TOKENS + job.answer_tokens
             needed = own + revived * BLOCK_TOKENS
@@ -203,11 +269,13 @@ class Engine:
             job.hits = min(depth * BLOCK_TOKENS, job.prompt_tokens - 1)
             job.left = job.prompt_tokens - job.hits
             job.depth = depth
+            self.pending_tokens += job.left - job.expected
             self._prefilling.append(job)
             self._shrink()
 
     def _release(self, job: Job) -> None:
         """A request has ended: its own tokens are free, its blocks are kept while there is room."""
+        self.held_tokens -= job.prompt_tokens + job.answer_tokens
         for block in reversed(job.hashes):
             self._used[block] -= 1
             if not self._used[block]:

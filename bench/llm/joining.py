@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from bench.llm.engine import Engine, Job, Machine
-from bench.llm.routers import RULES, Router, prompt_of
+from bench.llm.routers import NOW, Router, prompt_of
+from bench.llm.rules import RULES
 from bench.llm.run import quantile
 from bench.llm.settings import GPU, HOST
 from bench.llm.traffic import TOOLS, Agents, agents
@@ -91,7 +92,7 @@ def join(arm: Arm, jobs: Sequence[Job], machine: Machine, *, seed: int = 0, late
     rate = len(jobs) / jobs[-1].at_s
     fraction = min(max(0.1, _PER_S / rate), max(_FAIR, min(0.1, _PER_S / rate)))
     engines = [Engine(machine) for _ in range(3)]
-    router = Router(RULES["step 1, own x 2"], (1.0, 1.0), machine.cache_tokens, seed)
+    router = Router(RULES[NOW], (1.0, 1.0), machine, seed)
     popular, due = Popular(), list[tuple[float, int]]()
     copies, ended, in_s = set[int](), 0, math.inf
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 
@@ -41,6 +42,7 @@ class Agents:
     """From one call's beginning to the next one's."""
 
 
+_MOST_TOKENS = 120_000
 TOOLS = Agents(
     prompts=12, prompt_tokens=(3_000, 9_000), zipf=0.8, calls=(1, 3), grows_tokens=3_100.0, answer_tokens=182.0,
     spread=1.0, think_s=20.0,
@@ -66,14 +68,53 @@ def agents(shape: Agents, calls_per_s: float, until_s: float, seed: int) -> list
                 _block(("system", system, i) if i < shared else (session, i)) for i in range(tokens // BLOCK_TOKENS)
             ]
             if call_s < until_s:
-                jobs.append(Job(0, call_s, hashes, tokens, answer))
+                jobs.append(Job(0, call_s, hashes, tokens, answer, session))
             tokens += answer
             call_s += rng.expovariate(1.0 / shape.think_s)
     return numbered(jobs)
 
 
+_KINDS = (
+    # of all requests, blocks that all of a kind share, own tokens (mean, log spread), tokens of the answer (the same)
+    (0.36, 12, 600.0, 1.0, 10.0, 1.0),
+    (0.22, 5, 580.0, 0.3, 21.0, 0.3),
+    (0.42, 1, 0.0, 0.0, 360.0, 0.7),
+)
+_TURNS, _THINK_S, _FIRST_TOKENS = 0.45, 60.0, 7_500.0
+"""Of conversations: whether there is another turn, until when, and the tokens of each turn's question."""
+
+
+def tool_calls(calls_per_s: float, until_s: float, seed: int) -> list[Job]:
+    """Two kinds of calls with one long instruction each and short answers, among conversations.
+
+    The proportions are those of about a hundred consecutive requests of Mooncake's trace of tools and agents, read
+    by hand: the trace itself was not to be had.
+    """
+    rng = random.Random(f"{seed}/tool calls")
+    jobs: list[Job] = []
+    turns = 1.0 / (1.0 - _TURNS)
+    weights = [part / (turns if kind == 2 else 1.0) for kind, (part, *_) in enumerate(_KINDS)]
+    for number, begin_s in enumerate(poisson(rng, calls_per_s * sum(weights), 0.0, 1.0, until_s)):
+        kind = rng.choices(range(len(_KINDS)), weights)[0]
+        _, shared, own, spread, answer, answer_spread = _KINDS[kind]
+        tokens, at_s = shared * BLOCK_TOKENS, begin_s
+        while at_s < until_s:
+            asked, spread = (_FIRST_TOKENS, 1.2) if kind == 2 else (own, spread)
+            tokens = min(tokens + max(round(lognormal(rng, asked, spread)), 1), _MOST_TOKENS)
+            answered = max(round(lognormal(rng, answer, answer_spread)), 1)
+            count = range(tokens // BLOCK_TOKENS)
+            hashes = [_block(("kind", kind, i) if i < shared else ("call", number, i)) for i in count]
+            jobs.append(Job(0, at_s, hashes, tokens, answered, number))
+            if kind != 2 or rng.random() > _TURNS:
+                break
+            tokens, at_s = min(tokens + answered, _MOST_TOKENS), at_s + rng.expovariate(1.0 / _THINK_S)
+    return numbered(jobs)
+
+
 def trace(path: Path, seed: int, calls_per_s: float, until_s: float) -> list[Job]:
     """A published trace, from its beginning and as often as needed, at a pace that gives so many calls a second.
+
+    Once if there is no end.
 
     In the Azure format nothing is known of prefixes: no two prompts share one. Laps share nothing either.
     """
@@ -84,6 +125,8 @@ def trace(path: Path, seed: int, calls_per_s: float, until_s: float) -> list[Job
     jobs: list[Job] = []
     lap = 0
     while True:
+        if lap and math.isinf(until_s):
+            return numbered(jobs)
         for row in rows:
             at_s = (row.at_s + lap * length_s) / pace
             if at_s >= until_s:
@@ -93,11 +136,24 @@ def trace(path: Path, seed: int, calls_per_s: float, until_s: float) -> list[Job
         lap += 1
 
 
+_JITTER_S = 1.0
+"""Requests of traces with exact stamps come so much later, at random: that is what seeds differ in."""
+_COMMON = 1
+"""Blocks that conversations of many begin with."""
+
+
 def numbered(jobs: Sequence[Job]) -> list[Job]:
-    """Jobs in order of arrival."""
+    """Jobs in order of arrival. One without a session continues that of the longest prompt that it begins with."""
     ordered = sorted(jobs, key=lambda job: job.at_s)
+    sessions: dict[bytes, int] = {}
+    """Last block of a prompt -> its session."""
     for number, job in enumerate(ordered):
         job.number = number
+        if job.session < 0:
+            own = job.hashes[_COMMON:]
+            job.session = next((sessions[block] for block in reversed(own) if block in sessions), number)
+            if own:
+                sessions[own[-1]] = job.session
     return ordered
 
 
@@ -131,9 +187,9 @@ def _mooncake(path: Path, rng: random.Random) -> list[_Row]:
                 rows.append(_Row(at_s, whole, tokens, max(int(row["output_length"]), 1)))
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"{path}, line {number}: {type(error).__name__} {error}") from error
-    grid_ms = 1000.0 * MOONCAKE_GRID_S
-    if all((1000.0 * row.at_s + 1.5) % grid_ms <= 3.0 for row in rows):  # the conversation's stamps; others are exact
-        rows = [_Row(r.at_s + rng.random() * MOONCAKE_GRID_S, r.hashes, r.prompt_tokens, r.answer_tokens) for r in rows]
+    whole = 2 * len({row.at_s for row in rows}) < len(rows)
+    spread_s = MOONCAKE_GRID_S if whole else _JITTER_S  # the conversation's stamps are of 3 s; others are exact
+    rows = [replace(row, at_s=row.at_s + rng.random() * spread_s) for row in rows]
     return sorted(rows, key=lambda row: row.at_s)
 
 
@@ -142,9 +198,10 @@ def _azure(path: Path, rng: random.Random) -> list[_Row]:
     for row in load_trace(path, rng):
         count = row.prompt_tokens // BLOCK_TOKENS
         answer_tokens = max(row.generated_tokens, 1)
-        rows.append(_Row(row.at_s, range(block, block + count), max(row.prompt_tokens, 1), answer_tokens))
+        at_s = row.at_s + rng.random() * _JITTER_S
+        rows.append(_Row(at_s, range(block, block + count), max(row.prompt_tokens, 1), answer_tokens))
         block += count
-    return rows
+    return sorted(rows, key=lambda row: row.at_s)
 
 
 def _block(what: object) -> bytes:

@@ -39,11 +39,12 @@ _LLM = {
     "Ray prefix router": "ray_prefix",
     "SGLang cache_aware": "sglang",
     "AIBrix prefix-cache": "aibrix",
-    "production-stack prefixaware": "production_stack",
+    "production-stack loadaware": "production_stack",
     "Dynamo KV": "dynamo",
     "llm-d 3:2:2": "llm_d",
+    "LMetric": "lmetric",
     "Shadecast without prefixes": "shadecast_no_prefix",
-    "step 1, own x 2": OURS,
+    "Shadecast": OURS,
 }
 _LIVE_METRICS = (
     *("requests", "p50_s", "p99_s", "p999_s", "slo_miss_fraction", "slo_misses", "errors", "error_fraction"),
@@ -132,7 +133,7 @@ def read_all(docs: Path) -> Summary:
         "scale.json": _scale,
         "forecast.json": _forecast,
         "forecast-shipped.json": _forecast,
-        "llm.json": _llm,
+        "llm_simulation.json": _llm,
     }
     for name, reader in readers.items():
         if (docs / name).exists():
@@ -246,8 +247,8 @@ def _llm(path: Path) -> Iterator[Entry]:
     found: dict[tuple[str, str], dict[int, _Run]] = {}
     for row in document["rows"]:
         if row["rule"] in _LLM:
-            values = {"slo_miss_fraction": 1.0 - row["in_slo"], "first_token_p99_s": row["first_p99_s"]}
-            values["first_token_p50_s"] = row["first_p50_s"]
+            values = {"slo_miss_fraction": 1.0 - row["slo_fraction"], "first_token_p99_s": row["ttft_p99_s"]}
+            values["first_token_p50_s"] = row["ttft_p50_s"]
             found.setdefault((row["setting"], row["rule"]), {})[row["seed"]] = _Run(values, code)
     for (setting, rule), runs in found.items():
         command = f'python -m bench.llm --setting "{setting}" --rule "{rule}" {_seeds(runs)}'

@@ -478,11 +478,11 @@ QUESTIONS: tuple[Question, ...] = (
         "LLM traffic, simulated engines",
         tuple(
             Line(f"{traffic}: {what}", f"llm {traffic}", metric)
-            for traffic in ("tool agents", "agents", "conversation", "code")
+            for traffic in ("tool agents", "agents", "conversation", "synthetic", "code", "tool calls", "tool agents, four routers")
             for metric, what in (("slo_miss_fraction", "requests that miss"), ("first_token_p99_s", "first token, p99"))
         ),
         (_llm,),
-        "[language models](../llm.md)",
+        "[each traffic and rule, with parts of ours left out](llm_simulation.md), [language models](../llm.md)",
         columns={
             DEFAULT: "Serve's default",
             "round_robin": "round robin",
@@ -494,6 +494,7 @@ QUESTIONS: tuple[Question, ...] = (
             "production_stack": "production-stack",
             "dynamo": "Dynamo",
             "llm_d": "llm-d",
+            "lmetric": "LMetric",
             "shadecast_no_prefix": "Shadecast, prefix off",
             OURS: "**Shadecast, prefix on**",
         },

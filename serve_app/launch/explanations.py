@@ -70,7 +70,7 @@ def _candidates(each: Mapping[str, Any], width: int, *, wide: bool) -> list[Rend
     ids = [row["replica_id"] for row in rows]
     short = dict(zip(ids, ids, strict=True)) if wide else short_ids(ids)
     prompt = [
-        Column("prefix score", [number(row["prefix_score"], 0) for row in rows], 0, True),
+        Column("prefix score", [number(row["prefix_score"]) for row in rows], 0, True),
         Column("cached", [number(row["cached_tokens"], 0) for row in rows], 0, True),
         Column("waiting", [number(row["waiting_tokens"], 0) for row in rows], 0, True),
     ]

@@ -40,6 +40,8 @@ class LiveCall(Call):
     """What going on elsewhere has cost its reader so far."""
     prompt_tokens = ahead_tokens = 0.0
     """Of its prompt, and of prompts to compute until this one's is, from its choice on; 0 where there is none."""
+    context_tokens = 0.0
+    """Of the prompts of the requests that its replica had at its choice."""
     before = 0.0
     """Units that its reader has had from other attempts."""
     whole: PendingRequest | None = None

@@ -16,6 +16,7 @@ from bench.live import __main__ as live
 from bench.live.arms import find_arms
 from bench.live.scenario import find_scenarios
 from bench.llm import __main__ as llm
+from bench.llm.rules import RULES
 from bench.llm.settings import settings
 from bench.results import Row
 from bench.simulate.arms import ARMS as SIMULATED
@@ -69,7 +70,7 @@ def test_every_row_names_a_file_that_is_there_and_a_command_that_parses(committe
             assert given["arms"] in SIMULATED
         elif module == "bench.llm":
             assert set(given["setting"]) <= {each.name for each in settings()}
-            assert set(given["rule"]) <= llm.RULES.keys()
+            assert set(given["rule"]) <= RULES.keys()
 
 
 def hog(arm, seeds, p999_s, code="c1"):
@@ -118,11 +119,18 @@ def test_rows_are_marked_as_older_by_the_number_of_a_decision_but_only_ours(tmp_
 
 def test_rules_for_language_models_are_a_table_once_their_rows_are_there(tmp_path):
     rows = [
-        {"setting": "tool agents", "rule": rule, "seed": seed, "in_slo": in_slo, "first_p50_s": 1.0, "first_p99_s": 9.0}
-        for rule, in_slo in (("power of two (Serve)", 0.25), ("Ray prefix router", 0.5), ("step 1, own x 2", 0.75))
+        {
+            "setting": "tool agents",
+            "rule": rule,
+            "seed": seed,
+            "slo_fraction": in_slo,
+            "ttft_p50_s": 1.0,
+            "ttft_p99_s": 9.0,
+        }
+        for rule, in_slo in (("power of two (Serve)", 0.25), ("Ray prefix router", 0.5), ("Shadecast", 0.75))
         for seed in (0, 1)
     ]
-    (tmp_path / "llm.json").write_text(json.dumps({"code": "c1", "rows": rows}))
+    (tmp_path / "llm_simulation.json").write_text(json.dumps({"code": "c1", "rows": rows}))
     found = page(read_all(tmp_path))
     assert "| | Serve's default | Ray's prefix router | **Shadecast, prefix on** |" in found
     assert "| tool agents: requests that miss | 75 % | 50 % | **25 %** |" in found

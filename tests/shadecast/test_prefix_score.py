@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from shadecast.prefix_score import Load, choose, prefill_score
+from shadecast.prefix_score import Contexts, Costs, Load, choose, prefill_score, waits_s
 from shadecast.rendezvous import Rendezvous
 
 RNG = random.Random(1).random
@@ -42,6 +44,48 @@ def test_the_score_is_the_product_over_the_speed(pending, uncached, requests, sp
 )
 def test_a_prompt_goes_where_least_is_left_to_compute(loads, cached, expected):
     assert choose(loads, 1_000, cached, RNG) == expected
+
+
+COSTS = Costs(prefill_s=1e-4, step_s=0.01, sequence_s=0.001, context_s=1e-7, answer_tokens=100.0, later_per_s=3.0)
+
+
+def test_seconds_are_those_that_everybody_waits():
+    load = Load("a", 2_000.0, 3.0, 0.5, 30_000.0)
+    first, decode, others, later = waits_s(load, 5_000, 1_000.0, COSTS)
+    assert first == pytest.approx(2 * (0.2 + 0.1))
+    assert decode == pytest.approx(2 * 100 * (0.01 + 0.001 * 4 + 1e-7 * 35_000))
+    assert others == pytest.approx(2 * 3 * (0.1 + 50 * (0.001 + 1e-7 * 5_000)))
+    assert later == pytest.approx(2 * 3 * 2 * 0.1 * (0.2 + 0.05))
+
+
+@pytest.mark.parametrize(
+    ("loads", "cached", "expected"),
+    [
+        ([Load("a"), Load("b")], {"b": 9_000}, 1),  # the prefix, where loads are equal
+        ([Load("a", 0, 2), Load("b", 0, 20)], {"b": 9_900}, 1),  # 20 that decode do not mind a short prefill
+        ([Load("a", 0, 2), Load("b", 0, 20)], {"b": 4_000}, 0),  # but a long one
+        ([Load("a"), Load("b", 30_000, 1)], {"b": 9_900}, 0),  # 3 s behind others
+        ([Load("a", 0, 4, 1.0, 200_000), Load("b", 0, 4, 1.0, 20_000)], {}, 1),  # the shorter contexts
+        ([Load("a", 0, 0, 0.4), Load("b", 0, 1)], {}, 1),  # not the slow one, though it is idle
+    ],
+)
+def test_a_prompt_goes_where_users_wait_least_once_costs_are_known(loads, cached, expected):
+    assert choose(loads, 10_000, cached, RNG, costs=COSTS) == expected
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 9_999)), max_size=30), st.randoms())
+def test_contexts_are_those_of_the_requests_that_are_there(requests, rng):
+    contexts, left = Contexts(), []
+    for replica_id, tokens in requests:
+        contexts.add(replica_id, tokens)
+        left.append((replica_id, tokens))
+        if rng.random() < 0.4:
+            contexts.remove(*left.pop(rng.randrange(len(left))))
+    for name in "abc":
+        own = [tokens for replica_id, tokens in left if replica_id == name]
+        mean = sum(tokens for _, tokens in left) / len(left) if left else 0.0
+        assert contexts.on(name, len(own)) == sum(own)
+        assert contexts.on(name, len(own) + 2.0) == pytest.approx(sum(own) + 2.0 * mean), "others' are as long as ours"
 
 
 def test_no_replicas_no_choice():

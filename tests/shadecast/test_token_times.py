@@ -47,6 +47,34 @@ def test_the_first_token_by_what_is_ahead_and_the_next_by_the_batch_however_many
     assert expected_s == pytest.approx(first_s(ahead, others) + 10 * next_s(others), rel=0.02)
 
 
+def test_costs_are_known_after_some_streams_and_are_what_tokens_took():
+    assert TokenTimes().costs() is None
+    assert learned(streams=7).costs() is None
+    costs = learned().costs()
+    assert costs.prefill_s == pytest.approx(1e-4, rel=0.02)
+    assert (costs.step_s, costs.sequence_s, costs.context_s) == pytest.approx((0.01, 0.001, 0.0), abs=1e-9)
+    assert costs.answer_tokens == 8.0
+
+
+def test_the_context_of_the_batch_costs_its_part():
+    rng, times = random.Random(4), TokenTimes()
+    for _ in range(60):
+        others, context = rng.randrange(8), rng.choice((0.0, 20_000.0, 90_000.0))
+        next_s = 0.01 + 0.001 * others + 5e-8 * context
+        times.learn(Work(1000.0, others, context), [0.2, 0.2 + 10 * next_s], [1.0, 11.0], 300.0)
+    costs = times.costs()
+    assert (costs.step_s, costs.sequence_s) == pytest.approx((0.01, 0.001), rel=0.01)
+    assert costs.context_s == pytest.approx(5e-8, rel=0.01)
+    assert costs.answer_tokens == 300.0, "as long as they were told to be"
+
+
+def test_where_prefill_cannot_be_told_apart_nothing_is_said():
+    times = TokenTimes()
+    for _ in range(30):
+        times.learn(Work(0.0, 2.0), [0.2, 0.3], [1.0, 11.0])
+    assert times.costs() is None
+
+
 def test_nothing_is_expected_before_some_streams_were_seen():
     assert math.isnan(TokenTimes().expected_s(Work(100.0), 1.0))
     assert math.isnan(learned(streams=5).expected_s(Work(100.0), 1.0))

@@ -7,6 +7,7 @@ import asyncio
 import json
 from collections import Counter
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -512,6 +513,23 @@ async def test_a_router_leaves_a_replica_that_another_one_has_filled():
         for result in (*held, long):
             result.end()
         await _read(long, {"stream": True})
+
+
+@in_virtual_time
+async def test_routers_exchange_more_often_while_there_is_something_to_tell():
+    async with two_routers("ab") as (one, _, cluster):
+        one.take(replace(even("ab", 2), routers=2))
+        quiet_s = one.router.between_s
+        result = await one.send(chat("a" * 8000), stream=True)
+        busy_s = one.router.between_s
+        await cluster.exchange()
+        assert one.router.between_s == busy_s < quiet_s, "its prompt is still to be computed"
+        result.inner.give("token")
+        await result.__anext__()
+        await settle()
+        assert one.router.between_s == quiet_s
+        result.end()
+        await _read(result, {"stream": True})
 
 
 @in_virtual_time

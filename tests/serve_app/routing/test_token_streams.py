@@ -278,3 +278,44 @@ async def test_an_answer_whose_rest_cannot_be_asked_for_stays(more):
         assert sent == []
         first.give(said(" three")).end()
         assert len(await reader) == 4
+
+
+def says(*texts):
+    return {"model": "m", "stream": True, "messages": [{"role": "user", "content": "".join(texts)}]}
+
+
+@pytest.mark.parametrize(("streams", "expected"), [(0, {"a", "b"}), (12, {"a"})])
+@in_virtual_time
+async def test_once_streams_have_told_what_tokens_cost_a_cached_prompt_stays_behind_a_short_queue(streams, expected):
+    """By the product, what waits on a replica counts once for each request there; in seconds it waits only once."""
+    async with serving(*(Replica(name, max_ongoing_requests=64) for name in "ab"), balance={"prefix": "auto"}) as serve:
+        serve.take(table(1, a=1.0, b=1.0))
+        for number in range(streams):
+            tokens = 500 * (number + 1)
+            reader, inner = await start(serve, says(f"{number:04}" * tokens))
+            await asyncio.sleep(1e-4 * tokens)
+            inner.give(batch(1))
+            await asyncio.sleep(0.2)
+            inner.give(batch(20))
+            await settle()
+            inner.end()
+            await reader
+        serve.take(table(2, a=1.0, b=1e-3))  # the beginning is to be on a
+        common, readers, at = "long" * 4000, [], []
+        for text in (common, common + "more" * 1500):
+            reader, inner = await start(serve, says(text))
+            readers.append((reader, inner))
+            if text is common:
+                inner.give(batch(1))
+                await settle()
+        serve.take(table(3, a=1.0, b=1.0))
+        for number in range(8):
+            result = await serve.send(says(common, f"{number:04}" * 40), method="chat", stream=True)
+            at.append(result.replica.name)
+            readers.append((asyncio.create_task(read(result, [])), result.inner))
+            result.inner.give(batch(1))
+            await settle()
+        assert set(at) == expected
+        for reader, inner in readers:
+            inner.end()
+            await reader
