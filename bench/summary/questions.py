@@ -318,6 +318,10 @@ def _llm(s: Summary) -> str:
     )
 
 
+_LLM_TRAFFIC = (
+    *("tool agents", "agents", "conversation", "synthetic", "code", "tool calls"),
+    "tool agents, four routers",
+)
 _LIVE_PAGE = "[live clusters](live.md), [what each scenario shows](live-notes.md)"
 QUESTIONS: tuple[Question, ...] = (
     Question(
@@ -478,7 +482,7 @@ QUESTIONS: tuple[Question, ...] = (
         "LLM traffic, simulated engines",
         tuple(
             Line(f"{traffic}: {what}", f"llm {traffic}", metric)
-            for traffic in ("tool agents", "agents", "conversation", "synthetic", "code", "tool calls", "tool agents, four routers")
+            for traffic in _LLM_TRAFFIC
             for metric, what in (("slo_miss_fraction", "requests that miss"), ("first_token_p99_s", "first token, p99"))
         ),
         (_llm,),
