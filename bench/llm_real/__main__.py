@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bench.llm_real.arms import ARMS, SCENARIOS
+from bench.llm_real.arms import ARMS, SCENARIOS, Scenario
 from bench.llm_real.report import checks, rows_of, tables, write_page
 from bench.simulate.report import machine
 from examples.llm.serving import missing
@@ -38,6 +38,7 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="runs and rows, written after each run")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="keep the runs of --json, and leave them out")] = False,
     page_only: Annotated[bool, typer.Option("--page-only", help="run nothing; show what --json has")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="phases of a few seconds, to see whether it works")] = False,
     markdown: Annotated[Path | None, typer.Option(help="write the page here")] = None,
     child: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
@@ -55,7 +56,7 @@ def main(
         console.print(what, highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(2)
     if child is not None:
-        _one(names[0], wanted_arms[0], first_seed, child, console)
+        _one(SCENARIOS[names[0]].quick() if quick else SCENARIOS[names[0]], wanted_arms[0], first_seed, child, console)
         return
     runs: list[dict[str, Any]] = kept["runs"]
     failed = 0
@@ -68,7 +69,7 @@ def main(
     have = {(run["scenario"], run["arm"], run["seed"]) for run in runs}
     for name, arm, seed in [] if page_only else [each for each in todo if each not in have]:
         console.print(f"{name}, {arm}, seed {seed}")
-        run = _in_a_process(name, arm, seed)
+        run = _in_a_process(name, arm, seed, ["--quick"] if quick else [])
         if run is None:
             failed += 1
             console.print("  failed: left out; --resume tries it again")
@@ -99,12 +100,12 @@ def _rotated(arms: list[str], seed: int) -> list[str]:
     return arms[at:] + arms[:at]
 
 
-def _in_a_process(scenario: str, arm: str, seed: int) -> dict[str, Any] | None:
+def _in_a_process(scenario: str, arm: str, seed: int, more: list[str]) -> dict[str, Any] | None:
     """A run in a process of its own: Ray and vLLM leave threads and settings behind."""
     with tempfile.TemporaryDirectory(prefix="llm-real-") as folder:
         told = Path(folder) / "run.json"
         command = [sys.executable, "-m", "bench.llm_real", "--scenario", scenario, "--arms", arm]
-        command += ["--first-seed", str(seed), "--child", str(told)]
+        command += ["--first-seed", str(seed), "--child", str(told), *more]
         try:
             subprocess.run(command, check=True, timeout=_RUN_S)  # noqa: S603 - ourselves
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
@@ -112,13 +113,13 @@ def _in_a_process(scenario: str, arm: str, seed: int) -> dict[str, Any] | None:
         return json.loads(told.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
-def _one(scenario: str, arm: str, seed: int, told: Path, console: Console) -> None:
+def _one(scenario: Scenario, arm: str, seed: int, told: Path, console: Console) -> None:
     from bench.llm_real.run import run  # noqa: PLC0415 - it starts Ray
     from examples.llm.model import make_model  # noqa: PLC0415
 
     with tempfile.TemporaryDirectory(prefix="tiny-llm-") as model, tempfile.TemporaryDirectory() as folder:
         make_model(Path(model))
-        found = run(SCENARIOS[scenario], ARMS[arm], seed, Path(model), folder=Path(folder), console=console)
+        found = run(scenario, ARMS[arm], seed, Path(model), folder=Path(folder), console=console)
     told.write_text(json.dumps(found), encoding="utf-8")
 
 

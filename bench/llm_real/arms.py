@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bench.llm_real.workload import Traffic
@@ -50,6 +50,10 @@ class Scenario:
     replicas: int = 2
     joining: int = 0
     hogs: int = 0
+
+    def quick(self) -> Scenario:
+        """The same with short phases."""
+        return replace(self, warm_s=3.0, steady_s=8.0, then_s=8.0)
 
 
 SCENARIOS = {

@@ -49,11 +49,8 @@ def columns(answers: Sequence[Answer]) -> dict[str, list[Any]]:
 
 def from_columns(found: Mapping[str, Sequence[Any]]) -> list[Answer]:
     """The answers again."""
-    names = list(found)
-    return [
-        Answer(**{name: math.nan if value is None else value for name, value in zip(names, row, strict=True)})
-        for row in zip(*found.values(), strict=True)
-    ]
+    rows = zip(*(found[field.name] for field in fields(Answer)), strict=True)
+    return [Answer(*(math.nan if value is None else value for value in row)) for row in rows]
 
 
 class Client:

@@ -27,7 +27,7 @@ class MeasuredServer(TellingServer):
     benchmark's choice, and its start takes no CPU from those that are measured.
     """
 
-    async def __init__(self, *args: Any, **kwargs: Any) -> None:
+    async def __init__(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[misc] # as Ray's: Serve awaits it
         await super().__init__(*args, **kwargs)
         folder, first = Path(os.environ[FOLDER]), int(os.environ[FIRST])
         server, _ = prometheus_client.start_http_server(0, addr="127.0.0.1")

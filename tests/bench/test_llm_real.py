@@ -21,7 +21,7 @@ TALKS = SCENARIOS["conversations"].traffic
 def run(arm, answers, *, scenario="conversations", seed=0, hits=50.0, phase="steady", copies=(0, 0)):
     """A run as it is written to a file."""
     counted = {"seconds": 10.0, "hits": hits, "queries": 100.0}
-    phases = {name: counted for name in {phase, "steady", "hog" if scenario == "conversations" else "newcomer"}}
+    phases = dict.fromkeys({phase, "steady", "hog" if scenario == "conversations" else "newcomer"}, counted)
     made = {"scenario": scenario, "arm": arm, "seed": seed, "phases": phases, "copies": list(copies)}
     return json.loads(json.dumps({**made, "requests": columns(answers)}))
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from bench.llm_real.engines import find_engines
+from bench.llm_real.engines import served as had_by
 from examples.llm.serving import MODEL, missing
 from tests.ports import free_port
 
@@ -33,6 +35,8 @@ from ray import serve
 from bench.llm_real.engines import find_engines
 from bench.llm_real.server import FIRST, FOLDER
 from examples.llm.model import make_model
+from bench.llm_real.engines import find_engines
+from bench.llm_real.engines import served as had_by
 from examples.llm.serving import application, environment
 from serve_app.launch.control_plane import start_control_plane
 
@@ -78,8 +82,6 @@ class Served:
             self.process.kill()
 
     def engines(self):
-        from bench.llm_real.engines import find_engines
-
         return find_engines(self.folder)
 
     def stream(self, messages, tokens, number, on_text=lambda _: None):
@@ -129,8 +131,6 @@ def test_prompts_that_begin_alike_find_what_was_computed_of_them(served):
 
 
 def test_the_deployment_tells_how_large_its_cache_is(served):
-    from bench.llm_real.engines import find_engines
-
     engines = find_engines(served.folder)
     text = httpx.get(f"http://127.0.0.1:{engines[0].port}/metrics", timeout=10.0).text
     assert "vllm:kv_cache_usage_perc" in text
@@ -138,8 +138,6 @@ def test_the_deployment_tells_how_large_its_cache_is(served):
 
 
 def test_a_greedy_answer_whose_replica_is_killed_is_the_same(served):
-    from bench.llm_real.engines import served as had
-
     talk = asked("Tell me of the sea.", instruction="Speak at length.")
     whole = served.stream(talk, 200, 100)
     assert len(whole) == 200
@@ -148,7 +146,7 @@ def test_a_greedy_answer_whose_replica_is_killed_is_the_same(served):
     def kill(text):
         if len(text) >= 60 and not killed:
             for engine in served.engines():
-                if any(number == 101 for number, _ in had(served.folder, engine.place)):
+                if any(number == 101 for number, _ in had_by(served.folder, engine.place)):
                     os.kill(engine.pid, signal.SIGKILL)
                     killed.append(engine.place)
 
