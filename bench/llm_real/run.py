@@ -42,7 +42,8 @@ def run(scenario: Scenario, arm: Arm, seed: int, model: Path, *, folder: Path, c
             scenario.replicas + scenario.joining,
             arm.router,
             arm.settings,
-            "bench.llm_real.server:MeasuredServer",
+            server="bench.llm_real.server:MeasuredServer",
+            env=env,
         )
         # Deploy and go on: with a replica that waits to join, the application is not ready yet.
         serve.run_many([serve.RunTarget(app, route_prefix="/")], wait_for_applications_running=False)

@@ -59,11 +59,14 @@ def application(
     replicas: int,
     router: str = OURS,
     settings: Mapping[str, Any] | None = SETTINGS,
+    *,
     server: str = "examples.llm.server:TellingServer",
+    env: Mapping[str, str] | None = None,
 ) -> Any:
     """The application, to be run by `serve.run`.
 
-    An empty `router` is Serve's default; `settings` are for ours only.
+    An empty `router` is Serve's default; `settings` are for ours only. `env` is in place of
+    `environment()`.
     """
     from ray.serve.llm import LLMConfig, build_openai_app  # noqa: PLC0415 - it imports vLLM
     from ray.serve.llm import request_router as _  # noqa: F401, PLC0415 - so that its routers can be named
@@ -79,7 +82,7 @@ def application(
         log_engine_metrics=False,  # the engine's metrics stay in its process, where `server` reads them
         accelerator_type=None,
         placement_group_config={"bundles": [{"CPU": 1}]},
-        runtime_env={"env_vars": environment()},
+        runtime_env={"env_vars": dict(env) if env is not None else environment()},
         engine_kwargs={
             "max_model_len": 8192,
             "max_num_batched_tokens": 1024,
