@@ -62,11 +62,12 @@ def application(
     *,
     server: str = "examples.llm.server:TellingServer",
     env: Mapping[str, str] | None = None,
+    exact: bool = False,
 ) -> Any:
     """The application, to be run by `serve.run`.
 
     An empty `router` is Serve's default; `settings` are for ours only. `env` is in place of
-    `environment()`.
+    `environment()`. `exact` is for a model that is: vLLM would compute it with 16 bits.
     """
     from ray.serve.llm import LLMConfig, build_openai_app  # noqa: PLC0415 - it imports vLLM
     from ray.serve.llm import request_router as _  # noqa: F401, PLC0415 - so that its routers can be named
@@ -90,6 +91,7 @@ def application(
             "enable_prefix_caching": True,
             "disable_log_stats": False,
             "tensor_parallel_size": 1,
+            "dtype": "float32" if exact else "bfloat16",
         },
     )
     app: dict[str, Any] = {"llm_configs": [config]}

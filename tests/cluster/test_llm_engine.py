@@ -48,7 +48,8 @@ ray.init(address="local", num_cpus=8, include_dashboard=False, namespace="shadec
          runtime_env={"env_vars": env}, log_to_driver=False)
 start_control_plane(page_port=0)
 serve.start(http_options={"host": "127.0.0.1", "port": port})
-serve.run(application(folder / "model", 2, server="bench.llm_real.server:MeasuredServer", env=env))
+serve.run(application(folder / "model", 2, server="bench.llm_real.server:MeasuredServer", env=env,
+                      exact=True))
 (folder / "up").touch()
 signal.sigwait([signal.SIGTERM])
 serve.shutdown()
