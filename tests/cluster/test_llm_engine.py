@@ -88,9 +88,14 @@ class Served:
     def stream(self, messages, tokens, number, on_text=lambda _: None):
         """The text, as it comes; `on_text` is told all so far."""
         body = {
-            "model": MODEL, "messages": messages, "max_tokens": tokens, "temperature": 0, "stream": True,
+            "model": MODEL,
+            "messages": messages,
+            "max_tokens": tokens,
+            "temperature": 0,
+            "stream": True,
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
             "user": str(number),
-        }  # fmt: skip
+        }
         url, text = f"http://127.0.0.1:{self.port}/v1/chat/completions", ""
         with httpx.stream("POST", url, json=body, timeout=90.0) as answer:
             assert answer.status_code == 200, answer.read()
