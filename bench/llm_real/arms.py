@@ -62,7 +62,7 @@ SCENARIOS = {
         Scenario(
             "conversations",
             "two replicas; then three hogs on the core of one of them",
-            Traffic(per_s=0.75, turns=4, answer_tokens=24, think_s=1.5),
+            Traffic(per_s=1.0, turns=4, answer_tokens=24, think_s=1.5),
             ("power of two", "Ray prefix router", "ours"),
             warm_s=8.0,
             steady_s=36.0,

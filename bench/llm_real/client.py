@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -76,6 +77,7 @@ class Client:
         No turn begins after the last event.
         """
         self._began_s = time.monotonic()
+        logging.getLogger("httpx").setLevel(logging.WARNING)  # Ray's server for language models logs each request
         limits = httpx.Limits(max_connections=200, max_keepalive_connections=50)
         async with httpx.AsyncClient(base_url=self._url, timeout=_TIMEOUT_S, limits=limits) as client:
             talks = [asyncio.create_task(self._talk(client, job)) for job in jobs]
