@@ -50,8 +50,11 @@ def columns(answers: Sequence[Answer]) -> dict[str, list[Any]]:
 
 def from_columns(found: Mapping[str, Sequence[Any]]) -> list[Answer]:
     """The answers again."""
-    rows = zip(*(found[field.name] for field in fields(Answer)), strict=True)
-    return [Answer(*(math.nan if value is None else value for value in row)) for row in rows]
+    back: list[Answer] = []
+    for row in zip(*(found[field.name] for field in fields(Answer)), strict=True):
+        cells: list[Any] = [math.nan if value is None else value for value in row]
+        back.append(Answer(*cells))
+    return back
 
 
 class Client:

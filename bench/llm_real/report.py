@@ -254,7 +254,7 @@ def _newcomers(runs: Sequence[Mapping[str, Any]], scenario: Scenario) -> list[li
 
 def write_page(path: Path, made: Mapping[str, str], runs: Sequence[Mapping[str, Any]]) -> None:
     """Targets, tables by scenario, and the notes beside the page, `<page>-notes.md`."""
-    told = ", ".join(f"{key} {value}" for key, value in made.items())
+    told = ", ".join(f"{key} {value}" for key, value in made.items()) or "No run yet"
     lines = ["# Language models, with real engines", ""]
     lines += [f"Made by `python -m bench.llm_real --markdown`; do not edit. {told}.", ""]
     if verdicts := checks(runs):
