@@ -70,7 +70,6 @@ def application(
     `environment()`. `exact` is for a model that is: vLLM would compute it with 16 bits.
     """
     from ray.serve.llm import LLMConfig, build_openai_app  # noqa: PLC0415 - it imports vLLM
-    from ray.serve.llm import request_router as _  # noqa: F401, PLC0415 - so that its routers can be named
 
     deployment: dict[str, Any] = {"num_replicas": replicas, "max_ongoing_requests": 64}
     if router:
