@@ -64,7 +64,7 @@ bench-micro: $(STAMP) ## Time the decision, the table and the outcome path; thro
 bench-llm: $(STAMP) ## Routing rules in front of simulated language-model engines with prefix caches (10 min)
 	@$(BIN)/python -m bench.llm $(ARGS)
 
-bench-llm-real: ## Routers in front of real vLLM engines on CPUs (needs examples/llm/install.sh .venv-llm; 75 min)
+bench-llm-real: ## Routers in front of real vLLM engines on CPUs (needs examples/llm/install.sh .venv-llm; an hour)
 	@$(LLM_PYTHON) -m bench.llm_real --resume --json docs/benchmarks/llm.json --markdown docs/benchmarks/llm.md $(ARGS)
 
 bench-scale: $(STAMP) ## The coordinator under many replicas and routers: real messages, a process of its own (7 min)

@@ -72,11 +72,11 @@ SCENARIOS = {
         Scenario(
             "newcomer",
             "questions to 20 assistants, two replicas; then a third joins",
-            Traffic(per_s=4.0, turns=1, answer_tokens=8, think_s=1.0, turn_bytes=(40, 120)),
+            Traffic(per_s=6.0, turns=1, answer_tokens=8, think_s=1.0, turn_bytes=(40, 120)),
             ("power of two", "Ray prefix router", "ours, untried", "ours"),
             warm_s=5.0,
-            steady_s=20.0,
-            then_s=75.0,
+            steady_s=16.0,
+            then_s=85.0,
             joining=1,
         ),
     )
