@@ -61,7 +61,7 @@ def run(scenario: Scenario, arm: Arm, seed: int, model: Path, *, folder: Path, c
 def _ray(env: Mapping[str, str], scenario: Scenario) -> Iterator[None]:
     ray.init(
         address="local",
-        num_cpus=scenario.replicas + scenario.joining + 4,
+        num_cpus=2 * (scenario.replicas + scenario.joining) + 4,  # Ray LLM asks for two a replica
         include_dashboard=False,
         namespace="shadecast",
         object_store_memory=200_000_000,

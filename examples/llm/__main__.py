@@ -53,7 +53,7 @@ def _serve(folder: Path, args: argparse.Namespace) -> None:
     began_s = time.monotonic()
     ray.init(
         address="local",
-        num_cpus=args.replicas + 4,
+        num_cpus=2 * args.replicas + 4,  # Ray LLM asks for two a replica
         include_dashboard=False,
         namespace="shadecast",
         object_store_memory=200_000_000,
