@@ -1,7 +1,7 @@
 """A real engine under `ray.serve.llm` behind our router: prompts find their caches, answers survive a replica's death.
 
-Needs vLLM's CPU build (`examples/llm/install.sh FOLDER`), beside it pytest, pytest-timeout, pytest-xdist and hypothesis,
-and the tests run by that Python.
+Needs vLLM's CPU build (`examples/llm/install.sh FOLDER`), pytest, pytest-timeout, pytest-xdist and hypothesis there,
+and that Python for the tests.
 """
 
 import json
