@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup wheel serve demo test test-quick test-install test-rays check bench-sim bench-forecast bench-micro bench-llm bench-scale bench-live bench-summary pictures protos clean
+.PHONY: help setup wheel serve demo llm test test-quick test-install test-rays check bench-sim bench-forecast bench-micro bench-llm bench-llm-real bench-scale bench-live bench-summary pictures protos clean
 
 help: ## List the commands
 	@grep -E '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk 'BEGIN {FS = ":.*?## "}; {printf "  make %-16s %s\n", $$1, $$2}'
@@ -30,6 +30,11 @@ serve: $(STAMP) ## Start a local multi-node cluster, the control plane and an ap
 
 demo: $(STAMP) ## Replay a trace while three replicas join: one well, one slow, one failing; both routers side by side
 	@$(BIN)/python -m examples.demo $(ARGS)
+
+LLM_PYTHON ?= $(firstword $(wildcard .venv-llm/bin/python $(BIN)/python) $(PYTHON))
+
+llm: ## Serve a tiny language model on vLLM's CPU build and ask it something; says how to install that
+	@$(LLM_PYTHON) -m examples.llm $(ARGS)
 
 PYTEST := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder -p tests.progress -o console_output_style=classic
 
@@ -60,6 +65,9 @@ bench-micro: $(STAMP) ## Time the decision, the table and the outcome path; thro
 
 bench-llm: $(STAMP) ## Routing rules in front of simulated language-model engines, docs/benchmarks/llm_simulation.md (an hour; goes on where it was)
 	@$(BIN)/python -m bench.llm --jobs 2 --resume --json docs/benchmarks/llm_simulation.json --markdown docs/benchmarks/llm_simulation.md $(ARGS)
+
+bench-llm-real: ## Routers in front of real vLLM engines on CPUs (needs examples/llm/install.sh .venv-llm; an hour)
+	@$(LLM_PYTHON) -m bench.llm_real --resume --json docs/benchmarks/llm.json --markdown docs/benchmarks/llm.md $(ARGS)
 
 bench-scale: $(STAMP) ## The coordinator under many replicas and routers: real messages, a process of its own (7 min)
 	@$(BIN)/python -m bench.scale $(ARGS)
