@@ -18,7 +18,7 @@ Then in seconds (`Costs`), with K_i the context of the requests there, L the pro
     score_i  = (first_i + decode_i + others_i + later_i) / s_i
 
 All of it is time that users wait, so nothing is weighed. r, the requests a second that come later, is a constant:
-within a factor of two either way it changes little (docs/decisions/0090).
+within a factor of two either way it changes little (docs/decisions/0092).
 """
 
 from __future__ import annotations
