@@ -214,7 +214,10 @@ def reader(serving, grpc_port, tmp_path_factory):
     (state / "operate-token").write_text(TOKEN)
     address = next(line.partition("RAY_ADDRESS=")[2] for line in log.read_text().splitlines() if "RAY_ADDRESS=" in line)
     bin_first = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
-    ours = {**env, "PATH": bin_first, "HOME": str(folder), "RAY_ADDRESS": address.strip()}
+    token = env.get(
+        "RAY_AUTH_TOKEN_PATH", str(Path.home() / ".ray" / "auth_token")
+    )  # the cluster's, in its starter's home
+    ours = {**env, "PATH": bin_first, "HOME": str(folder), "RAY_ADDRESS": address.strip(), "RAY_AUTH_TOKEN_PATH": token}
 
     def run(block):
         status = json.loads(get(page + "/api/status"))
