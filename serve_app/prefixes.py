@@ -145,11 +145,7 @@ class Prefixes:
             for i in drawn(pool, self._holder(cached, pool), random)
             if picks.takes(i) and (shares[i] >= 1.0 or alone or random() < shares[i])
         ]
-        ids = picks.ids
-        if alone:
-            loads = [Load(ids[i], self._pending.get(ids[i], 0.0), float(picks.in_flight[i])) for i in compared]
-        else:
-            loads = [Load(ids[i], self._tokens_on(ids[i]), picks.queue(i), picks.speed(i)) for i in compared]
+        loads = [self._load(i) for i in compared]
         costs = self._times.costs()
         for load in loads if costs is not None else ():
             load.context_tokens = self._contexts.on(load.replica_id, load.requests)
@@ -158,7 +154,7 @@ class Prefixes:
         if not cached:
             whose = pending.metadata.session_id or (prompt.hashes[0] if prompt.hashes else b"")
             if whose:
-                self._ring = ring = self._ring or Rendezvous(dict.fromkeys(ids, 1.0), self._key)
+                self._ring = ring = self._ring or Rendezvous(dict.fromkeys(picks.ids, 1.0), self._key)
                 cold = ring, session_key(whose, self._key)
         at = choose(loads, prompt.tokens, cached, random, cold=cold, costs=costs)
         return compared[at] if at >= 0 else -1
@@ -167,17 +163,20 @@ class Prefixes:
         """What the choice for a request has just compared; None if its prompt did not choose."""
         return self._compared[1] if self._compared is not None and self._compared[0] is pending else None
 
+    def _load(self, i: int) -> Load:
+        """What is known of a replica now; without the control plane by this router's own calls."""
+        picks, replica_id = self._routes.picks, self._routes.picks.ids[i]
+        if self._routes.level == "power_of_two":
+            return Load(replica_id, self._pending.get(replica_id, 0.0), float(picks.in_flight[i]))
+        return Load(replica_id, self._tokens_on(replica_id), picks.queue(i), picks.speed(i))
+
     def _tokens_on(self, replica_id: str) -> float:
         return self._pending.get(replica_id, 0.0) + self._others.get(replica_id, 0.0)
 
-    def _requests_on(self, replica_id: str) -> float:
-        """Besides the one that has just been counted."""
-        picks = self._routes.picks
-        i = picks.index.get(replica_id, -1)
-        if i < 0:
-            return 0.0
-        alone = self._routes.level == "power_of_two"
-        return max((float(picks.in_flight[i]) if alone else picks.queue(i)) - 1.0, 0.0)
+    def _load_of(self, call: Any) -> Load:
+        """Of the replica of a call; nothing where that is gone."""
+        i = self._routes.picks.index.get(call.replica_id, -1)
+        return self._load(i) if i >= 0 else Load(call.replica_id)
 
     def _holder(self, cached: Mapping[str, int], pool: Sequence[int]) -> int:
         """Of many replicas, one with the longest match that has a place; -1 without any."""
@@ -252,7 +251,8 @@ class Prefixes:
         self._last = None
         if prompt is not None:
             call.prompt_tokens, call.ahead_tokens = prompt.tokens, self._await(call, call.replica_id, prompt, cached)
-            call.context_tokens = self._contexts.on(call.replica_id, self._requests_on(call.replica_id))
+            besides = max(self._load_of(call).requests - 1.0, 0.0)  # it has just been counted
+            call.context_tokens = self._contexts.on(call.replica_id, besides)
             self._held[call] = call.replica_id, prompt
             self._contexts.add(call.replica_id, prompt.tokens)
             self._popular.add(prompt)
@@ -321,9 +321,7 @@ class Prefixes:
             return
         self._reasons = self._reasons or bool(count.finish)
         work = Work(call.ahead_tokens, call.others, call.context_tokens)
-        picks = self._routes.picks
-        i = picks.index.get(call.replica_id, -1)
-        speed = picks.speed(i) if i >= 0 and self._routes.level != "power_of_two" else 1.0
+        speed = self._load_of(call).speed
         self._times.learn(work, call.reading.times_s, call.reading.units_at, count.tokens, speed)
 
     def count_of(self, call: Any) -> TokenCount | None:

@@ -7,7 +7,8 @@ from statistics import median
 
 from shadecast.config import LOST_AFTER_S
 from shadecast.connection import Event
-from shadecast.fleet import BOOTSTRAP_REQUESTS, Fleet, Replica
+from shadecast.fleet import BOOTSTRAP_REQUESTS, Fleet
+from shadecast.replica import Replica
 from shadecast.trials import Trials
 from shadecast.types import State
 from shadecast.urgency import Urgency

@@ -17,7 +17,8 @@ from shadecast.config import LOST_AFTER_S, TICK_S, Config
 from shadecast.connection import Connection, Event, backoff_s
 from shadecast.estimates import Estimates, is_plausible
 from shadecast.explain import explain_replica
-from shadecast.fleet import Fleet, Replica
+from shadecast.fleet import Fleet
+from shadecast.replica import Replica
 from shadecast.sessions import steady_weight
 from shadecast.trials import Trials
 from shadecast.types import (

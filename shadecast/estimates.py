@@ -14,7 +14,8 @@ from statistics import median
 from shadecast import capacity as cap
 from shadecast.baseline import Baseline
 from shadecast.config import TICK_S
-from shadecast.fleet import Fleet, Replica
+from shadecast.fleet import Fleet
+from shadecast.replica import Replica
 from shadecast.service_curve import Curve, CurveLearner
 from shadecast.types import Outcome, PairedSample, ReplicaReport
 

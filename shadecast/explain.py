@@ -12,9 +12,10 @@ from typing import Any
 from shadecast import capacity as cap
 from shadecast.config import LOST_AFTER_S
 from shadecast.estimates import Estimates
-from shadecast.fleet import Fleet, Replica
+from shadecast.fleet import Fleet
 from shadecast.gate import NEWCOMER_LIMIT
 from shadecast.pick import load_cost
+from shadecast.replica import Replica
 from shadecast.trials import ACTIVE_LIMIT
 from shadecast.types import HORIZONS_S, NodeReport, State
 

@@ -13,8 +13,9 @@ from itertools import islice
 from shadecast.config import TrialConfig
 from shadecast.connection import TRANSITIONS, Event, step
 from shadecast.estimates import Estimates
-from shadecast.fleet import Fleet, Replica
+from shadecast.fleet import Fleet
 from shadecast.gate import NEWCOMER_LIMIT, Ruling, Trial, Verdict, memory_harm
+from shadecast.replica import Replica
 from shadecast.sequential import ErrorGuard
 from shadecast.types import Outcome, PairedSample, State, Transition
 from shadecast.urgency import STEP_S, Urgency

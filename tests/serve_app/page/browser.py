@@ -14,8 +14,8 @@ from typing import Any
 import uvicorn
 from playwright.async_api import Browser, async_playwright, expect
 
+from serve_app.page.app import make_app
 from serve_app.page.rights import Rights, digest
-from serve_app.page.server import make_app
 from tests.serve_app.page.page_scene import Scene
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

@@ -25,12 +25,12 @@ from fastapi import FastAPI
 from ray.exceptions import RayActorError
 
 from serve_app.launch import commands
-from serve_app.page import rights
-from serve_app.page import server as page
+from serve_app.page import rights, server
 from serve_app.page import watch as page_watch
 from serve_app.page.address import Address, PageError
+from serve_app.page.app import make_app
 from serve_app.page.rights import MOST_CLIENTS, Limits, Rights, digest
-from serve_app.page.server import Page, make_app
+from serve_app.page.server import Page
 from serve_app.page.watch import ControlPlaneAwayError, Watch
 
 HTML = resources.files("serve_app.page").joinpath("page.html").read_text(encoding="utf-8")
@@ -630,7 +630,7 @@ def test_refused_tokens_are_told_of_in_the_log_now_and_then_without_the_token(ca
     guess = "guess-that-must-not-be-logged"
     for _ in range(20):
         ask(app, "POST", "/api/drain", json={"target": "r1"}, headers={"Authorization": f"Bearer {guess}"})
-    said = [record.getMessage() for record in caplog.records if record.name == page.__name__]
+    said = [record.getMessage() for record in caplog.records if record.name == "serve_app.page.app"]
     assert said == ["page: requests with a wrong token: 1, the last one from 127.0.0.1"]
     assert guess not in caplog.text
 
@@ -742,7 +742,7 @@ def test_an_order_to_a_coordinator_of_an_older_version_says_what_to_do() -> None
 
 
 def test_a_coordinator_that_does_not_answer_is_looked_for_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page, "_COORDINATOR_ANSWER_S", 0.02)
+    monkeypatch.setattr(server, "_COORDINATOR_ANSWER_S", 0.02)
     found = []
 
     async def hang() -> None:
