@@ -42,6 +42,7 @@ _LLM = {
     "production-stack loadaware": "production_stack",
     "Dynamo KV": "dynamo",
     "llm-d 3:2:2": "llm_d",
+    "llm-d predicted, ideal": "llm_d_predicted",
     "LMetric": "lmetric",
     "Shadecast without prefixes": "shadecast_no_prefix",
     "Shadecast": OURS,

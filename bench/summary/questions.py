@@ -498,6 +498,7 @@ QUESTIONS: tuple[Question, ...] = (
             "production_stack": "production-stack",
             "dynamo": "Dynamo",
             "llm_d": "llm-d",
+            "llm_d_predicted": "llm-d, ideal predictor",
             "lmetric": "LMetric",
             "shadecast_no_prefix": "Shadecast, prefix off",
             OURS: "**Shadecast, prefix on**",
