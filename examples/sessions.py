@@ -36,6 +36,8 @@ ROUTER = RequestRouterConfig(
     },
 )
 TURN_S = 0.4
+ENOUGH_TURNS = 5
+"""That say where a session lives."""
 
 
 @serve.deployment(
@@ -77,22 +79,29 @@ app = Ingress.bind(Assistant.bind())
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """Where each session's requests were answered, in order, and when the sessions of the drained replica left it."""
+    """Where each session lived before a replica was drained and where it lives after, and when it left that replica.
 
-    homes: dict[str, list[str]]
-    """Of each session the replicas, without repetitions: one that stayed has one, one that moved two."""
+    It lives where most of its turns were answered: while its replica stalls another one answers, and it comes back.
+    """
+
+    before: dict[str, str]
+    after: dict[str, str]
     drained: str
     left_after_s: list[float]
     requests: int
     failed: int
 
+    @property
+    def moved(self) -> set[str]:
+        """The sessions that live elsewhere now."""
+        return {session for session, home in self.before.items() if self.after[session] != home}
+
     def __str__(self) -> str:
-        stayed = sum(len(homes) == 1 for homes in self.homes.values())
         when = ", ".join(f"{after_s:.1f}" for after_s in self.left_after_s)
         return (
-            f"{len(self.homes)} sessions on 3 replicas; {self.drained} was drained. {stayed} sessions were not there "
-            f"and stayed where they are; {len(self.left_after_s)} left it after {when} s.\n"
-            f"{self.failed} of {self.requests} requests failed."
+            f"{len(self.before)} sessions on 3 replicas; {self.drained} was drained. "
+            f"{len(self.before) - len(self.moved)} sessions stayed where they are; {len(self.left_after_s)} left it "
+            f"after {when} s.\n{self.failed} of {self.requests} requests failed."
         )
 
 
@@ -103,43 +112,48 @@ async def show(examples: Examples, sessions: int = 18) -> Shown:
     from examples.running import load, until  # noqa: PLC0415
     from serve_app.launch.control_plane import order  # noqa: PLC0415
 
-    homes: dict[str, list[str]] = {}
-    moved_s: dict[str, float] = {}
-    turns: Counter[str] = Counter()
+    turns: dict[str, list[tuple[float, str]]] = {f"session-{number}": [] for number in range(sessions)}
+    """Of each session when its turns were answered, and by which replica."""
     async with httpx.AsyncClient(base_url=examples.url, timeout=60.0) as client:
 
         async def say(number: int) -> None:
             session = f"session-{number}"
             headers = {"x-session-id": session}
             answer = (await client.post("/sessions", content="And then?", headers=headers)).raise_for_status().json()
-            turns[session] += 1
-            seen = homes.setdefault(session, [])
-            if not seen or seen[-1] != answer["replica"]:
-                seen.append(answer["replica"])
-                moved_s[session] = time.monotonic()
+            turns[session].append((time.monotonic(), answer["replica"]))
 
         def known() -> bool:
             return len(examples.events("sessions", "Assistant")) >= 3
 
-        def talked() -> bool:
-            return len(turns) == sessions and min(turns.values()) >= 6
+        async def homes() -> dict[str, str]:
+            """Where the sessions live from now on."""
+            had = {session: len(answered) for session, answered in turns.items()}
+
+            def talked() -> bool:
+                return all(len(turns[session]) >= had[session] + ENOUGH_TURNS for session in had)
+
+            await until(talked, 60.0, "each session has had some turns")
+            new = {session: [replica for _, replica in turns[session][had[session] :]] for session in had}
+            return {session: Counter(replicas).most_common(1)[0][0] for session, replicas in new.items()}
 
         def all_left() -> bool:
-            return all(seen[-1] != drained for seen in homes.values())
+            return all(replica != drained for answered in turns.values() for _, replica in answered[-3:])
 
         async with load(say, clients=sessions, pause_s=0.02) as seen:
             await until(known, 30.0, "the coordinator knows the replicas")
-            homes.clear()
-            turns.clear()
-            await until(talked, 30.0, "each session has had some turns")
-            drained = Counter(found[-1] for found in homes.values()).most_common(1)[0][0]
+            before = await homes()
+            drained = Counter(before.values()).most_common(1)[0][0]
             began_s = time.monotonic()
             await asyncio.to_thread(order, "drain", drained)
-            await until(all_left, 30.0, "all sessions have left the drained replica")
-            await asyncio.sleep(2.0)  # they stay where they went
+            await until(all_left, 60.0, "all sessions have left the drained replica")
+            after = await homes()
         await asyncio.to_thread(order, "release", drained)
-    left = sorted(moved_s[session] - began_s for session, found in homes.items() if drained in found)
-    return Shown(homes, drained, left, seen.sent, len(seen.errors))
+    left = sorted(
+        max(at_s for at_s, replica in turns[session] if replica == drained) - began_s
+        for session, home in before.items()
+        if home == drained
+    )
+    return Shown(before, after, drained, left, seen.sent, len(seen.errors))
 
 
 if __name__ == "__main__":

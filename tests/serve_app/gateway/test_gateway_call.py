@@ -181,20 +181,22 @@ def test_once_the_first_replica_runs_requests_have_their_usual_time_anew(
         assert refusal(caller).status == 503
 
 
-@pytest.mark.parametrize("starts", [True, False])
-def test_a_request_waits_by_its_own_deadline_while_the_first_replica_starts(starts: bool) -> None:
+def test_a_request_waits_by_its_own_deadline_while_the_first_replica_starts() -> None:
     async def may_start() -> bool:
-        return starts
+        return True
 
-    caller = make_caller(StartingHandle(), queue_timeout_s=0.02, may_start=may_start)
-    if starts:
-        assert infer(caller) == ANSWER
-    else:
-        assert refusal(caller).status == 503
-    late = refusal(
-        make_caller(StartingHandle(), queue_timeout_s=0.02, may_start=may_start), CallOptions(timeout_s=0.05)
-    )
-    assert late.status == (504 if starts else 503)
+    def starting(after_s: float) -> ModelCaller:
+        return make_caller(StartingHandle(after_s), queue_timeout_s=0.02, may_start=may_start)
+
+    assert infer(starting(0.1)) == ANSWER
+    assert refusal(starting(30.0), CallOptions(timeout_s=0.1)).status == 504
+
+
+def test_a_request_does_not_wait_by_its_deadline_where_no_replica_starts() -> None:
+    async def may_start() -> bool:
+        return False
+
+    assert refusal(make_caller(StartingHandle(30.0), queue_timeout_s=0.02, may_start=may_start)).status == 503
 
 
 def test_full_replicas_end_as_503_long_before_the_deadline() -> None:

@@ -12,6 +12,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import AsyncIterator, Callable
+from http import HTTPStatus
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -123,6 +124,8 @@ def query(prometheus: str, expression: str) -> list[dict[str, Any]]:
             found: list[dict[str, Any]] = json.load(answer)["data"]["result"]
             return found
     except urllib.error.HTTPError as error:
+        if error.code == HTTPStatus.SERVICE_UNAVAILABLE:
+            return []  # it listens before its storage is ready
         raise AssertionError(f"{expression}: {error.read().decode()}") from None
     except OSError:
         return []
