@@ -149,7 +149,7 @@ def read_folder(folder: Path, names: Sequence[str] | None = None) -> list[Series
     """
     files = telemetry_files(folder)
     if not files:
-        raise TelemetryError(f"{folder}: no *.parquet telemetry here; record some with `python -m train.record`")
+        raise TelemetryError(f"{folder}: no *.parquet telemetry here; `shadecast up --telemetry-log FOLDER` writes it")
     found: list[Series] = []
     frames: dict[str, list[pd.DataFrame]] = {}
     for path in files:

@@ -123,5 +123,6 @@ def mooncake_rows(path: Path, lines: Iterator[str], rng: random.Random | None) -
             at_s = float(row["timestamp"]) / 1000.0 + (rng.random() * MOONCAKE_GRID_S if rng is not None else 0.0)
             rows.append(TraceRow(at_s, int(row["input_length"]), int(row["output_length"])))
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}, line {number}: {type(error).__name__} {error}") from error
+            what = f"must be JSON with timestamp (ms), input_length, output_length ({type(error).__name__} {error})"
+            raise ValueError(f"{path}, line {number}: {what}") from error
     return rows

@@ -32,14 +32,13 @@ from shadecast.errors import AwayError, ConfigError, NotInstalledError, Shadecas
 if TYPE_CHECKING:
     from serve_app.launch.control_plane import ControlPlane
 
-cli = typer.Typer(no_args_is_help=True, help="Predictive load balancing for Ray Serve.")
-cli.add_typer(forecaster, name="forecaster")
-cli.command()(report)
-cli.command()(simulate)
+cli = typer.Typer(no_args_is_help=True, help="Predictive load balancing for Ray Serve.", rich_markup_mode=None)
 console = Console()
 
 FAILED, BAD_USE, AWAY = 1, 2, 3
 """Exit codes beside 0, which is: done."""
+_UsageError: Any = typer.BadParameter.__base__
+"""Of click, which typer has within itself from some version on."""
 
 PageOption = Annotated[
     int | None, typer.Option(min=0, max=65535, help="Port of the live page; 0 turns it off. [default: 8266]")
@@ -72,9 +71,22 @@ AuditLogOption = Annotated[
 def run() -> None:
     """Run the command line; an error of ours is one line on stderr, and an exit code that says of which kind."""
     try:
-        cli()
+        code = cli(prog_name="shadecast", standalone_mode=False)
     except ShadecastError as error:
-        raise SystemExit(failed(str(error), exit_code(error))) from None
+        code = failed(str(error), exit_code(error))
+    except _UsageError as error:
+        code = _wrong_use(error)
+    raise SystemExit(code)
+
+
+def _wrong_use(error: Any) -> int:
+    """A command or option that does not exist, or a value that cannot be."""
+    text = error.format_message()
+    if "\n" in text:  # the help that whoever gives nothing gets
+        print(text, file=sys.stderr)
+        return BAD_USE
+    command = error.ctx.command_path if error.ctx is not None else "shadecast COMMAND"
+    return failed(f"{text.rstrip('.')}; see `{command} --help`", BAD_USE)
 
 
 def exit_code(error: ShadecastError) -> int:
@@ -107,8 +119,8 @@ def serve(  # noqa: PLR0915, PLR0917 - options of a command are named by the use
     audit_log: AuditLogOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Start a local cluster, the control plane and an application; stop everything on Ctrl-C."""
-    from serve_app.app import AppArgs, ArgumentError, build  # noqa: PLC0415 - the other commands do not need these
+    """Start a local cluster, the control plane and an application. Ctrl-C stops everything."""
+    from serve_app.app import AppArgs, build  # noqa: PLC0415 - the other commands do not need these
     from serve_app.gateway.model_server import ModelInfo, load_class  # noqa: PLC0415
     from serve_app.launch.control_plane import (  # noqa: PLC0415
         running_coordinator,
@@ -120,11 +132,8 @@ def serve(  # noqa: PLR0915, PLR0917 - options of a command are named by the use
     given = tokens.given(token_file, look_token_file)  # before the model's code and Ray's processes see the environment
     folder = str(Path.cwd())
     with own_installation.users_folder_first(folder):
-        try:
-            application = build(AppArgs.model_validate({"model": model, "replicas": replicas, "router": router}))
-            name = ModelInfo.of(load_class(model)).name
-        except ArgumentError as error:  # typer would print it itself, with an exit code of its own
-            raise ConfigError(error.format_message()) from error
+        application = build(AppArgs.model_validate({"model": model, "replicas": replicas, "router": router}))
+        name = ModelInfo.of(load_class(model)).name
     for each in filter(None, (port, grpc_port)):
         _check_free(each)
     if page_port != 0:
@@ -304,7 +313,7 @@ def up(  # noqa: PLR0917 - as above
 
 @cli.command()
 def down(address: AddressOption = "", as_json: JsonOption = False) -> None:
-    """Stop the control plane; applications go on by power of two choices."""
+    """Stop the control plane. Applications go on by power of two choices."""
     from serve_app.launch.control_plane import stop_control_plane  # noqa: PLC0415 - see above
 
     with connected(address):
@@ -315,12 +324,18 @@ def down(address: AddressOption = "", as_json: JsonOption = False) -> None:
         console.print(f"Stopped {stopped} actors.")
 
 
-for _command in (status, nodes, explain, drain, release, announce):
+for _command in (status, nodes, explain, drain, release, announce, report, simulate):
     cli.command()(_command)
 
 
 @cli.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def train(context: typer.Context) -> None:
-    """Retrain the forecaster, as `python -m train` does where no other `train` hides ours; `--help` has the options."""
+    """Retrain the forecaster, as `python -m train` does.
+
+    It finds ours, also where another `train` hides it.
+    """
     sys.argv[1:] = context.args
     runpy.run_module("train", run_name="__main__", alter_sys=True)
+
+
+cli.add_typer(forecaster, name="forecaster")

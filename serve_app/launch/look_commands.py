@@ -44,7 +44,10 @@ def status(
     wide: WideOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show nodes with what is free and will be, replicas with state, share and KPIs, the table's age, and changes."""
+    """Show nodes, replicas and changes of state.
+
+    Nodes with what is free and will be, replicas with state, share and KPIs, the table's age.
+    """
     with connected(address):
         if watch:
             _watch(wide=wide, as_json=as_json)
@@ -80,7 +83,10 @@ def _width() -> int:
 
 
 def nodes(address: AddressOption = "", wide: WideOption = False, as_json: JsonOption = False) -> None:
-    """Show a row for each node: state, what is free now and expected to be, age of its telemetry, hold, replicas."""
+    """Show a row for each node.
+
+    State, what is free now and expected to be, age of its telemetry, hold, replicas.
+    """
     with connected(address):
         state = ask_status()
     if as_json:
@@ -106,7 +112,10 @@ def explain(  # noqa: PLR0917 - options of a command are named by the user
     wide: WideOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Say why: where requests went and what the replicas' scores were, what a replica or node gets, what is missing."""
+    """Say why a request went there, a replica gets what it gets.
+
+    Give one of --last, --request, --replica and --node.
+    """
     given = [(what, target) for what, target in (("request", request), ("replica", replica), ("node", node)) if target]
     if last:
         given.append(("last", ""))

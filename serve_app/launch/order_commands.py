@@ -27,7 +27,7 @@ TargetArgument = Annotated[
 
 
 def drain(target: TargetArgument, address: AddressOption = "", as_json: JsonOption = False) -> None:
-    """Take a replica, or all replicas of a node, out of traffic; requests under way finish."""
+    """Take a replica, or all of a node, out of traffic. Requests under way finish."""
     told = _order("drain", target, address)
     if as_json:
         answer(**told)
@@ -59,7 +59,7 @@ def announce(  # noqa: PLR0917 - options of a command are named by the user
     address: AddressOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Tell in advance that a node will be slow or away: a batch job, a pause. Load leaves it in time, and returns."""
+    """Tell in advance that a node will be slow or away. Load leaves it in time, and returns."""
     values: dict[str, Any] = {}
     if not cancel:
         starts_in_s, lasts_s = _interval(from_, to, for_)

@@ -15,7 +15,7 @@ from serve_app.launch.tables import number
 from serve_app.page.watch import to_json
 
 console = Console()
-forecaster = typer.Typer(no_args_is_help=True, help="Versions of the node forecasters' model.")
+forecaster = typer.Typer(no_args_is_help=True, help="Versions of the node forecasters' model.", rich_markup_mode=None)
 RegistryOption = Annotated[str, typer.Option(help="Folder or URI of the registry; empty: the shipped one.")]
 
 
@@ -27,7 +27,7 @@ def _registry(uri: str) -> Any:
 
 @forecaster.command("list")
 def forecaster_list(registry: RegistryOption = "", as_json: JsonOption = False) -> None:
-    """List the versions, oldest first, with the champion and what runs in shadow."""
+    """List the versions, oldest first, and what runs."""
     versions = _registry(registry)
     roles = {versions.challenger(): "in shadow", versions.champion(): "champion"}
     found = []
@@ -48,7 +48,7 @@ def forecaster_list(registry: RegistryOption = "", as_json: JsonOption = False) 
 def forecaster_show(
     version: Annotated[str, typer.Argument()], registry: RegistryOption = "", as_json: JsonOption = False
 ) -> None:
-    """Print a version's card: data, schema, metrics against every baseline, code."""
+    """Print a version's card. It has data, schema, metrics against every baseline, code."""
     card = _registry(registry).card(version)
     if as_json:
         answer(version=version, card=to_json(card))
@@ -60,7 +60,7 @@ def forecaster_show(
 def forecaster_promote(
     version: Annotated[str, typer.Argument()], registry: RegistryOption = "", as_json: JsonOption = False
 ) -> None:
-    """Make a version the champion; running forecasters load it within 10 s."""
+    """Make a version the champion. Running forecasters load it within 10 s."""
     _registry(registry).promote(version)
     _say_champion(version, as_json=as_json)
 
@@ -71,7 +71,10 @@ def forecaster_shadow(
     registry: RegistryOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Score a version on live telemetry beside the champion, without acting on it; see `shadecast forecaster live`."""
+    """Score a version on live telemetry beside the champion.
+
+    Nothing acts on it; see `shadecast forecaster live`.
+    """
     _registry(registry).challenge("" if version == "none" else version)
     if as_json:
         answer(in_shadow=None if version == "none" else version)
@@ -81,7 +84,10 @@ def forecaster_shadow(
 
 @forecaster.command("live")
 def forecaster_live(address: AddressOption = "", as_json: JsonOption = False) -> None:
-    """Show the versions that every node runs and scores in shadow, with their live skill and what was refused."""
+    """Show what every node runs, with its live skill.
+
+    And what it scores in shadow, and what was refused.
+    """
     from serve_app.launch.control_plane import forecaster_states  # noqa: PLC0415 - loads Ray
 
     with connected(address):

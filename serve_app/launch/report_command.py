@@ -22,7 +22,8 @@ _LEAST_WIDTH, _WIDE = 80, 200
 
 def report(  # noqa: PLR0917 - options of a command are named by the user
     slo: Annotated[
-        float, typer.Option(min=0.0, help="Seconds that a request may take. [default: 4 x the median]")
+        float,
+        typer.Option(min=0.0, show_default=False, help="Seconds that a request may take. [default: 4 x the median]"),
     ] = 0.0,
     deployment: Annotated[
         str, typer.Option(metavar="APP/NAME", help="Only this one. [default: all that observe]")
@@ -34,7 +35,10 @@ def report(  # noqa: PLR0917 - options of a command are named by the user
     address: AddressOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Say what an observing deployment would have gained: SLO misses, latency, and replicas better left alone."""
+    """Say what deployments that only observe would have gained.
+
+    SLO misses, latency, and replicas better left alone.
+    """
     from serve_app.launch.control_plane import ask_coordinator  # noqa: PLC0415 - loads Ray
     from serve_app.launch.report_view import HOW, DeploymentReport, page  # noqa: PLC0415 - numpy
 

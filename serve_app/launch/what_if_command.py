@@ -58,7 +58,10 @@ def simulate(  # noqa: PLR0917 - options of a command are named by the user
         str, typer.Option("--for", metavar="DURATION", help="Only the trace's first 90s, 10m, 2h.")
     ] = _FIRST,
     slo: Annotated[
-        float, typer.Option(min=0.0, help="Seconds that a request may take. [default: by its own time alone]")
+        float,
+        typer.Option(
+            min=0.0, show_default=False, help="Seconds that a request may take. [default: by its own time alone]"
+        ),
     ] = 0.0,
     arms: Annotated[
         str, typer.Option(metavar="NAME,...", help="Routing rules to compare. [default: the five of docs/what_if.md]")
@@ -84,7 +87,10 @@ def simulate(  # noqa: PLR0917 - options of a command are named by the user
     wide: Annotated[bool, typer.Option("--wide", help="All columns, however narrow the terminal.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Play your own trace on your own machines' telemetry: what each routing rule would have done."""
+    """Play your own requests under each routing rule.
+
+    On your own machines, as their telemetry tells.
+    """
     from bench.simulate import what_if  # noqa: PLC0415 - torch and pandas, which no other command needs
     from bench.simulate.own_machines import choose, read_machines  # noqa: PLC0415
     from bench.simulate.own_trace import Columns, Costs, read_trace  # noqa: PLC0415

@@ -17,6 +17,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+import ray
 import typer
 from rich.cells import cell_len
 
@@ -200,7 +201,8 @@ def test_an_id_as_status_shows_it_or_a_host_name_is_enough_for_an_order(
         (["announce", "worker-1", "--from", "+9m", "--to", "+8m"], 2, "--to '+8m': must be after --from '+9m'"),
         (["announce", "worker-1", "--for", "99d"], 1, "lasts_s"),
         (["announce", "worker-1", "--for", "9m", "--strength", "7"], 2, "strength"),
-        (["drain"], 2, "Missing argument"),
+        (["drain"], 2, "Missing argument 'target'; see `shadecast drain --help`"),
+        (["up", "--page-port"], 2, "--page-port"),
         (["status", "--colour"], 2, "--colour"),
         (["reboot"], 2, "reboot"),
         (["up", "--token-file", "nowhere"], 2, "--token-file nowhere: cannot be read"),
@@ -219,8 +221,34 @@ def test_what_is_wrong_or_refused_is_said_with_its_exit_code(
     monkeypatch.setattr(control_plane, "_running_page", lambda: None)
     assert run(monkeypatch, *arguments) == code
     err = capsys.readouterr().err
-    assert words in " ".join(err.replace("│", " ").split())
-    assert "Traceback" not in err
+    assert words in err
+    assert re.fullmatch(r"shadecast: .+\n", err), "one line"
+    assert run(monkeypatch, *arguments, "--json") == code
+    assert words in answer(capsys, "error")["error"]
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ([], "serve Start a local cluster, the control plane and an application. up Start"),
+        (["simulate"], "--replicas <int range> [default: as many as the log has machines, else 4] [1<=x<=1000]"),
+        (["up"], "--page-port <int range> Port of the live page; 0 turns it off. [default: 8266]"),
+        (["up"], "--retrain-machine-hours <float>"),
+    ],
+)
+def test_help_at_80_columns_lacks_no_default_and_no_end_of_a_word(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, command: list[str], words: str
+) -> None:
+    assert run(monkeypatch, *command, "--help") == 0
+    out = capsys.readouterr().out
+    assert words in " ".join(out.split())
+    assert "…" not in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_without_a_command_the_help_is_shown(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    assert run(monkeypatch) == 2
+    assert "Usage: shadecast" in capsys.readouterr().err
 
 
 def test_an_ambiguous_id_is_refused_with_those_that_it_fits() -> None:
@@ -274,6 +302,23 @@ def test_an_address_where_nobody_listens_is_told_at_once(monkeypatch: pytest.Mon
         address = f"127.0.0.1:{closed.getsockname()[1]}"
     assert run(monkeypatch, "status", "--address", address, "--json") == 3
     assert answer(capsys, "error")["error"].startswith(f"no Ray cluster at '{address}': start one")
+    assert run(monkeypatch, "status", "--address", "head", "--json") == 2
+    assert "'head': must be HOST:PORT" in answer(capsys, "error")["error"]
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("Version mismatch: ...\n  Ray: 2.57"), ray.exceptions.AuthenticationError("bad token")]
+)
+def test_a_cluster_that_does_not_take_us_is_told_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, error: Exception
+) -> None:
+    def init(**_: Any) -> None:
+        raise ConnectionError("Failed to connect") from error
+
+    monkeypatch.setattr(ray, "init", init)
+    assert run(monkeypatch, "status", "--address", "auto", "--json") == 3
+    told = answer(capsys, "error")["error"]
+    assert told.startswith(f"the Ray cluster at 'auto' cannot be used: {str(error).split()[0]}")
 
 
 # ---------------------------------------------------------------- watching

@@ -243,7 +243,7 @@ AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens"
         ),
         ("t.csv", rows(AZURE, "2023-11-16 18:17:03.9,many,5"), "line 2"),
         ("t.csv.gz", "not gzip", "cannot be read"),
-        ("t.jsonl", "{}\n", "line 1"),
+        ("t.jsonl", "{}\n", "line 1: must be JSON with timestamp (ms), input_length, output_length"),
         ("t.jsonl", "", "has 0 requests"),
     ],
 )
