@@ -10,7 +10,6 @@ import contextlib
 import datetime
 import logging
 import os
-import queue
 import socket
 import threading
 import time
@@ -52,6 +51,13 @@ class ForecasterSettings:
         for name in ("registry", "telemetry_log", "challenger"):
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"forecaster.{name} = {getattr(self, name)!r}: must be text")
+        for name in ("registry", "telemetry_log"):
+            where = getattr(self, name)
+            if where and "://" not in where and not os.path.isabs(os.path.expanduser(where)):
+                raise ConfigError(
+                    f"forecaster.{name} = {where!r}: must be a whole path (/...) or a URI, because nodes open it, each "
+                    "from a folder of its own"
+                )
         bounds = {
             "link_bytes_per_s": (0.0, 1e13),
             "log_flush_s": (1.0, 86_400.0),
@@ -126,8 +132,7 @@ class ForecasterActor:
         self._settings = ForecasterSettings.from_mapping(settings)
         self._registry = Registry(self._settings.registry or str(SHIPPED))
         self._link = CoordinatorLink(find_coordinator, self._note_serving)
-        self._rows: queue.SimpleQueue[tuple[dict[str, Any], float]] = queue.SimpleQueue()
-        self._log = self._open_log(node_id) if self._settings.telemetry_log else None
+        self._log = self._log_writer(node_id) if self._settings.telemetry_log else None
         self._forecaster = NodeForecaster(
             node_id=node_id,
             sampler=Sampler(
@@ -140,7 +145,7 @@ class ForecasterActor:
             send=self._link.send,
             clock=time.monotonic,
             wall=time.time,
-            log=(lambda row, wall_s: self._rows.put((row, wall_s))) if self._log is not None else None,
+            log=self._log.put if self._log is not None else None,
             period_s=self._settings.period_s,
             hostname=socket.gethostname(),
         )
@@ -157,12 +162,13 @@ class ForecasterActor:
         stand_up_to_others()
 
     def status(self) -> dict[str, Any]:
-        """Versions with live skill and errors, failures so far, and why the newest promotion was refused, if it was."""
+        """Versions with live skill and errors, failures, and what is wrong (a version refused, a log not written)."""
+        log = [self._log.problem] if self._log is not None else []
         return {
             "versions": self._forecaster.versions(),
             "live_errors": self._forecaster.live_errors(),
             "failures": self._forecaster.failures,
-            "problem": "; ".join(self._problems.values()),
+            "problem": "; ".join(filter(None, [*self._problems.values(), *log])),
             "pid": os.getpid(),
         }
 
@@ -179,20 +185,21 @@ class ForecasterActor:
         self._stop.set()
         for thread in self._threads:
             thread.join()
-        self._write_rows()
         if self._log is not None:
-            self._log.flush(time.time())
+            self._log.write(to_the_end_s=time.time())
 
     def _note_serving(self, in_flight: float, arrivals_per_s: float) -> None:
         self._forecaster.note_serving(in_flight, arrivals_per_s)
 
-    def _open_log(self, node_id: str) -> Any:
-        from actors.telemetry_log import LogLimits, TelemetryLog  # noqa: PLC0415
+    def _log_writer(self, node_id: str) -> Any:
+        from actors.telemetry_log import LogLimits, LogWriter, TelemetryLog  # noqa: PLC0415
 
         settings = self._settings
         limits = LogLimits(settings.log_flush_s, settings.log_max_bytes, settings.log_max_age_s)
-        started = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S")
-        return TelemetryLog(settings.telemetry_log, node_id, f"{started}-{os.getpid()}", limits)
+        recording = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}-{os.getpid()}"
+        return LogWriter(
+            settings.telemetry_log, lambda: TelemetryLog(settings.telemetry_log, node_id, recording, limits)
+        )
 
     def _housekeeping(self) -> None:
         while not self._stop.wait(HOUSEKEEPING_S):
@@ -231,9 +238,8 @@ class ForecasterActor:
         return self._settings.challenger or self._registry.challenger()
 
     def _write_rows(self) -> None:
-        while self._log is not None and not self._rows.empty():
-            row, wall_s = self._rows.get()
-            self._log.append(row, wall_s)
+        if self._log is not None:
+            self._log.write()
 
 
 def stand_up_to_others() -> bool:

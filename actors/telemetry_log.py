@@ -13,8 +13,11 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import logging
 import math
-from collections.abc import Mapping
+import os
+import queue
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +28,8 @@ import pyarrow.parquet as pq
 
 from models.schema import arrow_schema
 from shadecast.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 SUFFIX = ".parquet"
 HOUR_S = 3600.0
@@ -90,10 +95,10 @@ class TelemetryLog:
         free = (r for r in (self.recording, *itertools.islice(again, len(names))) if not _taken(r, names))
         self.recording = next(free)
 
-    def append(self, row: Mapping[str, Any], wall_s: float) -> None:
+    def append(self, row: Mapping[str, Any], wall_s: float) -> bool:
         """Add one row (missing columns become NaN); writes files when `flush_s` has passed or the hour is another.
 
-        Raises OSError where the file system refuses; the row is kept and written with a later one.
+        Whether it wrote. Raises OSError where the file system refuses; the row is kept and written with a later one.
         """
         label = _label(wall_s)
         new_hour = bool(self._hours) and label != next(reversed(self._hours))
@@ -104,11 +109,11 @@ class TelemetryLog:
         self._wall_s = wall_s
         if self._flushed_s is None:
             self._flushed_s = wall_s
-        if new_hour or not 0 <= wall_s - self._flushed_s < self.limits.flush_s:
-            self.flush(wall_s)
+        due = new_hour or not 0 <= wall_s - self._flushed_s < self.limits.flush_s
+        return due and self.flush(wall_s)
 
-    def flush(self, wall_s: float) -> None:
-        """Write what is new; a no-op when nothing is. Raises OSError where the file system refuses."""
+    def flush(self, wall_s: float) -> bool:
+        """Write what is new; whether anything was. Raises OSError where the file system refuses."""
         self._flushed_s = wall_s
         wrote = False
         try:
@@ -120,6 +125,7 @@ class TelemetryLog:
             self._forget()
         if wrote:
             self._prune(wall_s)
+        return wrote
 
     def _write(self, label: str, hour: _Hour) -> None:
         folder = f"{self._root}/hour={label}"
@@ -167,6 +173,41 @@ class TelemetryLog:
         return [info for info in found if info.is_file]
 
 
+class LogWriter:
+    """Puts what the sampling thread hands over into a log, which is opened when there is something to write.
+
+    A folder that cannot be made or written is a `problem`, and takes neither telemetry nor forecasts along.
+    """
+
+    def __init__(self, uri: str, open_log: Callable[[], TelemetryLog]) -> None:
+        self.problem = ""
+        """Why nothing was written the last time that something should have been."""
+        self._uri, self._open_log = uri, open_log
+        self._log: TelemetryLog | None = None
+        self._rows: queue.SimpleQueue[tuple[Mapping[str, Any], float]] = queue.SimpleQueue()
+
+    def put(self, row: Mapping[str, Any], wall_s: float) -> None:
+        """From any thread; never waits."""
+        self._rows.put((row, wall_s))
+
+    def write(self, *, to_the_end_s: float | None = None) -> None:
+        """Take over what was put; with `to_the_end_s`, the wall clock, everything goes into files. Never raises."""
+        try:
+            wrote = False
+            while not self._rows.empty():
+                row, wall_s = self._rows.get()  # where no log can be opened, nothing is kept
+                self._log = self._log or self._open_log()
+                wrote = self._log.append(row, wall_s) or wrote
+            if self._log is not None and to_the_end_s is not None:
+                wrote = self._log.flush(to_the_end_s) or wrote
+            self.problem = "" if wrote else self.problem
+        except (OSError, ConfigError) as error:
+            problem = f"telemetry log {self._uri}: cannot be written ({error})"
+            if problem != self.problem:
+                logger.warning("%s; tried again", problem)
+            self.problem = problem
+
+
 def _taken(recording: str, names: set[str]) -> bool:
     return any(name.startswith(recording + ".") for name in names)
 
@@ -194,7 +235,9 @@ def _table(rows: list[dict[str, Any]]) -> pa.Table:
 def open_filesystem(uri: str) -> tuple[Any, str]:
     """(pyarrow filesystem, path in it) for a local folder or a URI; raises ConfigError on one it cannot open."""
     try:
-        return tuple(pafs.FileSystem.from_uri(uri)) if "://" in uri else (pafs.LocalFileSystem(), uri)
+        return (
+            tuple(pafs.FileSystem.from_uri(uri)) if "://" in uri else (pafs.LocalFileSystem(), os.path.expanduser(uri))
+        )
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"telemetry_log.uri = {uri!r}: cannot be opened ({error}); give a folder or file://, s3://, gs://"

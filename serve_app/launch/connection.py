@@ -34,8 +34,8 @@ def connected(address: str) -> Iterator[None]:
         ) from error
     except (OSError, RuntimeError, ray.exceptions.RayError) as error:
         cause = error.__cause__ or error
-        if not isinstance(cause, OSError):  # other versions, a wrong token
-            reason = " ".join(str(cause).split())[:_LONGEST_REASON]
+        if not isinstance(cause, OSError):  # other versions, a wrong token: the end of a traceback within the text
+            reason = " ".join(str(cause).split()).rpartition("ray.exceptions.")[2][:_LONGEST_REASON]
             raise AwayError(f"the Ray cluster at {target!r} cannot be used: {reason}") from error
         start = "start one (`make serve`, or `ray start --head`), or give --address HOST:PORT"
         raise AwayError(f"no Ray cluster at {target!r}: {start}") from error

@@ -283,7 +283,11 @@ def forecasters() -> dict[str, Any]:
 
 
 def forecaster_states(timeout_s: float = 30.0) -> dict[str, dict[str, Any]]:
-    """What each node's forecaster says of itself: versions with live skill, failures, the last refusal. By node."""
+    """What each node's forecaster says of itself: versions with live skill, failures, what is wrong. By node.
+
+    Raises ControlPlaneError where no control plane runs.
+    """
+    running_coordinator()
     found = forecasters()
     return dict(zip(found, ray.get([a.status.remote() for a in found.values()], timeout=timeout_s), strict=True))
 

@@ -38,11 +38,16 @@ def drain(target: TargetArgument, address: AddressOption = "", as_json: JsonOpti
 
 def release(target: TargetArgument, address: AddressOption = "", as_json: JsonOption = False) -> None:
     """Let a drained replica or node back in, through a trial."""
-    told = _order("release", target, address)
+    held: set[str] = set()
+    told = _order("release", target, address, held=held)
     if as_json:
         answer(**told)
-    else:
+    elif told["target"] in held:
         console.print(f"Let back in, through a trial: {told['concerned']} of what runs now.", highlight=False)
+    else:
+        others = ", ".join(sorted(ids.short_ids(held).values())) or "nothing"
+        text = f"No order held {target} itself, so nothing changes. Held are: {others}."
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def announce(  # noqa: PLR0917 - options of a command are named by the user
@@ -73,7 +78,8 @@ def announce(  # noqa: PLR0917 - options of a command are named by the user
         starts, ends = (
             time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(told[f"{e}_wall_s"])) for e in ("starts", "ends")
         )
-        console.print(f"Announced for node {told['target'][:16]}: from {starts} to {ends}.", highlight=False)
+        text = f"Announced for node {told['target'][:16]}: from {starts} to {ends}."
+        console.print(text, highlight=False, soft_wrap=True)
     if not told["told"]:
         text = "Its forecaster does not answer now; it hears of this when it reports again."
         problems.print(text, highlight=False)
@@ -93,8 +99,10 @@ def _interval(from_: str, to: str, for_: str) -> tuple[float, float]:
     return starts_in_s, lasts_s
 
 
-def _order(what: str, given: str, address: str, *, nodes_only: bool = False, **values: Any) -> dict[str, Any]:
-    """Order for the one replica or node that `given` means. Raises OrderError."""
+def _order(
+    what: str, given: str, address: str, *, nodes_only: bool = False, held: set[str] | None = None, **values: Any
+) -> dict[str, Any]:
+    """Order for the one replica or node that `given` means; into `held` go those held before. Raises OrderError."""
     from serve_app.launch.control_plane import order  # noqa: PLC0415 - loads Ray
 
     with connected(address):
@@ -103,5 +111,7 @@ def _order(what: str, given: str, address: str, *, nodes_only: bool = False, **v
         known = set(names)
         if not nodes_only:
             known |= ids.replica_ids(state) | set(state.get("holds", ()))
+        if held is not None:
+            held.update(state.get("holds", ()))
         target = ids.resolve(given, known, names, "node" if nodes_only else "replica or node")
         return order(what, target, **values)

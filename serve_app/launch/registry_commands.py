@@ -98,9 +98,9 @@ def forecaster_live(address: AddressOption = "", as_json: JsonOption = False) ->
     for node, state in states.items():
         for role, one in state["versions"].items():
             skill = ", ".join(f"{resource} {number(value)}" for resource, value in one["skill"].items())
-            console.print(f"{node:<18} {role:<11} {one['version']:<24} {skill}", highlight=False)
+            console.print(f"{node:<18} {role:<11} {one['version']:<24} {skill}", highlight=False, soft_wrap=True)
         if state["problem"]:
-            console.print(f"{node:<18} refused: {state['problem']}", markup=False, highlight=False)
+            console.print(f"{node:<18} {state['problem']}", markup=False, highlight=False, soft_wrap=True)
 
 
 @forecaster.command("rollback")

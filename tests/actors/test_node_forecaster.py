@@ -287,6 +287,10 @@ def test_settings_are_checked_before_an_actor_is_started() -> None:
         ForecasterSettings.from_mapping({"perod_s": 1.0})
     with pytest.raises(ConfigError, match=r"forecaster\.period_s = 0"):
         ForecasterSettings.from_mapping({"period_s": 0})
+    for where in ("/log", "~/log", "s3://bucket/log"):
+        assert ForecasterSettings(telemetry_log=where).telemetry_log == where
+    with pytest.raises(ConfigError, match=r"forecaster\.telemetry_log = 'log': must be a whole path"):
+        ForecasterSettings(telemetry_log="log")
 
 
 def test_all_threads_of_a_forecaster_get_the_usual_priority_where_the_system_allows_it() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from actors.telemetry_log import LogLimits, TelemetryLog
+from actors.telemetry_log import LogLimits, LogWriter, TelemetryLog
 from models.schema import SCHEMA_VERSION, VERSION_KEY, arrow_schema
 from models.series import read_folder
 from shadecast.errors import ConfigError
@@ -194,6 +194,22 @@ def test_rows_outlive_a_file_system_that_refuses_over_the_hour(tmp_path: Path, m
     monkeypatch.undo()
     log.flush(START_S + 4 * HOUR_S)
     assert sum(pq.read_metadata(p).num_rows for p in files(tmp_path) if p.suffix == ".parquet") == 480
+
+
+def test_a_folder_that_cannot_be_made_is_a_problem_until_rows_are_written(tmp_path: Path) -> None:
+    folder = tmp_path / "mounted later"
+    folder.write_text("a file")
+    writer = LogWriter(str(folder), lambda: TelemetryLog(str(folder), "n", "r"))
+    writer.put(row(0.0), START_S)
+    writer.write()
+    assert f"{folder}: cannot be written" in writer.problem
+    folder.unlink()
+    writer.put(row(1.0), START_S + 1)
+    writer.write()
+    assert writer.problem, "nothing is written yet"
+    writer.write(to_the_end_s=START_S + 2)
+    assert not writer.problem
+    assert sum(pq.read_metadata(p).num_rows for p in files(folder)) == 1
 
 
 def test_one_nodes_bounds_never_touch_another_nodes_files(tmp_path: Path) -> None:

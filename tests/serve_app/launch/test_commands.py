@@ -186,6 +186,16 @@ def test_an_id_as_status_shows_it_or_a_host_name_is_enough_for_an_order(
     assert order["who"]["host"]
 
 
+def test_a_release_of_what_is_not_held_says_so_and_what_is(
+    plane: PlaneScene, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    given, held = NODES[0][:8], NODES[3][:8]
+    assert run(monkeypatch, "release", given) == 0
+    assert f"No order held {given} itself, so nothing changes. Held are: {held}." in capsys.readouterr().out
+    assert run(monkeypatch, "release", held) == 0
+    assert "Let back in" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
@@ -297,6 +307,14 @@ def test_without_a_cluster_or_control_plane_commands_end_with_3(
     assert answer(capsys, "error") == {"schema": 1, "error": "no Ray cluster at 'auto'", "exit_code": 3}
 
 
+def test_without_a_control_plane_there_are_no_forecasters_to_show(
+    plane: PlaneScene, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(control_plane, "find_coordinator", lambda: None)
+    assert run(monkeypatch, "forecaster", "live") == 3
+    assert "no Shadecast control plane" in capsys.readouterr().err
+
+
 def test_an_address_where_nobody_listens_is_told_at_once(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         address = f"127.0.0.1:{closed.getsockname()[1]}"
@@ -307,18 +325,21 @@ def test_an_address_where_nobody_listens_is_told_at_once(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError("Version mismatch: ...\n  Ray: 2.57"), ray.exceptions.AuthenticationError("bad token")]
+    ("text", "reason"),
+    [
+        ("Version mismatch: this is\n  Ray: 2.57", "Version mismatch: this is Ray: 2.57"),
+        ("Failed. Traceback:\n  File\nray.exceptions.AuthenticationError: bad", "AuthenticationError: bad"),
+    ],
 )
 def test_a_cluster_that_does_not_take_us_is_told_with_its_reason(
-    monkeypatch: pytest.MonkeyPatch, capsys: Any, error: Exception
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, text: str, reason: str
 ) -> None:
     def init(**_: Any) -> None:
-        raise ConnectionError("Failed to connect") from error
+        raise ConnectionError("Failed to connect") from RuntimeError(text)
 
     monkeypatch.setattr(ray, "init", init)
     assert run(monkeypatch, "status", "--address", "auto", "--json") == 3
-    told = answer(capsys, "error")["error"]
-    assert told.startswith(f"the Ray cluster at 'auto' cannot be used: {str(error).split()[0]}")
+    assert answer(capsys, "error")["error"] == f"the Ray cluster at 'auto' cannot be used: {reason}"
 
 
 # ---------------------------------------------------------------- watching
