@@ -93,8 +93,9 @@ class LocalCluster:
             for i in range(self._workers):
                 self._on_progress(f"worker node {i + 1} of {self._workers}")
                 self.add_worker()
-            address_file().parent.mkdir(parents=True, exist_ok=True)
-            address_file().write_text(json.dumps({"address": self.address, "pid": os.getpid()}))
+            with contextlib.suppress(OSError):  # without a home that can be written, RAY_ADDRESS tells where it is
+                address_file().parent.mkdir(parents=True, exist_ok=True)
+                address_file().write_text(json.dumps({"address": self.address, "pid": os.getpid()}))
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -108,7 +109,8 @@ class LocalCluster:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        address_file().unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            address_file().unlink()
         ray.shutdown()
         if self._cluster is not None:
             nodes = [n for n in [*self._cluster.worker_nodes, self._cluster.head_node] if n is not None]

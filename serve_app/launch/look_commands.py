@@ -123,13 +123,20 @@ def explain(  # noqa: PLR0917 - options of a command are named by the user
         raise ConfigError("explain: give one of --last, --request ID, --replica ID and --node ID")
     if wait and not request:
         raise ConfigError("explain: --wait is for --request: the others are known already")
-    told = _explain(
-        *given[0], address, most=50 if request else most, wait_s=duration_s(wait, "--wait") if wait else 0.0
-    )
+    wait_s = _wait_s(wait) if wait else 0.0
+    told = _explain(*given[0], address, most=50 if request else most, wait_s=wait_s)
     if as_json:
         answer(**told)
     else:
         _show(explanations.view(told, _width(), wide=wide), wide=wide)
+
+
+def _wait_s(wait: str) -> float:
+    from actors.explanations import LONGEST_WAIT_S  # noqa: PLC0415 - numpy, which help and completion do without
+
+    if (wait_s := duration_s(wait, "--wait")) > LONGEST_WAIT_S:
+        raise ConfigError(f"--wait {wait!r}: must be at most {LONGEST_WAIT_S:g} s")
+    return wait_s
 
 
 def _explain(what: str, target: str, address: str, **more: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -22,7 +23,7 @@ import typer
 from rich.cells import cell_len
 
 from models.registry import SHIPPED, Registry
-from serve_app.launch import commands, control_plane, ids
+from serve_app.launch import commands, control_plane, ids, local
 from serve_app.launch.ids import resolve, short_ids
 from serve_app.launch.tables import Column, fit, node_rows, span, status_view
 from serve_app.launch.watching import Watching
@@ -218,6 +219,7 @@ def test_a_release_of_what_is_not_held_says_so_and_what_is(
         (["up", "--token-file", "nowhere"], 2, "--token-file nowhere: cannot be read"),
         (["up", "--page-host", "no such host"], 2, "--page-host"),
         (["forecaster", "promote", "nonsense"], 1, "nonsense"),
+        (["explain", "--request", "r", "--wait", "9m"], 2, "--wait '9m': must be at most 300 s"),
         (["up", "--retrain", "often"], 2, "--retrain 'often': must be off, hourly, daily, weekly"),
         (["up", "--retrain", "daily"], 2, "--retrain daily: needs --telemetry-log and --registry"),
         (["up", "--retrain", "daily", "--telemetry-log", "log"], 2, "--retrain daily: needs --registry: it trains"),
@@ -501,6 +503,18 @@ def test_every_command_has_json_and_a_schema() -> None:
 
 
 # ---------------------------------------------------------------- completion
+
+
+def test_a_local_cluster_needs_no_home_that_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class FakeCluster:
+        address, worker_nodes = "127.0.0.1:1", ()
+        head_node = SimpleNamespace(node_id="h", all_processes={}, kill_all_processes=lambda **_: None)
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(local, "Cluster", lambda **_: FakeCluster)
+    with local.LocalCluster(workers=0) as cluster:
+        assert cluster.address == "127.0.0.1:1"
 
 
 def test_what_was_seen_last_completes(plane: PlaneScene, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
