@@ -92,6 +92,9 @@ class AppArgs(BaseModel):
     @classmethod
     def _for_serve(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
         if value:
+            if unknown := sorted(value.keys() - AutoscalingConfig.model_fields.keys()):  # Serve passes them over
+                known = ", ".join(sorted(AutoscalingConfig.model_fields))
+                raise ValueError(f"{unknown[0]}: unknown setting of Serve's autoscaling; known are {known}")
             try:
                 AutoscalingConfig(**value)
             except ValidationError as error:

@@ -111,6 +111,7 @@ def path(cls: type) -> str:
             "balance.resume = 'after': leave it out; a model whose `generate` has a parameter `had` has it set",
         ),
         ({"autoscaling": {"min_replicas": 5, "max_replicas": 2}}, "max_replicas (2) must be greater"),
+        ({"autoscaling": {"max_replica": 5}}, "max_replica: unknown setting of Serve's autoscaling; known are aggreg"),
         ({"model": "digit"}, "model = 'digit': must be one of digits, or 'module:Class'"),
         ({"model": "no_such_module:X"}, "no module 'no_such_module' on the import path"),
         ({"model": "json.nothing:X"}, "no module 'json.nothing' on the import path"),
