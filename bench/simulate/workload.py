@@ -110,7 +110,8 @@ def azure_rows(path: Path, lines: Iterator[str]) -> list[TraceRow]:
             at_s = stamp_s(row["TIMESTAMP"])
             rows.append(TraceRow(at_s, int(row["ContextTokens"]), int(row["GeneratedTokens"])))
         except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
+            what = f"TIMESTAMP must be ISO 8601, ContextTokens and GeneratedTokens whole numbers ({error})"
+            raise ValueError(f"{path}, line {number}: {what}") from error
     return rows
 
 

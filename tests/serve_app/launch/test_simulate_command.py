@@ -241,7 +241,7 @@ AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens"
             rows(AZURE, "2023-11-16 18:17:03.9,5,5", "2023-11-16 18:17:04.9,5,-5"),
             "a negative number of tokens",
         ),
-        ("t.csv", rows(AZURE, "2023-11-16 18:17:03.9,many,5"), "line 2"),
+        ("t.csv", rows(AZURE, "2023-11-16 18:17:03.9,many,5"), "line 2: TIMESTAMP must be ISO 8601, ContextTokens"),
         ("t.csv.gz", "not gzip", "cannot be read"),
         ("t.jsonl", "{}\n", "line 1: must be JSON with timestamp (ms), input_length, output_length"),
         ("t.jsonl", "", "has 0 requests"),
