@@ -73,6 +73,7 @@ class Coordinator:
         self._store, self._restarted = holds, restarted
         self._holds = set(map(str, holds.load())) if holds is not None else set[str]()
         self._leaving = frozenset[str]()
+        self._alive = frozenset[str]()
         """Nodes that Ray is about to take away."""
         self._warned: set[str] = set()
         self._uniform = uniform
@@ -250,7 +251,7 @@ class Coordinator:
         Returns how many replicas that concerns, 1 for a node without any; 0: nothing of that id is known.
         """
         concerned = sum(known.replicas_of(target) for known in self._deployments.values())
-        concerned = concerned or int(target in self._nodes or target in self._holds)
+        concerned = concerned or int(target in self._nodes or target in self._holds or target in self._alive)
         if concerned:
             (self._holds.add if drain else self._holds.discard)(target)
             if self._store is not None:
@@ -293,6 +294,7 @@ class Coordinator:
             "epoch": self._epoch,
             "holds": sorted(self._holds),
             "leaving": sorted(self._leaving),
+            "unheard": sorted(self._alive - self._nodes.keys()),
             "announced": self._orders.view(),
             "retraining": self._retraining_view(now_s),
             "uptime_s": now_s - self._started_s,
@@ -362,9 +364,9 @@ class Coordinator:
         while True:
             try:
                 loop = asyncio.get_running_loop()
-                alive = set(await loop.run_in_executor(None, supervise))
+                self._alive = frozenset(await loop.run_in_executor(None, supervise))
                 self._leaving = frozenset(await loop.run_in_executor(None, self._draining))
-                for node_id in [n for n in self._nodes if n not in alive]:
+                for node_id in [n for n in self._nodes if n not in self._alive]:
                     del self._nodes[node_id]
             except Exception:
                 logger.exception("starting node forecasters failed; nodes are scored on live capacity meanwhile")

@@ -31,7 +31,7 @@ def _alike(a: str, b: str) -> int:
 def node_names(status: Mapping[str, Any]) -> dict[str, str]:
     """Every node that a status knows of, with its host's name where that is known: id -> name."""
     found = {str(r["node_id"]): "" for d in status["deployments"] for r in d["replicas"]}
-    found |= dict.fromkeys(map(str, status.get("leaving", ())), "")
+    found |= dict.fromkeys(map(str, (*status.get("leaving", ()), *status.get("unheard", ()))), "")
     return found | {str(n["node_id"]): str(n.get("hostname") or "") for n in status["nodes"]}
 
 

@@ -143,15 +143,15 @@ def summary_families(status: Mapping[str, Any] | None, most: int = MOST_DEPLOYME
         ("leaving_nodes", len(status.get("leaving") or []), "Nodes that Ray is about to take away"),
     ):
         yield _gauge(name, text, (), (((), value),))
-    yield from _forecasts(status.get("nodes") or [])
+    yield from _forecasts(status.get("nodes") or [], len(status.get("unheard") or []))
     yield from _retraining(status.get("retraining"))
     yield from _deployments(deployments, most)
 
 
-def _forecasts(nodes: list[Mapping[str, Any]]) -> Iterator[Metric]:
+def _forecasts(nodes: list[Mapping[str, Any]], unheard: int) -> Iterator[Metric]:
     """Over all nodes: whether they are heard of, and whether forecasts count."""
     ages_s: list[Any] = [n.get("age_s") for n in nodes]
-    silent = sum(_known(age_s) and age_s > LOST_AFTER_S for age_s in ages_s)
+    silent = unheard + sum(_known(age_s) and age_s > LOST_AFTER_S for age_s in ages_s)
     yield _gauge(
         "silent_nodes", "Nodes not heard of for so long that their forecast does not count", (), (((), silent),)
     )

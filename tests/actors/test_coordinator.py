@@ -454,6 +454,11 @@ def test_the_loop_ticks_by_itself_and_ends_when_closed():
         async with asyncio.timeout(10):
             while (await coordinator.status())["nodes"]:  # the supervisor says that it is not alive
                 await router.exchange(0.2)
+        assert (await coordinator.status())["unheard"] == ["node-a"], "alive, but its forecaster has not reported"
+        drained = await coordinator.order({"order": "drain", "target": "node-a"})
+        assert drained["concerned"] == 1
+        await coordinator.node(node("node-a"))
+        assert (await coordinator.status())["unheard"] == []
         await coordinator.close()
         assert len(asyncio.all_tasks()) == 1
 

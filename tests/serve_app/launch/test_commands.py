@@ -136,6 +136,8 @@ def test_a_node_that_has_never_reported_but_has_replicas_is_listed(plane: PlaneS
     states = {row["node_id"]: row["state"] for row in node_rows(status)}
     assert states[NODES[0]] == "unheard"
     assert states[NODES[1]] == "leaving"
+    status["unheard"] = ["e" * 56]
+    assert {row["node_id"]: row["state"] for row in node_rows(status)}["e" * 56] == "unheard"
 
 
 def test_a_status_with_nothing_in_it_says_what_to_do() -> None:

@@ -160,6 +160,7 @@ def test_nodes_that_are_not_heard_of_are_counted_however_many_there_are(status: 
     for node in huge["nodes"][-3:]:
         node["age_s"] = 5.1
     assert of(samples(huge)["shadecast_silent_nodes"]) == 3
+    assert of(samples({**status, "unheard": ["e"]})["shadecast_silent_nodes"]) == 1
 
 
 def test_a_deployment_that_only_observes_says_so(status: dict[str, Any]) -> None:
