@@ -83,7 +83,7 @@ def test_a_missing_column_is_named(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_says_how_to_record(tmp_path: Path) -> None:
-    with pytest.raises(TelemetryError, match=r"python -m train\.record"):
+    with pytest.raises(TelemetryError, match=r"shadecast up --telemetry-log FOLDER"):
         read_folder(tmp_path)
 
 
