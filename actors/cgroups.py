@@ -15,6 +15,11 @@ MOUNT = "/sys/fs/cgroup"
 MAX_CORE = 1 << 16
 """No kernel has cores beyond this number: a list that names one is garbage."""
 Parts = tuple[str, ...]
+_HIDDEN_LIMITS = {
+    "memory.limit_in_bytes": "hierarchical_memory_limit",
+    "memory.memsw.limit_in_bytes": "hierarchical_memsw_limit",
+}
+"""Limits of version 1, and where memory.stat has the least of a group's own and of all above it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +84,10 @@ class CpuScope:
 
 @dataclass(frozen=True, slots=True)
 class MemoryGroup:
-    """A memory limit above this process. `usage` is what the kernel compares with it."""
+    """A memory limit above this process, which kills or (memory.high) throttles whoever is above it.
+
+    `usage` is what the kernel compares with it.
+    """
 
     folder: Path
     usage: str
@@ -167,9 +175,11 @@ def cpu_scope(
     """What limits the CPU of a process in these hierarchies: a quota below its cores, or else its cores.
 
     `host_cores` are those of /proc/stat, `allowed` those of the process's affinity; of all cores, empty means unknown.
-    `cpus` is the most that counts.
+    `cpus` is the most that counts. The kernel keeps a cpuset within what is online; where it is not, lxcfs has numbered
+    the cores of a container anew, and `online` is about others.
     """
     cpuset, owner = _cpuset(found)
+    online = online if cpuset <= online else frozenset()
     cores = (allowed & cpuset) or cpuset or allowed
     cores = (cores & online) or cores
     host_cores = host_cores or online
@@ -188,18 +198,25 @@ def cpu_scope(
 
 
 def memory_groups(found: Mapping[str, Hierarchy], host_bytes: float) -> Sequence[MemoryGroup]:
-    """Every memory limit not above the host's memory, the tightest first: any of them can kill."""
+    """Every memory limit not above the host's memory, the tightest first: any of them can kill or throttle.
+
+    In version 1 the outermost group that is seen tells of limits above it, too.
+    """
     ceiling = min(host_bytes if host_bytes > 0 else math.inf, 2.0**60)
     files = (
         ("memory", "memory.usage_in_bytes", "memory.limit_in_bytes"),
         ("memory", "memory.memsw.usage_in_bytes", "memory.memsw.limit_in_bytes"),  # memory and swap together
         ("", "memory.current", "memory.max"),
+        ("", "memory.current", "memory.high"),
     )
     groups = []
     for controller, usage, limit in files:
-        for folder, _ in found[controller].upward if controller in found else ():
-            if 0 < (limit_bytes := read_number(folder / limit)) <= ceiling:
-                groups.append(MemoryGroup(folder, usage, limit_bytes))
+        upward = found[controller].upward if controller in found else ()
+        limits = [(folder, read_number(folder / limit)) for folder, _ in upward]
+        if limits and (name := _HIDDEN_LIMITS.get(limit)):
+            folder = limits[-1][0]
+            limits.append((folder, read_fields(folder / "memory.stat").get(name, NAN)))
+        groups += [MemoryGroup(folder, usage, most) for folder, most in dict.fromkeys(limits) if 0 < most <= ceiling]
     return sorted(groups, key=lambda g: g.limit_bytes)
 
 

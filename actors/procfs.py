@@ -79,7 +79,8 @@ class HostStat:
     """Cumulative counters of /proc/stat. CPU in seconds; `busy_s` over all cores, `cores` one by one.
 
     Busy includes stolen time; idle and iowait are not busy, guest time is already inside user time. `system_s` includes
-    interrupts. `starts` counts threads, too; `runnable` and `blocked` are threads of this moment.
+    interrupts. `starts` counts threads, too; `runnable` and `blocked` are threads of this moment. `counts` is False where
+    the file is all zeros (gVisor): then only the number of `cores` is known.
     """
 
     busy_s: float = NAN
@@ -90,6 +91,7 @@ class HostStat:
     system_s: float = NAN
     io_wait_s: float = NAN
     cores: Mapping[int, float] = field(default_factory=dict)
+    counts: bool = True
 
 
 def host_stat(proc: Path) -> HostStat:
@@ -117,6 +119,8 @@ def host_stat(proc: Path) -> HostStat:
                 starts = number(words[1])
         except (IndexError, ValueError):
             continue
+    if switches == 0.0:
+        return HostStat(cores=dict.fromkeys(cores, NAN), counts=False)
     return HostStat(busy_s, switches, runnable, blocked, starts, system_s, io_wait_s, cores)
 
 

@@ -18,9 +18,9 @@ Scope of CPU:
 
 Limits and cores are read again with every sample: quotas are set, pods resized, and cpusets moved while we run.
 Background is the total minus the processes of Serve replicas (and their children) under this node's raylet.
-Where a group keeps no accounts, and /proc/stat tells no cores, the total is the raylet's process tree.
-Memory is compared with every limit that can kill, those of all groups above us and the host; the greatest fraction
-counts. Used is what cannot be reclaimed.
+Where a group keeps no accounts, and /proc/stat tells no cores or counts nothing, the total is the raylet's process tree.
+Memory is compared with every limit that can kill or throttle, those of all groups above us and the host; the greatest
+fraction counts. Used is what cannot be reclaimed.
 Network is the fullest device, the greater direction over its link speed; `actors.network` says which devices count. The
 kernel does not account network by process, so the background is the total less what `serving_bytes_per_s` says our own
 requests moved (default 0).
@@ -337,7 +337,7 @@ class Sampler:
             before, after = old.host.cores, new.host.cores
             around = [_rate(before[c], after[c], dt_s) for c in scope.cores if c in before and c in after]
         total = _greatest([_rate(old.group_s, new.group_s, dt_s), sum(around) if around else NAN])
-        told = scope.whole_host or around or not math.isnan(new.group_s)
+        told = (new.host.counts and (scope.whole_host or around)) or not math.isnan(new.group_s)
         return total if told or not use.processes else use.tree_s / dt_s
 
     def _memory_fraction(
