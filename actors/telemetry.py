@@ -18,7 +18,8 @@ Scope of CPU:
 
 Limits and cores are read again with every sample: quotas are set, pods resized, and cpusets moved while we run.
 Background is the total minus the processes of Serve replicas (and their children) under this node's raylet.
-Where a group keeps no accounts, and /proc/stat tells no cores or counts nothing, the total is the raylet's process tree.
+Where a group keeps no accounts, and /proc/stat tells no cores or counts nothing, the total is the raylet's process
+tree.
 Memory is compared with every limit that can kill or throttle, those of all groups above us and the host; the greatest
 fraction counts. Used is what cannot be reclaimed.
 Network is the fullest device, the greater direction over its link speed; `actors.network` says which devices count. The
