@@ -176,16 +176,17 @@ def cpu_scope(
 
     `host_cores` are those of /proc/stat, `allowed` those of the process's affinity; of all cores, empty means unknown.
     `cpus` is the most that counts. The kernel keeps a cpuset within what is online; where it is not, lxcfs has numbered
-    the cores of a container anew, and `online` is about others.
+    the cores of a container anew, and `online` tells only how many.
     """
     cpuset, owner = _cpuset(found)
-    online = online if cpuset <= online else frozenset()
+    if renumbered := bool(online) and not cpuset <= online:
+        cpus, online = min(cpus, float(len(online))), frozenset()
     cores = (allowed & cpuset) or cpuset or allowed
     cores = (cores & online) or cores
     host_cores = host_cores or online
     count = min(cpus, float(len(cores or host_cores)) or math.inf)
     quota = _quota(found)
-    if quota is not None and (quota[0] < count or (quota[0] == count and not host_cores)):
+    if quota is not None and (quota[0] < count or (quota[0] == count and (renumbered or not host_cores))):
         return CpuScope(quota[0], cores, quota[1], quota=True, whole_host=False)
     owns = owner is not None and ((cpuset & online) or cpuset) <= cores
     whole_host = not owns

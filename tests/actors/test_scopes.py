@@ -312,15 +312,19 @@ def test_cores_that_lxcfs_numbers_anew_are_as_many_as_the_cpuset_has(host: FakeH
     assert sample.snapshot.cpu_fraction == pytest.approx(0.5)
 
 
-def test_a_quota_that_lxcfs_shows_as_cores_is_a_quota(host: FakeHost, clock: Clock) -> None:
+@pytest.mark.parametrize("quota", ["200000 100000", "max 100000"], ids=["own", "of-a-group-above"])
+def test_a_quota_that_lxcfs_shows_as_cores_is_the_limit(host: FakeHost, clock: Clock, quota: str) -> None:
+    host.cores = dict.fromkeys(range(2), 0)
     host.put("sys/devices/system/cpu/online", "0-1\n")
     host.enter("0::/\n")
-    host.group("", cpuset__cpus__effective="0-15", cpu__max="200000 100000", cpu__stat="usage_usec 0")
+    host.group("", cpuset__cpus__effective="0-15", cpu__max=quota, cpu__stat="usage_usec 0")
     s = sampler(host, clock)
     s.read()
-    six_busy_and_own(host, 9)
+    host.cores[0] += 10
     host.group("", cpu__stat="usage_usec 100000")
-    assert second_reading(host, clock, s).snapshot.cpu_fraction == pytest.approx(0.05)
+    sample = second_reading(host, clock, s)
+    assert sample.cpu_limit == 2.0
+    assert sample.snapshot.cpu_fraction == pytest.approx(0.05)
 
 
 def test_raylets_with_cores_of_their_own_do_not_share_a_machine(host: FakeHost, clock: Clock) -> None:
