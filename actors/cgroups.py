@@ -66,6 +66,7 @@ class CpuScope:
 
     `cores` are those it may run on, empty where nothing tells. `group` is None where the cores are no group's own.
     With a `quota` only the group's use counts. Without one, whatever else runs on the same cores takes from us.
+    `shared` are further quotas above the process, each with its group: others may use up what is ours there.
     """
 
     limit_cpus: float = NAN
@@ -73,6 +74,7 @@ class CpuScope:
     group: CpuGroup | None = None
     quota: bool = False
     whole_host: bool = True
+    shared: tuple[tuple[float, CpuGroup], ...] = ()
 
     def shares_with(self, other: CpuScope) -> bool:
         """Whether two processes live on the same quota, or else on the same cores."""
@@ -185,17 +187,19 @@ def cpu_scope(
     cores = (cores & online) or cores
     host_cores = host_cores or online
     count = min(cpus, float(len(cores or host_cores)) or math.inf)
-    quota = _quota(found)
+    quotas = _quotas(found)
+    quota = quotas[0] if quotas else None
     if quota is not None and (quota[0] < count or (quota[0] == count and (renumbered or not host_cores))):
-        return CpuScope(quota[0], cores, quota[1], quota=True, whole_host=False)
+        return CpuScope(quota[0], cores, quota[1], quota=True, whole_host=False, shared=tuple(quotas[1:]))
     owns = owner is not None and ((cpuset & online) or cpuset) <= cores
     whole_host = not owns
     if host_cores:
         whole_host = host_cores <= cores if cores else len(host_cores) <= count
     group = owner if owns else quota[1] if quota is not None and quota[0] == count else None
+    limit = count if math.isfinite(count) else NAN
     if whole_host:
-        group = None
-    return CpuScope(count if math.isfinite(count) else NAN, cores, group, whole_host=whole_host)
+        return CpuScope(limit, cores)
+    return CpuScope(limit, cores, group, whole_host=False, shared=tuple(quotas))
 
 
 def memory_groups(found: Mapping[str, Hierarchy], host_bytes: float) -> Sequence[MemoryGroup]:
@@ -221,8 +225,8 @@ def memory_groups(found: Mapping[str, Hierarchy], host_bytes: float) -> Sequence
     return sorted(groups, key=lambda g: g.limit_bytes)
 
 
-def _quota(found: Mapping[str, Hierarchy]) -> tuple[float, CpuGroup] | None:
-    """The tightest quota above a process, in CPUs, and its group."""
+def _quotas(found: Mapping[str, Hierarchy]) -> list[tuple[float, CpuGroup]]:
+    """The quotas above a process, in CPUs, each with its group; the tightest first."""
     limits: list[tuple[float, Path, Parts, str]] = []
     for folder, parts in found["cpu"].upward if "cpu" in found else ():
         quota, period = read_number(folder / "cpu.cfs_quota_us"), read_number(folder / "cpu.cfs_period_us")
@@ -236,10 +240,10 @@ def _quota(found: Mapping[str, Hierarchy]) -> tuple[float, CpuGroup] | None:
             continue
         if limit > 0:
             limits.append((limit, folder, parts, "cpu.pressure"))
-    if not limits:
-        return None
-    limit, folder, parts, stalled = min(limits, key=lambda one: one[0])
-    return limit, CpuGroup(folder, _usage(found, parts), folder / stalled)
+    limits.sort(key=lambda one: one[0])
+    return [
+        (limit, CpuGroup(folder, _usage(found, parts), folder / stalled)) for limit, folder, parts, stalled in limits
+    ]
 
 
 def _cpuset(found: Mapping[str, Hierarchy]) -> tuple[frozenset[int], CpuGroup | None]:

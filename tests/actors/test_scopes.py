@@ -123,6 +123,20 @@ def test_a_quota_below_the_cpuset_is_the_limit_and_its_group_the_total(host: Fak
     assert sample.snapshot.cpu_fraction == pytest.approx(0.1 / 0.5)
 
 
+@pytest.mark.parametrize(("own", "fraction"), [("200000 100000", 0.95), ("max 100000", 2.9 / 3)])
+def test_what_others_use_of_a_quota_further_up_is_not_ours(
+    host: FakeHost, clock: Clock, own: str, fraction: float
+) -> None:
+    host.enter("0::/job/node\n")
+    host.group("job", cpu__max="300000 100000", cpu__stat="usage_usec 0")
+    host.group("job/node", cpu__max=own, cpu__stat="usage_usec 0")
+    s = sampler(host, clock)
+    s.read()
+    host.group("job", cpu__stat="usage_usec 2900000")
+    host.group("job/node", cpu__stat="usage_usec 100000")
+    assert second_reading(host, clock, s).snapshot.cpu_background_fraction == pytest.approx(fraction)
+
+
 def pod_of_version_1(host: FakeHost, usage_s: float, mount: str, accounts: bool = True) -> None:
     path = "kubepods/podab/c1"
     host.enter(f"5:cpuset:/{path}\n4:{mount}:/{path}\n3:memory:/{path}\n1:name=systemd:/{path}\n")
