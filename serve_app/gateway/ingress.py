@@ -273,7 +273,8 @@ class InferenceApi:
         if media not in ("", *_MEDIA) and not media.endswith("+json"):
             raise ProtocolError(415, f"Content-Type {media[:80]!r}: send application/json or application/octet-stream")
         headers = request.headers
-        return self.bodies.read(request.receive, headers.get("content-length"), headers.get("content-encoding", ""))
+        encoding = ", ".join(headers.getlist("content-encoding"))  # on several lines it is one list
+        return self.bodies.read(request.receive, headers.get("content-length"), encoding)
 
     def _options(self, request: Request, parameters: Mapping[str, Any], begun_s: float | None = None) -> CallOptions:
         """Options of the call. What a large request, read since `begun_s`, took of its time is gone."""

@@ -47,9 +47,10 @@ def call_options(parameters: Mapping[str, Any], limits_s: Sequence[float], sessi
     limits = list(limits_s)
     if parameters.get("timeout") is not None:
         timeout_us = whole_number(parameters["timeout"])
-        if timeout_us is None or timeout_us <= 0:
-            raise ProtocolError(400, "parameter 'timeout' must be a whole number of microseconds above 0")
-        limits.append(min(timeout_us, 2**62) / 1e6)
+        if timeout_us is None or timeout_us < 0:
+            raise ProtocolError(400, "parameter 'timeout' must be a whole number of microseconds, or 0 for none")
+        if timeout_us:
+            limits.append(min(timeout_us, 2**62) / 1e6)
     return CallOptions(min(limits), session_id, _multiplexed_model_id(), whole_stream=len(limits) > 1)
 
 

@@ -29,6 +29,8 @@ from serve_app.gateway.tensors import (
     datatype_of,
     from_bytes,
     from_json,
+    from_raw,
+    raw_shape,
     to_bytes,
     to_json,
     whole_number,
@@ -118,6 +120,8 @@ def decode_request(
     view = memoryview(body)
     header = json_part(body, header_length)
     split = len(header)
+    if header_length is not None and not split:
+        return _raw_request(view, inputs)
     request = parse_json_object(header)
     parameters = checked_parameters(request, "the request")
     request_id = request.get("id")
@@ -148,6 +152,16 @@ def _header_length(given: str | None, size: int) -> int:
             400, f"{HEADER_LENGTH} = {given[:40]!r}: must be a whole number up to the body's {size} bytes"
         )
     return int(text)
+
+
+def _raw_request(body: memoryview, declared: Sequence[TensorSpec]) -> InferRequest:
+    """Triton's raw binary request: the body is the data of the model's one input, the outputs are to be binary."""
+    if len(declared) != 1:
+        raise ProtocolError(400, f"{HEADER_LENGTH} = 0 needs a model that declares one input, not {len(declared)}")
+    (spec,) = declared
+    shape = raw_shape(spec, len(body))
+    given = AnnouncedInput(spec.name, spec.datatype, shape, partial(from_raw, spec.name, spec.datatype, shape, body))
+    return InferRequest(checked_inputs(1, [given], declared), binary_by_default=True)
 
 
 def _decode_inputs(request: Mapping[str, Any], tail: memoryview, specs: Sequence[TensorSpec]) -> dict[str, Array]:

@@ -106,6 +106,7 @@ def test_without_a_replica_nothing_is_ready_and_the_server_lives() -> None:
     ("answer", "code", "reason"),
     [
         (Refusal("too many rows"), "INVALID_ARGUMENT", "too many rows"),
+        (Refusal("no word '\ud83d'"), "INVALID_ARGUMENT", r"no word '\ud83d'"),
         (RuntimeError("broken"), "INTERNAL", "the model failed: RuntimeError: broken"),
         (ActorDiedError(), "UNAVAILABLE", "the request was lost"),
         (BackPressureError(9, 8), "UNAVAILABLE", "all replicas are full"),
