@@ -175,12 +175,21 @@ class InferenceService:
             asked = await _decoded(decode_request, request, call, (), ())
             options = self._options(asked, call, metadata)
             stream = await self._caller.stream(as_json_object(asked), options)
+            passed_over, sent = None, False
             try:
                 async for item in stream.items():
-                    answer = encode_response(asked, item_outputs(item), self._info.name, self._info.version)
+                    outputs = item_outputs(item)
+                    part = asked.narrowed(outputs)
+                    if part.outputs == ():
+                        passed_over = outputs
+                        continue
+                    sent = True
+                    answer = encode_response(part, outputs, self._info.name, self._info.version)
                     yield _streamed(answer, final=False)
             finally:
                 stream.close()
+            if passed_over is not None and not sent:  # what was asked for is in no item: this says so
+                encode_response(asked, passed_over, self._info.name, self._info.version)
             timed.succeeded()
         if request.parameters[_EMPTY_FINAL].bool_param:
             yield _streamed(encode_response(asked, {}, self._info.name, self._info.version), final=True)

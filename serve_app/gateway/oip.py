@@ -9,7 +9,7 @@ Specification: kserve/open-inference-protocol `specification/protocol/inference_
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NoReturn
@@ -62,6 +62,12 @@ class InferRequest:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     outputs: tuple[RequestedOutput, ...] | None = None
     binary_by_default: bool = False
+
+    def narrowed(self, given: Container[str]) -> InferRequest:
+        """For one item of a stream: asks for those of the requested outputs that it has."""
+        if self.outputs is None:
+            return self
+        return replace(self, outputs=tuple(want for want in self.outputs if want.name in given))
 
     def packed(self) -> InferRequest:
         """With BYTES tensors as bytes: a million objects would be slow to hand over."""

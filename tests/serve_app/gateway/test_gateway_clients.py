@@ -101,7 +101,8 @@ def test_health_metadata_configuration_index_and_statistics_by_tritons_client(
         client.infer(MODEL, inputs()[:1])
     (after,) = client.get_inference_statistics()["model_stats"]
     assert after["inference_count"] == after["execution_count"] == before["inference_count"] + 1
-    for name, more in {"success": 1, "fail": 1, "compute_infer": 1, "queue": 0, "cache_hit": 0}.items():
+    assert after["inference_stats"]["queue"]["count"] == before["inference_stats"]["queue"]["count"] + 1
+    for name, more in {"success": 1, "fail": 1, "compute_infer": 1, "cache_hit": 0}.items():
         stat, was = after["inference_stats"][name], before["inference_stats"][name]
         assert stat["count"] == was["count"] + more
         assert (stat["ns"] > was["ns"]) == (more > 0)

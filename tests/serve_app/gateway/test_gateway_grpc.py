@@ -253,6 +253,23 @@ def test_a_model_that_generates_answers_a_request_with_its_items() -> None:
     assert handle.calls[0][1] == ({"text_input": "hi", "id": "q", "parameters": {"heat": 0.5}},)
 
 
+def test_a_streams_responses_have_of_the_requested_outputs_what_their_item_has() -> None:
+    handle = FakeHandle(lambda *_: words("one ", {"text_output": "two", "tokens": 2}, {"usage": 5}))
+
+    def asked(*names: str) -> list[Any]:
+        outputs = [triton.InferRequestedOutput(name) for name in names]
+        request = {"model_name": "words", "inputs": [text()], "outputs": outputs}
+        answers: list[Any] = run(lambda client, _: ask(client, request), handle, info=STREAMS)
+        return [
+            answer if isinstance(answer, str) else [each.name for each in answer.get_response().outputs]
+            for answer in answers
+        ]
+
+    assert asked("text_output", "tokens") == [["text_output"], ["text_output", "tokens"]]
+    assert asked("usage", "other") == [["usage"]]
+    assert asked("other") == ["unknown output 'other'; the model gave 'usage'"]
+
+
 def test_the_end_of_a_generation_is_said_where_it_is_asked_for() -> None:
     handle = FakeHandle(lambda *_: words("one"))
     asked = service_pb2.ModelInferRequest(model_name="words", inputs=[text()._get_tensor()])
