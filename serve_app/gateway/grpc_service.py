@@ -130,7 +130,7 @@ class InferenceService:
     async def model_infer(self, call: Call, metadata: Mapping[str, Any]) -> Message:
         """One inference."""
         with self._bodies.hold(len(call.body)):
-            request = self._parsed(call)
+            request = self._checked(parse(messages.ModelInferRequest, call.body))
             if not self._info.infers:
                 raise ProtocolError(400, f"model {self._info.name!r} has no infer: call ModelStreamInfer")
             return await self._infer(request, call, metadata)
@@ -146,7 +146,8 @@ class InferenceService:
             request = _ABSENT
             try:
                 with self._bodies.hold(len(call.body)):
-                    request = self._parsed(call)
+                    request = parse(messages.ModelInferRequest, call.body)
+                    self._checked(request)
                     if not self._info.generates:
                         yield _streamed(await self._infer(request, call, metadata), final=True)
                         continue
@@ -201,8 +202,7 @@ class InferenceService:
 
     # ------------------------------------------------ what a request brings
 
-    def _parsed(self, call: Call) -> Message:
-        request = parse(messages.ModelInferRequest, call.body)
+    def _checked(self, request: Message) -> Message:
         self._info.check_served(request.model_name, request.model_version or None)
         return request
 

@@ -223,6 +223,16 @@ def test_a_streams_requests_are_answered_in_order_and_an_error_ends_only_its_req
     assert failed == "the model failed: RuntimeError: broken"
 
 
+def test_an_error_in_a_stream_names_its_request() -> None:
+    requests = [service_pb2.ModelInferRequest(model_name=name, id=name) for name in ("other", "digits")]
+
+    async def talk(client: Any, _: Any) -> list[str]:
+        send = service_pb2_grpc.GRPCInferenceServiceStub(client._channel).ModelStreamInfer
+        return [answer.infer_response.id async for answer in send(iter(requests)) if answer.error_message]
+
+    assert run(talk, FakeHandle(DIGIT), info=ONE_BY_ONE) == ["other", "digits"]
+
+
 def test_a_streams_session_and_deadline_hold_for_each_of_its_requests() -> None:
     handle = FakeHandle(DIGIT)
     request = {"model_name": "digits", "inputs": [pixels()]}
