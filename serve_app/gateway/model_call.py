@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
+from urllib.parse import quote
 
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
@@ -62,15 +63,20 @@ def _multiplexed_model_id() -> str:
 
 
 def sequence_id(parameters: Mapping[str, Any]) -> str:
-    """Triton's id of a sequence of requests, a number or a string; 0 and "" are none. Raises ProtocolError (400)."""
+    """Triton's id of a sequence of requests, a number or a string; 0 and "" are none. Raises ProtocolError (400).
+
+    As an id of a session, which is printable ASCII: other text is quoted as in URLs.
+    """
     given = parameters.get("sequence_id", "")
     given = given if isinstance(given, str) else whole_number(given)
     if given is None or (isinstance(given, int) and not 0 <= given < 2**64):
         raise ProtocolError(400, "parameter 'sequence_id' must be a whole number from 0 below 2^64, or a string")
     text = str(given) if given else ""
-    if len(text) > MAX_ID_BYTES or not (text.isascii() and text.isprintable()):
-        raise ProtocolError(400, f"parameter 'sequence_id' must be printable ASCII, at most {MAX_ID_BYTES} characters")
-    return text
+    if len(text) > MAX_ID_BYTES:
+        raise ProtocolError(
+            400, f"parameter 'sequence_id' has {len(text)} characters; at most {MAX_ID_BYTES} are taken"
+        )
+    return text if text.isascii() and text.isprintable() else quote(text, errors="backslashreplace")
 
 
 def retry_budget(fraction: float = 0.2) -> Budget:

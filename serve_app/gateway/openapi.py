@@ -27,10 +27,10 @@ _PARAMETERS: Schema = {"type": ["object", "null"], "properties": _NOT_OFFERED}
 _SEQUENCE: Schema = {
     "anyOf": [
         {"type": "integer", "minimum": 0, "maximum": 2**64 - 1},
-        {"type": "string", "maxLength": 512, "pattern": "^[ -~]*$"},
+        {"type": "string", "maxLength": 512},
     ]
 }
-_CALL: Schema = {"timeout": {"type": ["integer", "null"], "minimum": 1}, "sequence_id": _SEQUENCE}
+_CALL: Schema = {"timeout": {"type": ["integer", "null"], "minimum": 0}, "sequence_id": _SEQUENCE}
 """Parameters that the gateway itself reads; the model may read others."""
 _GENERATE_PARAMETERS: Schema = {"type": ["object", "null"], "properties": _CALL}
 _INFER_PARAMETERS: Schema = {

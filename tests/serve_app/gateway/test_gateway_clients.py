@@ -160,9 +160,12 @@ def test_a_sequence_stays_on_its_replica_unless_a_header_says_otherwise() -> Non
         first = http.post("/v2/models/m/infer", json=body)
         assert "set-cookie" not in first.headers
         http.post("/v2/models/m/infer", json=body, headers={"x-session-id": "mine"})
-        http.post("/v2/models/m/infer", json=body | {"parameters": {"sequence_id": "seven"}})
+        for name in ("seven", "sieben für Ü", "\ud83d"):
+            http.post("/v2/models/m/infer", content=json.dumps(body | {"parameters": {"sequence_id": name}}))
         refused = http.post("/v2/models/m/infer", json=body | {"parameters": {"sequence_id": [1]}})
-    assert [options.get("session_id") for options, _ in handle.calls] == ["7", "mine", "seven"]
+    assert [options.get("session_id") for options, _ in handle.calls] == [
+        "7", "mine", "seven", "sieben%20f%C3%BCr%20%C3%9C", "%5Cud83d",
+    ]  # fmt: skip
     assert refused.status_code == 400
 
 
