@@ -77,7 +77,7 @@ class Codec:
         self, request: InferRequest, outputs: Mapping[str, Array | PackedBytes], name: str, version: str
     ) -> EncodedResponse:
         """`encode_response`."""
-        if _json_elements(request, outputs) < OFF_LOOP_ELEMENTS:
+        if elements_to_write(request, outputs) < OFF_LOOP_ELEMENTS:
             return encode_response(request, outputs, name, version)
         bare = InferRequest({}, request.id, {}, request.outputs, request.binary_by_default)
         encoded: EncodedResponse = await self._away(encode_response, bare, dict(outputs), name, version)
@@ -145,8 +145,8 @@ class _Worker:
         self._end()
 
 
-def _json_elements(request: InferRequest, outputs: Mapping[str, Array | PackedBytes]) -> int:
-    """About how many numbers, or eights of characters, the answer holds as JSON."""
+def elements_to_write(request: InferRequest, outputs: Mapping[str, Array | PackedBytes]) -> int:
+    """About how many numbers, or eights of characters, the answer holds as JSON, or are looked at for classes."""
     if request.outputs is None:
         chosen = [] if request.binary_by_default else list(outputs.values())
     else:

@@ -18,13 +18,13 @@ from google.protobuf.json_format import ParseDict
 
 from serve_app.gateway import grpc_messages as messages
 from serve_app.gateway import openapi
-from serve_app.gateway.codec import OFF_LOOP_BYTES
+from serve_app.gateway.codec import OFF_LOOP_BYTES, OFF_LOOP_ELEMENTS, elements_to_write
 from serve_app.gateway.grpc_messages import Message, parse
 from serve_app.gateway.model_call import CallOptions, ModelCaller, call_options, sequence_id
 from serve_app.gateway.model_server import ModelInfo
 from serve_app.gateway.oip import InferRequest
 from serve_app.gateway.oip_grpc import as_json_object, decode_request, encode_response, item_outputs
-from serve_app.gateway.tensors import TensorSpec
+from serve_app.gateway.tensors import Array, TensorSpec
 from serve_app.gateway.triton import Statistics, index_entry, model_config
 from serve_app.grpc_proxy import Call
 from serve_app.http_guard import MAX_ID_BYTES, BodyReader
@@ -164,7 +164,7 @@ class InferenceService:
             timed.ends("compute_input")
             outputs = await self._caller.infer(asked.inputs, dict(asked.parameters), options)
             timed.ends("compute_infer")
-            answer = encode_response(asked, outputs, self._info.name, self._info.version)
+            answer = await _encoded(asked, outputs, self._info.name, self._info.version)
             timed.ends("compute_output")
             timed.succeeded()
         return answer
@@ -285,6 +285,13 @@ async def _decoded(
     if quick or len(call.body) < OFF_LOOP_BYTES:
         return decode_request(request, inputs, outputs)
     return await asyncio.to_thread(decode, request, inputs, outputs)
+
+
+async def _encoded(request: InferRequest, outputs: Mapping[str, Array], name: str, version: str) -> Message:
+    """The response; made in a thread where classes are made of many values."""
+    if elements_to_write(request, outputs) < OFF_LOOP_ELEMENTS:
+        return encode_response(request, outputs, name, version)
+    return await asyncio.to_thread(encode_response, request, outputs, name, version)
 
 
 def _packed(request: Message, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> InferRequest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,7 @@ from ray.serve.exceptions import BackPressureError
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
+from serve_app.gateway.codec import OFF_LOOP_ELEMENTS
 from serve_app.gateway.grpc_messages import ModelInferRequest
 from serve_app.gateway.model_server import Refusal
 from serve_app.gateway.tensors import TensorSpec
@@ -381,6 +383,22 @@ def test_the_highest_classes_of_an_output_are_given_where_they_are_asked_for() -
     handle = FakeHandle({"digit": np.array([3, 9, 5])})
     answer = run(lambda client, _: client.infer("digits", [pixels()], outputs=wanted), handle)
     assert answer.as_numpy("digit").tolist() == [b"9:1", b"5:2"]
+
+
+def test_classes_of_many_values_are_made_off_the_loop() -> None:
+    threads: list[threading.Thread] = []
+
+    class Watched(np.ndarray):
+        def reshape(self, *shape: Any, **order: Any) -> Any:
+            threads.append(threading.current_thread())
+            return super().reshape(*shape, **order)
+
+    wanted = [triton.InferRequestedOutput("digit", class_count=1)]
+    for size in (10, OFF_LOOP_ELEMENTS):
+        handle = FakeHandle({"digit": np.arange(size).view(Watched)})
+        answer = run(lambda client, _: client.infer("digits", [pixels()], outputs=wanted), handle)
+        assert answer.as_numpy("digit").tolist() == [b"%d:%d" % (size - 1, size - 1)]
+    assert [thread is threading.main_thread() for thread in threads] == [True, False]
 
 
 def test_statistics_count_the_requests_of_both_protocols() -> None:
