@@ -143,8 +143,8 @@ class InferenceApi:
         """Triton's list of the models that there are."""
         async with self._body(request) as body:
             asked = parse_json_object(body) if body else {}
-        only_ready = asked.get("ready", False)
-        if not isinstance(only_ready, bool):
+        only_ready = asked.get("ready")
+        if not isinstance(only_ready, bool | None):
             raise ProtocolError(400, "'ready' must be true or false")
         ready = await self._ready()
         return JSONResponse([index_entry(self.info, ready=ready)] if ready or not only_ready else [])

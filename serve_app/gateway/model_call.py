@@ -67,7 +67,9 @@ def sequence_id(parameters: Mapping[str, Any]) -> str:
 
     As an id of a session, which is printable ASCII: other text is quoted as in URLs.
     """
-    given = parameters.get("sequence_id", "")
+    given = parameters.get("sequence_id")
+    if given is None:
+        return ""
     given = given if isinstance(given, str) else whole_number(given)
     if given is None or (isinstance(given, int) and not 0 <= given < 2**64):
         raise ProtocolError(400, "parameter 'sequence_id' must be a whole number from 0 below 2^64, or a string")

@@ -227,7 +227,7 @@ def _binary_size(name: str, entry: Mapping[str, Any], left: int) -> int | None:
         if "data" not in entry:
             raise ProtocolError(400, f"input {name!r}: needs 'data', or the parameter 'binary_data_size'")
         return None
-    if "data" in entry:
+    if entry.get("data") is not None:
         raise ProtocolError(400, f"input {name!r}: has both 'data' and 'binary_data_size'")
     whole = whole_number(size)
     if whole is None or not 0 <= whole <= left:
@@ -286,16 +286,20 @@ def _name(entry: Mapping[str, Any], what: str) -> str:
 
 
 def checked_parameters(entry: Mapping[str, Any], what: str) -> Mapping[str, Any]:
-    """The parameters of a request or a tensor; raises ProtocolError (400) for extensions that are not offered."""
+    """The parameters of a request or a tensor; null is none, as typed clients write what they leave out.
+
+    Raises ProtocolError (400) for extensions that are not offered.
+    """
     parameters = entry.get("parameters")
     if parameters is None:
         return {}
     if not isinstance(parameters, dict):
         raise ProtocolError(400, f"'parameters' of {what} must be an object")
+    given = {name: value for name, value in parameters.items() if value is not None}
     for name in _UNSUPPORTED:
-        if name in parameters:
+        if name in given:
             raise ProtocolError(400, f"parameter {name!r} of {what}: this server does not offer that extension")
-    return parameters
+    return given
 
 
 def _flag(parameters: Mapping[str, Any], name: str, what: str, default: bool = False) -> bool:

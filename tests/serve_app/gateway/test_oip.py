@@ -66,6 +66,21 @@ def test_id_parameters_and_requested_outputs_are_read() -> None:
     assert request.outputs == (RequestedOutput("digit", binary=False),)
 
 
+def test_null_is_what_a_typed_client_leaves_out() -> None:
+    nothing = dict.fromkeys(("binary_data", "classification", "shared_memory_region"))
+    described = entry(data=None, parameters={"binary_data_size": 8, "shared_memory_offset": None})
+    header = body(
+        described,
+        id=None,
+        parameters=dict.fromkeys(("binary_data_output", "timeout", "sequence_id", "mine")),
+        outputs=[{"name": "digit", "parameters": nothing}],
+    )
+    request = decode(header + bytes(8), str(len(header)))
+    assert request == InferRequest(request.inputs, outputs=(RequestedOutput("digit", binary=False),))
+    data = entry(parameters={"binary_data_size": None})
+    assert decode(body(data, outputs=None, parameters=None)).outputs is None
+
+
 def test_binary_output_by_default_holds_for_requested_outputs_too() -> None:
     raw = body(entry(), parameters={"binary_data_output": True}, outputs=[{"name": "digit"}])
     assert decode(raw).outputs == (RequestedOutput("digit", binary=True),)
