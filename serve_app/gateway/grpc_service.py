@@ -193,7 +193,8 @@ class InferenceService:
                 encode_response(asked, passed_over, self._info.name, self._info.version)
             timed.succeeded()
         if request.parameters[_EMPTY_FINAL].bool_param:
-            yield _streamed(encode_response(asked, {}, self._info.name, self._info.version), final=True)
+            nothing = encode_response(asked.narrowed(()), {}, self._info.name, self._info.version)
+            yield _streamed(nothing, final=True)
 
     def _failed(self, error: ProtocolError, request: Message) -> Message:
         request_id = "" if request is _ABSENT else request.id

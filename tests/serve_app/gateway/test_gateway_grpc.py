@@ -282,11 +282,13 @@ def test_a_streams_responses_have_of_the_requested_outputs_what_their_item_has()
     assert asked("other") == ["unknown output 'other'; the model gave 'usage'"]
 
 
-def test_the_end_of_a_generation_is_said_where_it_is_asked_for() -> None:
+@pytest.mark.parametrize("outputs", [(), ("text_output",)])
+def test_the_end_of_a_generation_is_said_where_it_is_asked_for(outputs: tuple[str, ...]) -> None:
     handle = FakeHandle(lambda *_: words("one"))
     asked = service_pb2.ModelInferRequest(model_name="words", inputs=[text()._get_tensor()])
     asked.raw_input_contents.append(text()._get_content())
     asked.parameters["triton_enable_empty_final_response"].bool_param = True
+    asked.outputs.extend(service_pb2.ModelInferRequest.InferRequestedOutputTensor(name=name) for name in outputs)
 
     async def talk(client: Any, _: Any) -> list[Any]:
         send = service_pb2_grpc.GRPCInferenceServiceStub(client._channel).ModelStreamInfer
