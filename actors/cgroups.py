@@ -15,6 +15,11 @@ MOUNT = "/sys/fs/cgroup"
 MAX_CORE = 1 << 16
 """No kernel has cores beyond this number: a list that names one is garbage."""
 Parts = tuple[str, ...]
+_HIDDEN_LIMITS = {
+    "memory.limit_in_bytes": "hierarchical_memory_limit",
+    "memory.memsw.limit_in_bytes": "hierarchical_memsw_limit",
+}
+"""Limits of version 1, and where memory.stat has the least of a group's own and of all above it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +66,7 @@ class CpuScope:
 
     `cores` are those it may run on, empty where nothing tells. `group` is None where the cores are no group's own.
     With a `quota` only the group's use counts. Without one, whatever else runs on the same cores takes from us.
+    `shared` are further quotas above the process, each with its group: others may use up what is ours there.
     """
 
     limit_cpus: float = NAN
@@ -68,6 +74,7 @@ class CpuScope:
     group: CpuGroup | None = None
     quota: bool = False
     whole_host: bool = True
+    shared: tuple[tuple[float, CpuGroup], ...] = ()
 
     def shares_with(self, other: CpuScope) -> bool:
         """Whether two processes live on the same quota, or else on the same cores."""
@@ -79,7 +86,10 @@ class CpuScope:
 
 @dataclass(frozen=True, slots=True)
 class MemoryGroup:
-    """A memory limit above this process. `usage` is what the kernel compares with it."""
+    """A memory limit above this process, which kills or (memory.high) throttles whoever is above it.
+
+    `usage` is what the kernel compares with it.
+    """
 
     folder: Path
     usage: str
@@ -167,44 +177,56 @@ def cpu_scope(
     """What limits the CPU of a process in these hierarchies: a quota below its cores, or else its cores.
 
     `host_cores` are those of /proc/stat, `allowed` those of the process's affinity; of all cores, empty means unknown.
-    `cpus` is the most that counts.
+    `cpus` is the most that counts. The kernel keeps a cpuset within what is online; where it is not, lxcfs has numbered
+    the cores of a container anew, and `online` tells only how many.
     """
     cpuset, owner = _cpuset(found)
+    if renumbered := bool(online) and not cpuset <= online:
+        cpus, online = min(cpus, float(len(online))), frozenset()
     cores = (allowed & cpuset) or cpuset or allowed
     cores = (cores & online) or cores
     host_cores = host_cores or online
     count = min(cpus, float(len(cores or host_cores)) or math.inf)
-    quota = _quota(found)
-    if quota is not None and (quota[0] < count or (quota[0] == count and not host_cores)):
-        return CpuScope(quota[0], cores, quota[1], quota=True, whole_host=False)
+    quotas = _quotas(found)
+    quota = quotas[0] if quotas else None
+    if quota is not None and (quota[0] < count or (quota[0] == count and (renumbered or not host_cores))):
+        return CpuScope(quota[0], cores, quota[1], quota=True, whole_host=False, shared=tuple(quotas[1:]))
     owns = owner is not None and ((cpuset & online) or cpuset) <= cores
     whole_host = not owns
     if host_cores:
         whole_host = host_cores <= cores if cores else len(host_cores) <= count
     group = owner if owns else quota[1] if quota is not None and quota[0] == count else None
+    limit = count if math.isfinite(count) else NAN
     if whole_host:
-        group = None
-    return CpuScope(count if math.isfinite(count) else NAN, cores, group, whole_host=whole_host)
+        return CpuScope(limit, cores)
+    return CpuScope(limit, cores, group, whole_host=False, shared=tuple(quotas))
 
 
 def memory_groups(found: Mapping[str, Hierarchy], host_bytes: float) -> Sequence[MemoryGroup]:
-    """Every memory limit not above the host's memory, the tightest first: any of them can kill."""
+    """Every memory limit not above the host's memory, the tightest first: any of them can kill or throttle.
+
+    In version 1 the outermost group that is seen tells of limits above it, too.
+    """
     ceiling = min(host_bytes if host_bytes > 0 else math.inf, 2.0**60)
     files = (
         ("memory", "memory.usage_in_bytes", "memory.limit_in_bytes"),
         ("memory", "memory.memsw.usage_in_bytes", "memory.memsw.limit_in_bytes"),  # memory and swap together
         ("", "memory.current", "memory.max"),
+        ("", "memory.current", "memory.high"),
     )
     groups = []
     for controller, usage, limit in files:
-        for folder, _ in found[controller].upward if controller in found else ():
-            if 0 < (limit_bytes := read_number(folder / limit)) <= ceiling:
-                groups.append(MemoryGroup(folder, usage, limit_bytes))
+        upward = found[controller].upward if controller in found else ()
+        limits = [(folder, read_number(folder / limit)) for folder, _ in upward]
+        if limits and (name := _HIDDEN_LIMITS.get(limit)):
+            folder = limits[-1][0]
+            limits.append((folder, read_fields(folder / "memory.stat").get(name, NAN)))
+        groups += [MemoryGroup(folder, usage, most) for folder, most in dict.fromkeys(limits) if 0 < most <= ceiling]
     return sorted(groups, key=lambda g: g.limit_bytes)
 
 
-def _quota(found: Mapping[str, Hierarchy]) -> tuple[float, CpuGroup] | None:
-    """The tightest quota above a process, in CPUs, and its group."""
+def _quotas(found: Mapping[str, Hierarchy]) -> list[tuple[float, CpuGroup]]:
+    """The quotas above a process, in CPUs, each with its group; the tightest first."""
     limits: list[tuple[float, Path, Parts, str]] = []
     for folder, parts in found["cpu"].upward if "cpu" in found else ():
         quota, period = read_number(folder / "cpu.cfs_quota_us"), read_number(folder / "cpu.cfs_period_us")
@@ -218,10 +240,10 @@ def _quota(found: Mapping[str, Hierarchy]) -> tuple[float, CpuGroup] | None:
             continue
         if limit > 0:
             limits.append((limit, folder, parts, "cpu.pressure"))
-    if not limits:
-        return None
-    limit, folder, parts, stalled = min(limits, key=lambda one: one[0])
-    return limit, CpuGroup(folder, _usage(found, parts), folder / stalled)
+    limits.sort(key=lambda one: one[0])
+    return [
+        (limit, CpuGroup(folder, _usage(found, parts), folder / stalled)) for limit, folder, parts, stalled in limits
+    ]
 
 
 def _cpuset(found: Mapping[str, Hierarchy]) -> tuple[frozenset[int], CpuGroup | None]:

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 RETRY_S = 60.0
 """NVML is opened again this often while a device does not answer: drivers come late, are reloaded, lose a GPU."""
+NOT_AVAILABLE = 2**64 - 1
+"""NVML's -1 in an unsigned field."""
 WAIT_S = 0.25
 """How long sampling waits for NVML; a healthy one answers in a few milliseconds."""
 
@@ -56,9 +58,9 @@ class NvmlReader:
         for device in self._devices:
             rates = self._ask("nvmlDeviceGetUtilizationRates", device)
             info = self._ask("nvmlDeviceGetMemoryInfo", device)
-            if rates is not None:
+            if rates is not None and rates.gpu <= 100:
                 used.append(rates.gpu / 100.0)
-            if info is not None and info.total > 0:  # 0: the device has no memory of its own
+            if info is not None and 0 < info.total < NOT_AVAILABLE:  # 0: the device has no memory of its own
                 memory.append(info.used / info.total)
             self._failed |= rates is None and info is None
         return _bounded(sum(used) / len(used) if used else NAN), _bounded(max(memory, default=NAN))
@@ -130,19 +132,25 @@ class PatientReader:
         self._done = threading.Event()
         self._value = (NAN, NAN)
         self._error: Exception | None = None
+        self._late = False
         threading.Thread(target=self._run, name="gpu", daemon=True).start()
 
     def read(self) -> tuple[float, float]:
-        """What the other reader says, its exceptions too; NaN as long as a reading hangs."""
-        waits = not self._wanted.is_set()
-        if waits:
-            self._done.clear()
-            self._wanted.set()
-        if not self._done.wait(self._wait_s if waits else 0.0):
+        """What the other reader says, its exceptions too; NaN as long as a reading hangs.
+
+        One that is slower than `wait_s`, but quicker than we ask, is told with the next one.
+        """
+        if self._wanted.is_set():
             return NAN, NAN
-        if self._error is not None:
-            raise self._error
-        return self._value
+        value, error = (self._value, self._error) if self._late else ((NAN, NAN), None)
+        self._done.clear()
+        self._wanted.set()
+        self._late = not self._done.wait(self._wait_s)
+        if not self._late:
+            value, error = self._value, self._error
+        if error is not None:
+            raise error
+        return value
 
     def _run(self) -> None:
         while self._wanted.wait():
@@ -150,8 +158,8 @@ class PatientReader:
                 self._value, self._error = self._reader.read(), None
             except Exception as error:
                 self._value, self._error = (NAN, NAN), error
-            self._done.set()
             self._wanted.clear()
+            self._done.set()
 
 
 def visible_devices(proc: Path, pid: int) -> str | None:

@@ -56,6 +56,9 @@ _PODS_LINK = re.compile(r"(eth|net)\d+")
 """What container runtimes call a pod's own links."""
 _OTHERS_LINK = re.compile(r"veth|cali|lxc|vnet|eni[0-9a-f]{8}|azv|gke[0-9a-f]{8}")
 """What they call this end of another pod's."""
+_REPRESENTOR = re.compile(r"(c\d+)?pf\d")
+"""`phys_port_name` of the switch's end of a function (switchdev): what it carries leaves through the port, or not."""
+_INFINIBAND = 32
 _LOWERS_SPEED = frozenset({"vlan", "macvlan", "macvtap", "ipvlan", "ipvtap"})
 """Virtual devices that tell the speed of the real one below; veth, tun and bridges tell a constant."""
 
@@ -116,7 +119,8 @@ def fullest(rates: Mapping[str, float], links: Mapping[str, float]) -> float:
 def _kind(sys: Path, name: str) -> Kind:
     folder = sys / "class/net" / name
     if os.path.exists(folder / "device"):
-        return Kind.REAL
+        port = read_text(folder / "phys_port_name") or ""
+        return Kind.STACKED if _REPRESENTOR.match(port) else Kind.REAL
     if os.path.exists(folder / "bridge") or os.path.exists(folder / "bonding"):
         return Kind.STACKED
     if os.path.exists(folder / "tun_flags"):
@@ -140,6 +144,8 @@ def _below(sys: Path, name: str, names: Sequence[str]) -> set[str]:
     `iflink` alone does not tell: it may be a number of another namespace.
     """
     folder = sys / "class/net" / name
+    if read_number(folder / "type") == _INFINIBAND:  # a partition (ib0.8001) has queues of its own, and counts them
+        return set()
     below = {match[1] or match[2] for n in _entries(folder) if (match := _LOWER.fullmatch(n))}
     below.add(name.rpartition(".")[0])
     own, peer = (read_number(folder / n) for n in ("ifindex", "iflink"))

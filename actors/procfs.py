@@ -17,6 +17,8 @@ TICKS_PER_S = float(os.sysconf("SC_CLK_TCK"))
 NAN = float("nan")
 SECTOR_BYTES = 512
 """What the kernel counts disks in, whatever their own sectors."""
+_STACKED_DISKS = ("dm-", "md", "bcache", "drbd")
+"""LVM, encryption, RAID: each byte is counted once more by the disks below."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,8 @@ class HostStat:
     """Cumulative counters of /proc/stat. CPU in seconds; `busy_s` over all cores, `cores` one by one.
 
     Busy includes stolen time; idle and iowait are not busy, guest time is already inside user time. `system_s` includes
-    interrupts. `starts` counts threads, too; `runnable` and `blocked` are threads of this moment.
+    interrupts. `starts` counts threads, too; `runnable` and `blocked` are threads of this moment. `counts` is False
+    where the file is all zeros (gVisor): then only the number of `cores` is known.
     """
 
     busy_s: float = NAN
@@ -90,6 +93,7 @@ class HostStat:
     system_s: float = NAN
     io_wait_s: float = NAN
     cores: Mapping[int, float] = field(default_factory=dict)
+    counts: bool = True
 
 
 def host_stat(proc: Path) -> HostStat:
@@ -117,6 +121,8 @@ def host_stat(proc: Path) -> HostStat:
                 starts = number(words[1])
         except (IndexError, ValueError):
             continue
+    if switches == 0.0:
+        return HostStat(cores=dict.fromkeys(cores, NAN), counts=False)
     return HostStat(busy_s, switches, runnable, blocked, starts, system_s, io_wait_s, cores)
 
 
@@ -158,21 +164,28 @@ class DiskUse(NamedTuple):
 
 
 def disk_use(proc: Path) -> Mapping[str, DiskUse]:
-    """What each whole disk has done (loop, ram and partitions left out)."""
+    """What each whole disk has done (loop, ram and partitions left out, and what lies on other disks)."""
     out: dict[str, DiskUse] = {}
     for line in (read_text(proc / "diskstats") or "").splitlines():
         words = line.split()
         if len(words) < 13 or words[2].startswith(("loop", "ram", "zram")):
             continue
         name = words[2]
-        if any(name != disk and name.startswith(disk) for disk in out):
+        if any(name.startswith(disk) and _is_partition(disk, name) for disk in out):
             continue
         try:
             moved_bytes = (number(words[5]) + number(words[9])) * SECTOR_BYTES
             out[name] = DiskUse(number(words[12]) / 1000.0, moved_bytes)
         except ValueError:
             continue
-    return out
+    return {name: use for name, use in out.items() if not name.startswith(_STACKED_DISKS)} or out
+
+
+def _is_partition(disk: str, name: str) -> bool:
+    """Whether so the kernel names a partition: sda1 of sda, nvme0n1p1 of nvme0n1."""
+    mark = "p" if disk[-1].isdigit() else ""
+    number_of = name.removeprefix(disk + mark)
+    return number_of != name and number_of.isdecimal()
 
 
 @dataclass(frozen=True, slots=True)

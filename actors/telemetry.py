@@ -7,6 +7,7 @@ Scope of CPU:
    kernel's shares, which the quota is meant to hold. A cpuset without a lower quota: what anything else does on these
    very cores (/proc/stat tells it core by core) takes from us and counts; what goes on on other cores does not. Where
    the cores are ours alone (a static CPU manager) nothing else is there, and the group's own use is all there is.
+   Where others share a quota further up, what they use of it counts once they leave less than our own limit.
 2. `host`: neither, one raylet. Total is /proc/stat of the cores that the process may use: all, or what an affinity
    leaves (stolen time counts as used), limit these cores.
 3. `tree`, before both: several raylets share that quota or those cores (a local multi-node cluster). Total is the
@@ -18,9 +19,10 @@ Scope of CPU:
 
 Limits and cores are read again with every sample: quotas are set, pods resized, and cpusets moved while we run.
 Background is the total minus the processes of Serve replicas (and their children) under this node's raylet.
-Where a group keeps no accounts, and /proc/stat tells no cores, the total is the raylet's process tree.
-Memory is compared with every limit that can kill, those of all groups above us and the host; the greatest fraction
-counts. Used is what cannot be reclaimed.
+Where a group keeps no accounts, and /proc/stat tells no cores or counts nothing, the total is the raylet's process
+tree.
+Memory is compared with every limit that can kill or throttle, those of all groups above us and the host; the greatest
+fraction counts. Used is what cannot be reclaimed.
 Network is the fullest device, the greater direction over its link speed; `actors.network` says which devices count. The
 kernel does not account network by process, so the background is the total less what `serving_bytes_per_s` says our own
 requests moved (default 0).
@@ -123,6 +125,7 @@ class _Counters:
     cpu_source: str
     memory_source: str
     group_s: float
+    shared_s: Mapping[Path, float]
     stalled_cpu_s: float
     stalled_memory_s: float
     network: Mapping[str, tuple[float, float]]
@@ -319,6 +322,7 @@ class Sampler:
             cpu_source=str(group.folder) if group else "host",
             memory_source=str(limited.folder) if limited else "host",
             group_s=self._try("CPU", group.used_s, NAN) if group else NAN,
+            shared_s={g.folder: self._try("CPU", g.used_s, NAN) for _, g in scope.shared},
             stalled_cpu_s=self._try("CPU pressure", stalled_cpu_s, NAN),
             stalled_memory_s=self._try("memory pressure", stalled_memory_s, NAN),
             network=self._try("network", lambda: network.network_bytes(proc), {}),
@@ -336,8 +340,12 @@ class Sampler:
         elif not scope.quota:
             before, after = old.host.cores, new.host.cores
             around = [_rate(before[c], after[c], dt_s) for c in scope.cores if c in before and c in after]
-        total = _greatest([_rate(old.group_s, new.group_s, dt_s), sum(around) if around else NAN])
-        told = scope.whole_host or around or not math.isnan(new.group_s)
+        taken = [
+            _rate(old.shared_s.get(g.folder, NAN), new.shared_s[g.folder], dt_s) - (quota - scope.limit_cpus)
+            for quota, g in scope.shared
+        ]
+        total = _greatest([_rate(old.group_s, new.group_s, dt_s), sum(around) if around else NAN, *taken])
+        told = (new.host.counts and (scope.whole_host or around)) or not math.isnan(new.group_s)
         return total if told or not use.processes else use.tree_s / dt_s
 
     def _memory_fraction(

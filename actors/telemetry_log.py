@@ -11,6 +11,7 @@ is monotonic. Age deletes nothing within an hour of a start or a step: the clock
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import itertools
 import logging
@@ -63,7 +64,10 @@ class _Hour:
 
 @dataclass(slots=True)
 class TelemetryLog:
-    """Appends rows of one machine's recording. `uri` is a folder or a pyarrow filesystem URI."""
+    """Appends rows of one machine's recording. `uri` is a folder or a pyarrow filesystem URI.
+
+    A folder that cannot be used (a disk that is full, read-only, not mounted) is tried again with each flush.
+    """
 
     uri: str
     machine: str
@@ -71,6 +75,7 @@ class TelemetryLog:
     limits: LogLimits = field(default_factory=LogLimits)
     _fs: Any = None
     _root: str = ""
+    _opened: bool = False
     _hours: dict[str, _Hour] = field(default_factory=dict)
     """Rows in memory by hour, the hour written to last at the end."""
     _flushed_s: float | None = None
@@ -84,6 +89,13 @@ class TelemetryLog:
                 raise ConfigError(f"telemetry_log.{name} = {value!r}: must be a file name (no slash, no leading dot)")
         self._fs, root = open_filesystem(self.uri)
         self._root = f"{root.rstrip('/')}/node={self.machine}"
+        with contextlib.suppress(OSError):
+            self._open()
+
+    def _open(self) -> None:
+        """Clear up what a crash left behind, and take a name that is free."""
+        if self._opened:
+            return
         self._fs.create_dir(self._root, recursive=True)
         names: set[str] = set()
         for info in self._list():
@@ -94,6 +106,7 @@ class TelemetryLog:
         again = (f"{self.recording}-{n}" for n in itertools.count(2))
         free = (r for r in (self.recording, *itertools.islice(again, len(names))) if not _taken(r, names))
         self.recording = next(free)
+        self._opened = True
 
     def append(self, row: Mapping[str, Any], wall_s: float) -> bool:
         """Add one row (missing columns become NaN); writes files when `flush_s` has passed or the hour is another.
@@ -103,7 +116,7 @@ class TelemetryLog:
         label = _label(wall_s)
         new_hour = bool(self._hours) and label != next(reversed(self._hours))
         self._hours[label] = hour = self._hours.pop(label, _Hour())
-        hour.rows.append({**row, "machine": self.machine, "recording": self.recording, "wall_s": wall_s})
+        hour.rows.append({**row, "wall_s": wall_s})
         if not 0.0 <= wall_s - self._wall_s <= HOUR_S:
             self._steady_s = wall_s
         self._wall_s = wall_s
@@ -117,6 +130,7 @@ class TelemetryLog:
         self._flushed_s = wall_s
         wrote = False
         try:
+            self._open()
             for label, hour in self._hours.items():
                 if len(hour.rows) > hour.written:
                     self._write(label, hour)
@@ -136,7 +150,7 @@ class TelemetryLog:
             hour.name = next(n for n in names if not self._exists(f"{folder}/{n}{SUFFIX}"))
         temporary = f"{folder}/.{hour.name}.tmp"
         with self._fs.open_output_stream(temporary) as sink:
-            pq.write_table(_table(hour.rows), sink, compression="zstd")
+            pq.write_table(_table(hour.rows, self.machine, self.recording), sink, compression="zstd")
         self._fs.move(temporary, f"{folder}/{hour.name}{SUFFIX}")
         hour.written = len(hour.rows)
 
@@ -176,7 +190,7 @@ class TelemetryLog:
 class LogWriter:
     """Puts what the sampling thread hands over into a log, which is opened when there is something to write.
 
-    A folder that cannot be made or written is a `problem`, and takes neither telemetry nor forecasts along.
+    A log that cannot be opened or written is a `problem`, and takes neither telemetry nor forecasts along.
     """
 
     def __init__(self, uri: str, open_log: Callable[[], TelemetryLog]) -> None:
@@ -195,7 +209,7 @@ class LogWriter:
         try:
             wrote = False
             while not self._rows.empty():
-                row, wall_s = self._rows.get()  # where no log can be opened, nothing is kept
+                row, wall_s = self._rows.get()  # where the address cannot be used at all, nothing is kept
                 self._log = self._log or self._open_log()
                 wrote = self._log.append(row, wall_s) or wrote
             if self._log is not None and to_the_end_s is not None:
@@ -216,15 +230,15 @@ def _label(wall_s: float) -> str:
     return datetime.datetime.fromtimestamp(wall_s, datetime.UTC).strftime("%Y%m%dT%H")
 
 
-def _table(rows: list[dict[str, Any]]) -> pa.Table:
+def _table(rows: list[dict[str, Any]], machine: str, recording: str) -> pa.Table:
     """Columns straight from buffers: `pa.array` would import pandas, 50 MB in every forecaster."""
     schema, nan = arrow_schema(), float("nan")
     columns = []
     for column in schema:
         if pa.types.is_string(column.type):
-            texts = [str(row[column.name]).encode() for row in rows]
-            ends = np.cumsum([0, *map(len, texts)], dtype=np.int32)
-            buffers = [None, pa.py_buffer(ends.tobytes()), pa.py_buffer(b"".join(texts))]
+            text = {"machine": machine, "recording": recording}[column.name].encode()
+            ends = np.arange(len(rows) + 1, dtype=np.int32) * len(text)
+            buffers = [None, pa.py_buffer(ends.tobytes()), pa.py_buffer(text * len(rows))]
         else:
             kind = np.float64 if pa.types.is_float64(column.type) else np.float32
             buffers = [None, pa.py_buffer(np.array([row.get(column.name, nan) for row in rows], kind).tobytes())]

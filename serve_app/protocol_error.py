@@ -6,12 +6,15 @@ from collections.abc import Mapping
 
 
 class ProtocolError(Exception):
-    """Ends a request with `status` and the body `{"error": reason}`."""
+    """Ends a request with `status` and the body `{"error": reason}`.
+
+    The reason is Unicode, whatever a client's or a model's text in it holds: of half a surrogate pair its escape.
+    """
 
     def __init__(self, status: int, reason: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(status, reason)
         self.status = status
-        self.reason = reason
+        self.reason = reason.encode(errors="backslashreplace").decode()
         self.headers = dict(headers or {})
 
 

@@ -35,6 +35,8 @@ OFF_LOOP_BYTES = 64 * 1024
 way of a process they take 0.25 ms longer. `python -m bench.micro_gateway` shows what they notice at 12 MiB."""
 OFF_LOOP_ELEMENTS = 8 * 1024
 """Tensors that leave as JSON, from this many elements (about as many bytes of text as above) on."""
+_CALL_PARAMETERS = ("timeout", "sequence_id")
+"""What `model_call` reads of a request's parameters; a model gets them all."""
 _WORKERS = 2
 """Processes at most: started with the first large requests. More requests wait for one of them."""
 
@@ -75,7 +77,7 @@ class Codec:
         self, request: InferRequest, outputs: Mapping[str, Array | PackedBytes], name: str, version: str
     ) -> EncodedResponse:
         """`encode_response`."""
-        if _json_elements(request, outputs) < OFF_LOOP_ELEMENTS:
+        if elements_to_write(request, outputs) < OFF_LOOP_ELEMENTS:
             return encode_response(request, outputs, name, version)
         bare = InferRequest({}, request.id, {}, request.outputs, request.binary_by_default)
         encoded: EncodedResponse = await self._away(encode_response, bare, dict(outputs), name, version)
@@ -143,8 +145,8 @@ class _Worker:
         self._end()
 
 
-def _json_elements(request: InferRequest, outputs: Mapping[str, Array | PackedBytes]) -> int:
-    """About how many numbers, or eights of characters, the answer holds as JSON."""
+def elements_to_write(request: InferRequest, outputs: Mapping[str, Array | PackedBytes]) -> int:
+    """About how many numbers, or eights of characters, the answer holds as JSON, or are looked at for classes."""
     if request.outputs is None:
         chosen = [] if request.binary_by_default else list(outputs.values())
     else:
@@ -176,7 +178,7 @@ def _head(body: bytes) -> dict[str, Any]:
     asked = parse_json_object(body)
     found: dict[str, Any] = {key: asked[key] for key in ("id", "parameters") if key in asked}
     if isinstance(found.get("parameters"), dict):
-        found["parameters"] = {key: value for key, value in found["parameters"].items() if key == "timeout"}
+        found["parameters"] = {key: value for key, value in found["parameters"].items() if key in _CALL_PARAMETERS}
     return found
 
 

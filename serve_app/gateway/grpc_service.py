@@ -18,13 +18,13 @@ from google.protobuf.json_format import ParseDict
 
 from serve_app.gateway import grpc_messages as messages
 from serve_app.gateway import openapi
-from serve_app.gateway.codec import OFF_LOOP_BYTES
+from serve_app.gateway.codec import OFF_LOOP_BYTES, OFF_LOOP_ELEMENTS, elements_to_write
 from serve_app.gateway.grpc_messages import Message, parse
 from serve_app.gateway.model_call import CallOptions, ModelCaller, call_options, sequence_id
 from serve_app.gateway.model_server import ModelInfo
 from serve_app.gateway.oip import InferRequest
 from serve_app.gateway.oip_grpc import as_json_object, decode_request, encode_response, item_outputs
-from serve_app.gateway.tensors import TensorSpec
+from serve_app.gateway.tensors import Array, TensorSpec
 from serve_app.gateway.triton import Statistics, index_entry, model_config
 from serve_app.grpc_proxy import Call
 from serve_app.http_guard import MAX_ID_BYTES, BodyReader
@@ -130,7 +130,7 @@ class InferenceService:
     async def model_infer(self, call: Call, metadata: Mapping[str, Any]) -> Message:
         """One inference."""
         with self._bodies.hold(len(call.body)):
-            request = self._parsed(call)
+            request = self._checked(parse(messages.ModelInferRequest, call.body))
             if not self._info.infers:
                 raise ProtocolError(400, f"model {self._info.name!r} has no infer: call ModelStreamInfer")
             return await self._infer(request, call, metadata)
@@ -146,7 +146,8 @@ class InferenceService:
             request = _ABSENT
             try:
                 with self._bodies.hold(len(call.body)):
-                    request = self._parsed(call)
+                    request = parse(messages.ModelInferRequest, call.body)
+                    self._checked(request)
                     if not self._info.generates:
                         yield _streamed(await self._infer(request, call, metadata), final=True)
                         continue
@@ -163,7 +164,7 @@ class InferenceService:
             timed.ends("compute_input")
             outputs = await self._caller.infer(asked.inputs, dict(asked.parameters), options)
             timed.ends("compute_infer")
-            answer = encode_response(asked, outputs, self._info.name, self._info.version)
+            answer = await _encoded(asked, outputs, self._info.name, self._info.version)
             timed.ends("compute_output")
             timed.succeeded()
         return answer
@@ -175,15 +176,25 @@ class InferenceService:
             asked = await _decoded(decode_request, request, call, (), ())
             options = self._options(asked, call, metadata)
             stream = await self._caller.stream(as_json_object(asked), options)
+            passed_over, sent = None, False
             try:
                 async for item in stream.items():
-                    answer = encode_response(asked, item_outputs(item), self._info.name, self._info.version)
+                    outputs = item_outputs(item)
+                    part = asked.narrowed(outputs)
+                    if part.outputs == ():
+                        passed_over = outputs
+                        continue
+                    sent = True
+                    answer = encode_response(part, outputs, self._info.name, self._info.version)
                     yield _streamed(answer, final=False)
             finally:
                 stream.close()
+            if passed_over is not None and not sent:  # what was asked for is in no item: this says so
+                encode_response(asked, passed_over, self._info.name, self._info.version)
             timed.succeeded()
         if request.parameters[_EMPTY_FINAL].bool_param:
-            yield _streamed(encode_response(asked, {}, self._info.name, self._info.version), final=True)
+            nothing = encode_response(asked.narrowed(()), {}, self._info.name, self._info.version)
+            yield _streamed(nothing, final=True)
 
     def _failed(self, error: ProtocolError, request: Message) -> Message:
         request_id = "" if request is _ABSENT else request.id
@@ -192,8 +203,7 @@ class InferenceService:
 
     # ------------------------------------------------ what a request brings
 
-    def _parsed(self, call: Call) -> Message:
-        request = parse(messages.ModelInferRequest, call.body)
+    def _checked(self, request: Message) -> Message:
         self._info.check_served(request.model_name, request.model_version or None)
         return request
 
@@ -276,6 +286,13 @@ async def _decoded(
     if quick or len(call.body) < OFF_LOOP_BYTES:
         return decode_request(request, inputs, outputs)
     return await asyncio.to_thread(decode, request, inputs, outputs)
+
+
+async def _encoded(request: InferRequest, outputs: Mapping[str, Array], name: str, version: str) -> Message:
+    """The response; made in a thread where classes are made of many values."""
+    if elements_to_write(request, outputs) < OFF_LOOP_ELEMENTS:
+        return encode_response(request, outputs, name, version)
+    return await asyncio.to_thread(encode_response, request, outputs, name, version)
 
 
 def _packed(request: Message, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> InferRequest:

@@ -143,8 +143,8 @@ class InferenceApi:
         """Triton's list of the models that there are."""
         async with self._body(request) as body:
             asked = parse_json_object(body) if body else {}
-        only_ready = asked.get("ready", False)
-        if not isinstance(only_ready, bool):
+        only_ready = asked.get("ready")
+        if not isinstance(only_ready, bool | None):
             raise ProtocolError(400, "'ready' must be true or false")
         ready = await self._ready()
         return JSONResponse([index_entry(self.info, ready=ready)] if ready or not only_ready else [])
@@ -273,7 +273,8 @@ class InferenceApi:
         if media not in ("", *_MEDIA) and not media.endswith("+json"):
             raise ProtocolError(415, f"Content-Type {media[:80]!r}: send application/json or application/octet-stream")
         headers = request.headers
-        return self.bodies.read(request.receive, headers.get("content-length"), headers.get("content-encoding", ""))
+        encoding = ", ".join(headers.getlist("content-encoding"))  # on several lines it is one list
+        return self.bodies.read(request.receive, headers.get("content-length"), encoding)
 
     def _options(self, request: Request, parameters: Mapping[str, Any], begun_s: float | None = None) -> CallOptions:
         """Options of the call. What a large request, read since `begun_s`, took of its time is gone."""

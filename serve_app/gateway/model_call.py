@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
+from urllib.parse import quote
 
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
@@ -47,9 +48,10 @@ def call_options(parameters: Mapping[str, Any], limits_s: Sequence[float], sessi
     limits = list(limits_s)
     if parameters.get("timeout") is not None:
         timeout_us = whole_number(parameters["timeout"])
-        if timeout_us is None or timeout_us <= 0:
-            raise ProtocolError(400, "parameter 'timeout' must be a whole number of microseconds above 0")
-        limits.append(min(timeout_us, 2**62) / 1e6)
+        if timeout_us is None or timeout_us < 0:
+            raise ProtocolError(400, "parameter 'timeout' must be a whole number of microseconds, or 0 for none")
+        if timeout_us:
+            limits.append(min(timeout_us, 2**62) / 1e6)
     return CallOptions(min(limits), session_id, _multiplexed_model_id(), whole_stream=len(limits) > 1)
 
 
@@ -61,15 +63,22 @@ def _multiplexed_model_id() -> str:
 
 
 def sequence_id(parameters: Mapping[str, Any]) -> str:
-    """Triton's id of a sequence of requests, a number or a string; 0 and "" are none. Raises ProtocolError (400)."""
-    given = parameters.get("sequence_id", "")
+    """Triton's id of a sequence of requests, a number or a string; 0 and "" are none. Raises ProtocolError (400).
+
+    As an id of a session, which is printable ASCII: other text is quoted as in URLs.
+    """
+    given = parameters.get("sequence_id")
+    if given is None:
+        return ""
     given = given if isinstance(given, str) else whole_number(given)
     if given is None or (isinstance(given, int) and not 0 <= given < 2**64):
         raise ProtocolError(400, "parameter 'sequence_id' must be a whole number from 0 below 2^64, or a string")
     text = str(given) if given else ""
-    if len(text) > MAX_ID_BYTES or not (text.isascii() and text.isprintable()):
-        raise ProtocolError(400, f"parameter 'sequence_id' must be printable ASCII, at most {MAX_ID_BYTES} characters")
-    return text
+    if len(text) > MAX_ID_BYTES:
+        raise ProtocolError(
+            400, f"parameter 'sequence_id' has {len(text)} characters; at most {MAX_ID_BYTES} are taken"
+        )
+    return text if text.isascii() and text.isprintable() else quote(text, errors="backslashreplace")
 
 
 def retry_budget(fraction: float = 0.2) -> Budget:

@@ -9,7 +9,7 @@ Specification: kserve/open-inference-protocol `specification/protocol/inference_
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NoReturn
@@ -29,6 +29,8 @@ from serve_app.gateway.tensors import (
     datatype_of,
     from_bytes,
     from_json,
+    from_raw,
+    raw_shape,
     to_bytes,
     to_json,
     whole_number,
@@ -60,6 +62,12 @@ class InferRequest:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     outputs: tuple[RequestedOutput, ...] | None = None
     binary_by_default: bool = False
+
+    def narrowed(self, given: Container[str]) -> InferRequest:
+        """For one item of a stream: asks for those of the requested outputs that it has."""
+        if self.outputs is None:
+            return self
+        return replace(self, outputs=tuple(want for want in self.outputs if want.name in given))
 
     def packed(self) -> InferRequest:
         """With BYTES tensors as bytes: a million objects would be slow to hand over."""
@@ -118,6 +126,8 @@ def decode_request(
     view = memoryview(body)
     header = json_part(body, header_length)
     split = len(header)
+    if header_length is not None and not split:
+        return _raw_request(view, inputs)
     request = parse_json_object(header)
     parameters = checked_parameters(request, "the request")
     request_id = request.get("id")
@@ -148,6 +158,16 @@ def _header_length(given: str | None, size: int) -> int:
             400, f"{HEADER_LENGTH} = {given[:40]!r}: must be a whole number up to the body's {size} bytes"
         )
     return int(text)
+
+
+def _raw_request(body: memoryview, declared: Sequence[TensorSpec]) -> InferRequest:
+    """Triton's raw binary request: the body is the data of the model's one input, the outputs are to be binary."""
+    if len(declared) != 1:
+        raise ProtocolError(400, f"{HEADER_LENGTH} = 0 needs a model that declares one input, not {len(declared)}")
+    (spec,) = declared
+    shape = raw_shape(spec, len(body))
+    given = AnnouncedInput(spec.name, spec.datatype, shape, partial(from_raw, spec.name, spec.datatype, shape, body))
+    return InferRequest(checked_inputs(1, [given], declared), binary_by_default=True)
 
 
 def _decode_inputs(request: Mapping[str, Any], tail: memoryview, specs: Sequence[TensorSpec]) -> dict[str, Array]:
@@ -207,7 +227,7 @@ def _binary_size(name: str, entry: Mapping[str, Any], left: int) -> int | None:
         if "data" not in entry:
             raise ProtocolError(400, f"input {name!r}: needs 'data', or the parameter 'binary_data_size'")
         return None
-    if "data" in entry:
+    if entry.get("data") is not None:
         raise ProtocolError(400, f"input {name!r}: has both 'data' and 'binary_data_size'")
     whole = whole_number(size)
     if whole is None or not 0 <= whole <= left:
@@ -266,16 +286,20 @@ def _name(entry: Mapping[str, Any], what: str) -> str:
 
 
 def checked_parameters(entry: Mapping[str, Any], what: str) -> Mapping[str, Any]:
-    """The parameters of a request or a tensor; raises ProtocolError (400) for extensions that are not offered."""
+    """The parameters of a request or a tensor; null is none, as typed clients write what they leave out.
+
+    Raises ProtocolError (400) for extensions that are not offered.
+    """
     parameters = entry.get("parameters")
     if parameters is None:
         return {}
     if not isinstance(parameters, dict):
         raise ProtocolError(400, f"'parameters' of {what} must be an object")
+    given = {name: value for name, value in parameters.items() if value is not None}
     for name in _UNSUPPORTED:
-        if name in parameters:
+        if name in given:
             raise ProtocolError(400, f"parameter {name!r} of {what}: this server does not offer that extension")
-    return parameters
+    return given
 
 
 def _flag(parameters: Mapping[str, Any], name: str, what: str, default: bool = False) -> bool:

@@ -22,20 +22,21 @@ Schema = dict[str, Any]
 
 _MAX_SPELLED_OUT = 4096
 _NAME: Schema = {"type": "string", "minLength": 1, "maxLength": 256}
-_NOT_OFFERED: Schema = {f"shared_memory_{what}": False for what in ("region", "offset", "byte_size")}
+_NOT_OFFERED: Schema = {f"shared_memory_{what}": {"type": "null"} for what in ("region", "offset", "byte_size")}
 _PARAMETERS: Schema = {"type": ["object", "null"], "properties": _NOT_OFFERED}
 _SEQUENCE: Schema = {
     "anyOf": [
+        {"type": "null"},
         {"type": "integer", "minimum": 0, "maximum": 2**64 - 1},
-        {"type": "string", "maxLength": 512, "pattern": "^[ -~]*$"},
+        {"type": "string", "maxLength": 512},
     ]
 }
-_CALL: Schema = {"timeout": {"type": ["integer", "null"], "minimum": 1}, "sequence_id": _SEQUENCE}
+_CALL: Schema = {"timeout": {"type": ["integer", "null"], "minimum": 0}, "sequence_id": _SEQUENCE}
 """Parameters that the gateway itself reads; the model may read others."""
 _GENERATE_PARAMETERS: Schema = {"type": ["object", "null"], "properties": _CALL}
 _INFER_PARAMETERS: Schema = {
     "type": ["object", "null"],
-    "properties": _CALL | _NOT_OFFERED | {"binary_data_output": {"type": "boolean"}},
+    "properties": _CALL | _NOT_OFFERED | {"binary_data_output": {"type": ["boolean", "null"]}},
 }
 _DATATYPE: Schema = {"type": "string", "enum": list(DTYPES)}
 _SHAPE: Schema = {"type": "array", "items": {"type": "integer", "minimum": 0}, "maxItems": 32}
@@ -101,7 +102,7 @@ _ANSWERS: dict[str, Schema] = {
     "index": {"type": "array", "items": _INDEX_ENTRY},
 }
 _OPTIONAL_BODIES: dict[str, Schema] = {
-    "index": {"type": "object", "properties": {"ready": {"type": "boolean"}}},
+    "index": {"type": "object", "properties": {"ready": {"type": ["boolean", "null"]}}},
     "load": {"type": "object"},
     "unload": {"type": "object"},
 }
@@ -179,8 +180,8 @@ def _infer_request(info: ModelInfo) -> Schema:
 
 
 def _output(name: Schema, most_classes: int) -> Schema:
-    classes = {"type": "integer", "minimum": 0, "maximum": most_classes}
-    read = {"binary_data": {"type": "boolean"}, "classification": classes}
+    classes = {"type": ["integer", "null"], "minimum": 0, "maximum": most_classes}
+    read = {"binary_data": {"type": ["boolean", "null"]}, "classification": classes}
     parameters = {"type": ["object", "null"], "properties": read | _NOT_OFFERED}
     return {"type": "object", "required": ["name"], "properties": {"name": name, "parameters": parameters}}
 
@@ -210,7 +211,7 @@ def _input(spec: TensorSpec, rows: int) -> Schema:
         "type": "object",
         "required": ["name", "shape", "datatype", "data"],
         "properties": {
-            "parameters": _PARAMETERS | {"properties": _NOT_OFFERED | {"binary_data_size": False}},
+            "parameters": _PARAMETERS | {"properties": _NOT_OFFERED | {"binary_data_size": {"type": "null"}}},
             "name": {"const": spec.name},
             "datatype": {"const": spec.datatype},
             "shape": {"const": list(shape)},

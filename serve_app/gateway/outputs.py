@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
-from serve_app.gateway.tensors import DTYPES, Array, TensorSpec, from_bf16, to_bf16
+from serve_app.gateway.tensors import DTYPES, Array, TensorSpec, datatype_of, from_bf16, to_bf16
+from serve_app.protocol_error import ProtocolError
+
+_CONTROLS = re.compile(rb"[\0-\x08\x0e-\x1f]")
+"""Bytes that text does not hold."""
 
 
 class OutputError(TypeError):
@@ -37,16 +43,32 @@ def _array(name: str, value: Any, spec: TensorSpec | None) -> Array:
         array[()] = bytes(value)
     else:
         try:
-            listed = isinstance(value, (list, tuple)) and _holds_bytes(value)
-            array = np.array(_with_bytes(value), dtype=object) if listed else np.asarray(value)
+            array = _listed(value, spec) if isinstance(value, (list, tuple)) else np.asarray(value)
         except Exception as error:  # whatever a ragged list, or a tensor on a GPU, raises
             raise OutputError(f"output {name!r}: no array can be made of it: {error}") from None
     if array.dtype.kind == "S":
         array = _to_the_byte(name, array)
+    elif array.dtype.kind == "T":  # strings of any length
+        array = array.astype(object)
     if spec is None:
-        return array
+        return _undeclared(name, array)
     _check_shape(name, array, spec)
     return _cast(name, array, spec)
+
+
+def _listed(value: Any, spec: TensorSpec | None) -> Array:
+    """An array of nested lists, none of whose elements numpy has turned into another kind."""
+    if _holds_bytes(value):
+        return np.array(_with_bytes(value), dtype=object)
+    array = np.asarray(value)
+    if array.dtype.kind in "SU":
+        objects = np.array(value, dtype=object)
+        return array if all(isinstance(item, (bytes, str)) for item in objects.flat) else objects
+    if array.dtype.kind == "f" and spec is not None and spec.datatype == "UINT64":  # of whole numbers from 2^63 on
+        with suppress(OverflowError):
+            exact = np.array(value, dtype=np.uint64)
+            return exact if (exact == array).all() else array
+    return array
 
 
 def _holds_bytes(value: Any) -> bool:
@@ -67,7 +89,7 @@ def _to_the_byte(name: str, array: Array) -> Array:
     items, width = array.ravel().tolist(), array.dtype.itemsize
     found = np.empty(len(items), dtype=object)
     found[:] = items
-    if any(b"\0" in item for item in items) and any(len(item) < width for item in items):
+    if any(map(_CONTROLS.search, items)) and any(len(item) < width for item in items):
         if len(items) > 1:
             raise OutputError(
                 f"output {name!r}: an array of {array.dtype} has lost the zeros at the end of its bytes; return a list "
@@ -85,31 +107,43 @@ def _check_shape(name: str, array: Array, spec: TensorSpec) -> None:
         )
 
 
+def _undeclared(name: str, array: Array) -> Array:
+    """As it is, where the protocol has a type for it."""
+    try:
+        if datatype_of(array) == "BYTES":
+            _check_texts(name, array, "")
+    except ProtocolError as error:
+        raise OutputError(f"output {name!r}: {error.reason}") from None
+    return array
+
+
+def _check_texts(name: str, array: Array, declared: str) -> None:
+    wrong = {type(item).__name__ for item in array.ravel().tolist() if not isinstance(item, (bytes, str))}
+    if array.dtype.kind not in "OU" or wrong:
+        what = ", ".join(sorted(wrong)) or str(array.dtype)
+        raise OutputError(f"output {name!r}: {declared}BYTES is bytes or strings, not {what}")
+
+
 def _cast(name: str, array: Array, spec: TensorSpec) -> Array:
     """In the declared type, where no value changes by that but for the precision of fractions."""
     wanted, kind = DTYPES[spec.datatype], array.dtype.kind
     if spec.datatype == "BYTES":
-        wrong = {type(item).__name__ for item in array.ravel().tolist() if not isinstance(item, (bytes, str))}
-        if kind not in "OU" or wrong:
-            what = ", ".join(sorted(wrong)) or str(array.dtype)
-            raise OutputError(f"output {name!r}: declared is BYTES, which is bytes or strings, not {what}")
+        array = array if array.size else array.astype(object)  # an empty list tells no type
+        _check_texts(name, array, "declared is BYTES, and ")
         return array
     if array.dtype == wanted:
         return array
-    if spec.datatype == "BF16":
-        wide = _cast(name, array, TensorSpec(spec.name, "FP32", spec.shape))
-        narrow = to_bf16(wide)
-        if not (np.isfinite(from_bf16(narrow)) == np.isfinite(wide)).all():
-            raise OutputError(f"output {name!r}: declared is BF16, into which a value does not fit")
-        return narrow
+    if kind == "V" and np.can_cast(array.dtype, np.float32):  # bfloat16 of JAX
+        return _cast(name, array.astype(np.float32), spec)
     if kind not in "biuf":
         raise OutputError(f"output {name!r}: declared is {spec.datatype}, an array of {array.dtype} was returned")
     with np.errstate(all="ignore"):
-        made = array.astype(wanted)
-        if wanted.kind == "f" and kind == "f":
-            same = np.isfinite(made) == np.isfinite(array)
+        made = to_bf16(array) if spec.datatype == "BF16" else array.astype(wanted)
+        numbers = from_bf16(made) if spec.datatype == "BF16" else made
+        if numbers.dtype.kind == "f" and kind == "f":
+            same = np.isfinite(numbers) == np.isfinite(array)
         else:
-            same = (made.astype(array.dtype) == array) & _in_range(array, wanted)
+            same = (numbers.astype(array.dtype) == array) & _in_range(array, wanted)
     if not same.all():
         value = array[~same].flat[0]
         raise OutputError(

@@ -276,6 +276,33 @@ def from_bytes(name: str, datatype: str, shape: tuple[int, ...], raw: memoryview
     return reshape(name, from_bf16(array) if dtype == _BF16 else array, shape)
 
 
+def raw_shape(spec: TensorSpec, size: int) -> tuple[int, ...]:
+    """The shape of `size` bytes as this tensor, of which at most one dimension is free; BYTES are one element.
+
+    Raises ProtocolError (400) where the size does not say it.
+    """
+    dtype = DTYPES[spec.datatype]
+    if dtype.kind == "O":
+        return tuple(1 if dim == -1 else dim for dim in spec.shape)
+    if spec.shape.count(-1) > 1:
+        raise ProtocolError(
+            400, f"input {spec.name!r}: {size} bytes do not tell the shape of {list(spec.shape)}; send it with JSON"
+        )
+    row = math.prod(dim for dim in spec.shape if dim != -1) * dtype.itemsize
+    return tuple(size // max(row, 1) if dim == -1 else dim for dim in spec.shape)
+
+
+def from_raw(name: str, datatype: str, shape: tuple[int, ...], raw: memoryview) -> Array:
+    """`from_bytes` of a body that is nothing but the tensor: one element of BYTES has no length before it."""
+    if DTYPES[datatype].kind != "O":
+        return from_bytes(name, datatype, shape, raw)
+    if math.prod(shape) != 1:
+        raise ProtocolError(400, f"input {name!r}: the body is one element, not as many as shape {list(shape)} has")
+    array = np.empty(shape, dtype=object)
+    array[...] = bytes(raw)
+    return array
+
+
 def to_bf16(array: Array) -> Array:
     """32-bit floats as BF16, each rounded to the nearest (of two equally near to the even one); NaN stays NaN."""
     bits = np.ascontiguousarray(array, "<f4").view("<u4")

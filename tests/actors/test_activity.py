@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from actors.node_forecaster import UNKNOWN, channel_values
+from actors.procfs import disk_use
 from actors.telemetry import Sample, Sampler, log_row
 from models.grid import CHANNELS, EXTENDED
 from models.schema import arrow_schema
@@ -73,6 +74,22 @@ def test_on_a_whole_host_proc_tells_everything(host: FakeHost, clock: Clock) -> 
     )
     assert sample.runnable == 3.0
     assert sample.disk_busy_fraction == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("names", "counted"),
+    [
+        ("sda sda1 sda2 dm-0 dm-1 md127", "sda"),
+        ("sda sda1 sdaa sdaa1 sdab", "sda sdaa sdab"),
+        ("nvme0n1 nvme0n1p1 nvme0n10 nvme0n10p2 bcache0", "nvme0n1 nvme0n10"),
+        ("nbd1 nbd1p1 nbd10 loop0 zram0", "nbd1 nbd10"),
+        ("xvda1 xvdb", "xvda1 xvdb"),
+        ("dm-0 dm-10", "dm-0 dm-10"),
+    ],
+)
+def test_each_disk_counts_once(host: FakeHost, names: str, counted: str) -> None:
+    host.put("proc/diskstats", "".join(f"8 0 {n} 1 0 2 0 1 0 2 0 0 100 0\n" for n in names.split()))
+    assert set(disk_use(host.roots.proc)) == set(counted.split())
 
 
 def enter(host: FakeHost, version: int, second: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -93,14 +94,18 @@ def read(*gpus: Gpu, visible: str | None = None) -> tuple[float, float]:
     return NvmlReader(FakeNvml(list(gpus)), visible).read()
 
 
-@pytest.mark.parametrize("memory", [None, (0, 0)], ids=["not-supported", "total-0"])
+@pytest.mark.parametrize(
+    "memory", [None, (0, 0), (2**64 - 1, 2**64 - 1)], ids=["not-supported", "total-0", "not-available"]
+)
 def test_a_gpu_without_memory_of_its_own_has_utilisation_and_unknown_memory(memory: tuple[int, int] | None) -> None:
     assert read(Gpu(used_percent=40, memory=memory)) == pytest.approx((0.4, NAN), nan_ok=True)
     assert read(Gpu(used_percent=40, memory=memory), Gpu(used_percent=60)) == pytest.approx((0.5, 0.3))
 
 
-def test_a_gpu_that_does_not_tell_utilisation_has_memory() -> None:
-    assert read(Gpu(used_percent=None)) == pytest.approx((NAN, 0.3), nan_ok=True)
+@pytest.mark.parametrize("used_percent", [None, 2**32 - 1], ids=["not-supported", "not-available"])
+def test_a_gpu_that_does_not_tell_utilisation_has_memory(used_percent: int | None) -> None:
+    assert read(Gpu(used_percent=used_percent)) == pytest.approx((NAN, 0.3), nan_ok=True)
+    assert read(Gpu(used_percent=used_percent), Gpu(used_percent=60)) == pytest.approx((0.6, 0.3))
 
 
 def test_a_gpu_in_mig_mode_counts_as_its_slices() -> None:
@@ -195,6 +200,25 @@ def test_a_driver_that_hangs_holds_nobody_and_recovers() -> None:
     found = PatientReader(Hanging(), wait_s=30.0)
     assert found.read() == (0.5, 0.3)
     assert found.read() == (0.5, 0.3)
+
+
+def test_what_a_slow_driver_says_is_told_with_the_next_reading() -> None:
+    said = threading.Semaphore(0)
+
+    class Slow:
+        def read(self) -> tuple[float, float]:
+            assert said.acquire(timeout=30.0)
+            return 0.5, 0.3
+
+    reader = PatientReader(Slow(), wait_s=0.0)
+    assert math.isnan(reader.read()[0])
+    said.release()
+    for _ in range(5000):
+        if not math.isnan((found := reader.read())[0]):
+            break
+        time.sleep(0.001)
+    assert found == (0.5, 0.3)
+    said.release()
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,24 @@ def test_a_virtual_function_that_joins_the_device_of_the_machine_counts_once(hos
     assert bytes_of(reading(host, clock, s)) == (50 * MB, 0)
 
 
+def test_the_switchs_ends_of_virtual_functions_are_no_ports(host: FakeHost, clock: Clock) -> None:
+    host.device("eth0", real=True, speed=1000, phys_port_name="p0")
+    host.device("eth0_0", real=True, speed=1000, phys_port_name="pf0vf0")
+    host.device("eth0_1", real=True, speed=1000, phys_port_name="c1pf0sf88")
+    s = sampler(host, clock)
+    host.carry(50 * MB, 0, "eth0", "eth0_0", "eth0_1")
+    assert bytes_of(reading(host, clock, s)) == (50 * MB, 0)
+
+
+def test_a_partition_of_infiniband_counts_beside_its_parent(host: FakeHost, clock: Clock) -> None:
+    host.device("ib0", real=True, speed=1000, type=32)
+    host.device("ib0.8001", real=True, speed=1000, type=32, iflink=2)
+    s = sampler(host, clock)
+    host.carry(50 * MB, 0, "ib0")
+    host.carry(25 * MB, 0, "ib0.8001")
+    assert bytes_of(reading(host, clock, s)) == (75 * MB, 0)
+
+
 @pytest.mark.parametrize("name", ["wg0", "tap0", "tun0"])
 def test_a_namespace_with_nothing_but_a_tunnel_counts_it(host: FakeHost, clock: Clock, name: str) -> None:
     host.device(name, type=65534)

@@ -123,6 +123,20 @@ def test_a_quota_below_the_cpuset_is_the_limit_and_its_group_the_total(host: Fak
     assert sample.snapshot.cpu_fraction == pytest.approx(0.1 / 0.5)
 
 
+@pytest.mark.parametrize(("own", "fraction"), [("200000 100000", 0.95), ("max 100000", 2.9 / 3)])
+def test_what_others_use_of_a_quota_further_up_is_not_ours(
+    host: FakeHost, clock: Clock, own: str, fraction: float
+) -> None:
+    host.enter("0::/job/node\n")
+    host.group("job", cpu__max="300000 100000", cpu__stat="usage_usec 0")
+    host.group("job/node", cpu__max=own, cpu__stat="usage_usec 0")
+    s = sampler(host, clock)
+    s.read()
+    host.group("job", cpu__stat="usage_usec 2900000")
+    host.group("job/node", cpu__stat="usage_usec 100000")
+    assert second_reading(host, clock, s).snapshot.cpu_background_fraction == pytest.approx(fraction)
+
+
 def pod_of_version_1(host: FakeHost, usage_s: float, mount: str, accounts: bool = True) -> None:
     path = "kubepods/podab/c1"
     host.enter(f"5:cpuset:/{path}\n4:{mount}:/{path}\n3:memory:/{path}\n1:name=systemd:/{path}\n")
@@ -279,6 +293,54 @@ def test_offline_cores_are_none_of_ours(host: FakeHost, clock: Clock) -> None:
     assert sample.snapshot.cpu_fraction == pytest.approx(0.5)
 
 
+def test_a_kernel_that_counts_nothing_leaves_the_process_tree(host: FakeHost, clock: Clock) -> None:
+    """gVisor: /proc/stat is all zeros, and there are no cgroups."""
+    s = sampler(host, clock)
+    for ticks in (0, 80):
+        host.processes[11].ticks = host.processes[12].ticks = ticks
+        host.write()
+        cores = "".join(f"cpu{n} 0 0 0 0 0 0 0 0 0 0\n" for n in range(16))
+        host.put("proc/stat", f"cpu  0 0 0 0 0 0 0 0 0 0\n{cores}ctxt 0\nprocesses 0\nprocs_running 0\n")
+        clock.now_s += 1.0
+        sample = s.read()
+    assert sample.cpu_limit == 16.0
+    assert sample.snapshot.cpu_fraction == pytest.approx(0.1)
+    assert sample.snapshot.cpu_background_fraction == pytest.approx(0.05)
+    assert math.isnan(sample.context_switches_per_s)
+
+
+@pytest.mark.parametrize("cores", ["2,5,9,11", "2-5", "8-11"])
+def test_cores_that_lxcfs_numbers_anew_are_as_many_as_the_cpuset_has(host: FakeHost, clock: Clock, cores: str) -> None:
+    """/proc/stat and sysfs of such a container begin with core 0, the cpuset and the affinity do not."""
+    host.cores = dict.fromkeys(range(4), 0)
+    host.put("sys/devices/system/cpu/online", "0-3\n")
+    allow(host, cores)
+    host.enter("0::/\n")
+    host.group("", cpuset__cpus__effective=cores, cpu__max="max 100000", cpu__stat="usage_usec 0")
+    s = sampler(host, clock)
+    s.read()
+    host.cores = dict.fromkeys(range(4), 50)
+    host.group("", cpu__stat="usage_usec 2000000")
+    sample = second_reading(host, clock, s)
+    assert (sample.scope, sample.cpu_limit) == ("cgroup", 4.0)
+    assert sample.snapshot.cpu_fraction == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("quota", ["200000 100000", "max 100000"], ids=["own", "of-a-group-above"])
+def test_a_quota_that_lxcfs_shows_as_cores_is_the_limit(host: FakeHost, clock: Clock, quota: str) -> None:
+    host.cores = dict.fromkeys(range(2), 0)
+    host.put("sys/devices/system/cpu/online", "0-1\n")
+    host.enter("0::/\n")
+    host.group("", cpuset__cpus__effective="0-15", cpu__max=quota, cpu__stat="usage_usec 0")
+    s = sampler(host, clock)
+    s.read()
+    host.cores[0] += 10
+    host.group("", cpu__stat="usage_usec 100000")
+    sample = second_reading(host, clock, s)
+    assert sample.cpu_limit == 2.0
+    assert sample.snapshot.cpu_fraction == pytest.approx(0.05)
+
+
 def test_raylets_with_cores_of_their_own_do_not_share_a_machine(host: FakeHost, clock: Clock) -> None:
     host.add(FakeProcess(20, "raylet", 1))
     allow(host, "0-1")
@@ -351,6 +413,21 @@ def test_swap_counts_where_its_limit_kills(host: FakeHost, clock: Clock) -> None
     host.group("memory/job", memory__memsw__limit_in_bytes=8 * GIB, memory__memsw__usage_in_bytes=7 * GIB)
     host.group("memory/job", memory__stat=f"active_file 5\ntotal_active_file {GIB}\ntotal_inactive_file 0")
     assert sampler(host, clock).read().snapshot.memory_fraction == pytest.approx(6 / 8)
+
+
+def test_a_limit_that_throttles_counts_as_one_that_kills(host: FakeHost, clock: Clock) -> None:
+    fill(host, 7 * GIB, f"anon {6 * GIB}\nactive_file {GIB}", limit=16 * GIB)
+    host.group("pod", memory__high=8 * GIB)
+    assert sampler(host, clock).read().snapshot.memory_fraction == pytest.approx(6 / 8)
+
+
+def test_a_limit_of_a_group_that_a_container_does_not_see_counts(host: FakeHost, clock: Clock) -> None:
+    """Version 1: the mount begins at the container's own group, the limit is at the one above it."""
+    host.enter("4:memory:/slice/ab\n")
+    host.put("proc/self/mountinfo", "30 29 0:2 /slice/ab /sys/fs/cgroup/memory ro - cgroup cgroup rw,memory\n")
+    host.group("memory", memory__limit_in_bytes=9223372036854771712, memory__usage_in_bytes=4 * GIB)
+    host.group("memory", memory__stat=f"hierarchical_memory_limit {4 * GIB}\ntotal_active_file {GIB}")
+    assert sampler(host, clock).read().snapshot.memory_fraction == pytest.approx(3 / 4)
 
 
 def test_a_group_without_memory_stat_is_unknown_and_the_host_counts(host: FakeHost, clock: Clock) -> None:

@@ -196,20 +196,37 @@ def test_rows_outlive_a_file_system_that_refuses_over_the_hour(tmp_path: Path, m
     assert sum(pq.read_metadata(p).num_rows for p in files(tmp_path) if p.suffix == ".parquet") == 480
 
 
-def test_a_folder_that_cannot_be_made_is_a_problem_until_rows_are_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", ["", "nosuch://"])
+def test_a_log_that_cannot_be_written_is_a_problem_until_rows_are_written(tmp_path: Path, scheme: str) -> None:
     folder = tmp_path / "mounted later"
-    folder.write_text("a file")
-    writer = LogWriter(str(folder), lambda: TelemetryLog(str(folder), "n", "r"))
+    folder.touch()
+    uri = f"{scheme}{folder}"
+    writer = LogWriter(uri, lambda: TelemetryLog(uri, "n", "r"))
     writer.put(row(0.0), START_S)
-    writer.write()
-    assert f"{folder}: cannot be written" in writer.problem
+    writer.write(to_the_end_s=START_S)
+    assert f"telemetry log {uri}: cannot be written" in writer.problem
     folder.unlink()
+    uri = str(folder)
     writer.put(row(1.0), START_S + 1)
     writer.write()
     assert writer.problem, "nothing is written yet"
     writer.write(to_the_end_s=START_S + 2)
     assert not writer.problem
-    assert sum(pq.read_metadata(p).num_rows for p in files(folder)) == 1
+    assert len(files(folder)) == 1
+
+
+def test_a_folder_that_cannot_be_made_at_the_start_loses_no_row(tmp_path: Path) -> None:
+    """A disk that is read-only, full or not mounted yet takes the log down, not the node's telemetry."""
+    (tmp_path / "disk").touch()
+    log = TelemetryLog(str(tmp_path / "disk"), "n", "r")
+    for t in range(30):
+        log.append(row(float(t)), START_S + t)
+    with pytest.raises(OSError, match="disk"):
+        log.flush(START_S + 30)
+    (tmp_path / "disk").unlink()
+    log.flush(START_S + 60)
+    (series,) = read_folder(tmp_path)
+    assert (series.machine, series.recording, len(series.values)) == ("n", "r", 30)
 
 
 def test_one_nodes_bounds_never_touch_another_nodes_files(tmp_path: Path) -> None:

@@ -654,6 +654,7 @@ def test_a_soak_of_cancellations_exceptions_deaths_and_abandoned_streams_ends_at
     print(dict(seen))
     for kind in ("predict", "stream", "abandon"):
         assert seen[kind, "ok"] > 20
-    assert {key for key in seen if key[0] in ("stream", "abandon")} == {("stream", "ok"), ("abandon", "ok")}
+    ends = {end for kind, end in seen if kind in ("stream", "abandon")}
+    assert ends <= {"ok", "ActorDiedError"}, "streams that have begun die with their replica: nothing resumes them here"
     assert seen["bad", "RayTaskError(ValueError)"] > 20
     assert_idle(model)

@@ -121,9 +121,12 @@ def test_large_requests_are_refused_with_the_reason_that_small_ones_get(
 
 
 def test_a_large_generate_request_reaches_the_model_whole(api: InferenceApi) -> None:
-    body = {"text_input": "word " * MANY, "id": "g", "extra": 1, "parameters": {"timeout": 5_000_000, "top": [1]}}
-    answer = asyncio.run(ask(api, "/v2/models/echo/generate", json=body)).json()
+    parameters = {"timeout": 5_000_000, "sequence_id": 7, "top": [1]}
+    body = {"text_input": "word " * MANY, "id": "g", "extra": 1, "parameters": parameters}
+    handle = echo_handle()
+    answer = asyncio.run(ask(make_api(handle, info=ECHO), "/v2/models/echo/generate", json=body)).json()
     assert (answer["length"], answer["keys"], answer["id"]) == (5 * MANY, list(body), "g")
+    assert handle.calls[0][0]["session_id"] == "7"
     wrong = asyncio.run(ask(api, "/v2/models/echo/generate", json=body | {"parameters": {"timeout": "soon"}}))
     assert wrong.status_code == 400
     assert RawJson(b"\xef\xbb\xbf{}").load() == {}

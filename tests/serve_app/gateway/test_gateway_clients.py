@@ -101,7 +101,8 @@ def test_health_metadata_configuration_index_and_statistics_by_tritons_client(
         client.infer(MODEL, inputs()[:1])
     (after,) = client.get_inference_statistics()["model_stats"]
     assert after["inference_count"] == after["execution_count"] == before["inference_count"] + 1
-    for name, more in {"success": 1, "fail": 1, "compute_infer": 1, "queue": 0, "cache_hit": 0}.items():
+    assert after["inference_stats"]["queue"]["count"] == before["inference_stats"]["queue"]["count"] + 1
+    for name, more in {"success": 1, "fail": 1, "compute_infer": 1, "cache_hit": 0}.items():
         stat, was = after["inference_stats"][name], before["inference_stats"][name]
         assert stat["count"] == was["count"] + more
         assert (stat["ns"] > was["ns"]) == (more > 0)
@@ -159,9 +160,12 @@ def test_a_sequence_stays_on_its_replica_unless_a_header_says_otherwise() -> Non
         first = http.post("/v2/models/m/infer", json=body)
         assert "set-cookie" not in first.headers
         http.post("/v2/models/m/infer", json=body, headers={"x-session-id": "mine"})
-        http.post("/v2/models/m/infer", json=body | {"parameters": {"sequence_id": "seven"}})
+        for name in ("seven", "sieben für Ü", "\ud83d", None):
+            http.post("/v2/models/m/infer", content=json.dumps(body | {"parameters": {"sequence_id": name}}))
         refused = http.post("/v2/models/m/infer", json=body | {"parameters": {"sequence_id": [1]}})
-    assert [options.get("session_id") for options, _ in handle.calls] == ["7", "mine", "seven"]
+    assert [options.get("session_id") for options, _ in handle.calls][:-1] == [
+        "7", "mine", "seven", "sieben%20f%C3%BCr%20%C3%9C", "%5Cud83d",
+    ]  # fmt: skip
     assert refused.status_code == 400
 
 
@@ -266,6 +270,7 @@ def test_a_model_without_a_replica_is_unavailable_in_the_index() -> None:
         (entry,) = http.post("/v2/repository/index", content=b"").json()
         assert (entry["state"], entry["reason"]) == ("UNAVAILABLE", "no replica of the model is running yet")
         assert http.post("/v2/repository/index", json={"ready": True}).json() == []
+        assert http.post("/v2/repository/index", json={"ready": None}).json() == [entry]
         assert http.post("/v2/repository/index", json={"ready": 1}).status_code == 400
 
 
@@ -294,6 +299,10 @@ def bare_deflate(raw: bytes) -> bytes:
         ("x-gzip", gzipped(VALID), 200),
         ("gzip", gzipped(VALID[:HALF]) + gzipped(VALID[HALF:]), 200),
         ("gzip", gzipped(VALID) + gzipped(b""), 200),
+        ("gzip", gzipped(VALID) + bytes(512), 200),
+        ("gzip", gzipped(VALID[:HALF]) + bytes(3) + gzipped(VALID[HALF:]) + bytes(3), 200),
+        ("gzip", gzipped(VALID) + bytes(3) + b"more", 400),
+        ("gzip", bytes(3) + gzipped(VALID), 400),
         ("gzip", gzipped(VALID) + b"more", 400),
         ("gzip", gzipped(b"") * 2000, 400),
         ("gzip", b"", 400),
@@ -302,6 +311,7 @@ def bare_deflate(raw: bytes) -> bytes:
         ("Deflate", zlib.compress(VALID), 200),
         ("deflate", bare_deflate(VALID), 200),
         ("deflate", bare_deflate(VALID)[:-4], 400),
+        ("deflate", zlib.compress(VALID) + bytes(3), 400),
         ("identity", VALID, 200),
         ("", VALID, 200),
         ("identity, gzip", gzipped(VALID), 200),
@@ -384,6 +394,10 @@ def post_bytes(path: str, body: bytes, *headers: bytes) -> bytes:
     [
         (post_bytes(INFER, VALID, b"Content-Type: application/json", b"Content-Type: text/plain"), 200),
         (post_bytes(INFER, VALID, b"Content-Encoding: gzip", b"Content-Encoding: gzip"), 400),
+        (
+            post_bytes(INFER, gzipped(zlib.compress(VALID)), b"Content-Encoding: deflate", b"content-encoding:gzip"),
+            200,
+        ),
         (post_bytes(INFER, VALID, b"X-Session-Id: a", b"X-Session-Id: b"), 200),
         (post_bytes(INFER, VALID, b"Content-Length: %d" % len(VALID), b"Content-Length: 3"), 400),
         (post_bytes(INFER, gzipped(VALID), b"Content-Encoding: gzip", b"Content-Length: 5"), 400),

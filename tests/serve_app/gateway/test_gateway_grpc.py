@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,7 @@ from ray.serve.exceptions import BackPressureError
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
+from serve_app.gateway.codec import OFF_LOOP_ELEMENTS
 from serve_app.gateway.grpc_messages import ModelInferRequest
 from serve_app.gateway.model_server import Refusal
 from serve_app.gateway.tensors import TensorSpec
@@ -106,6 +108,7 @@ def test_without_a_replica_nothing_is_ready_and_the_server_lives() -> None:
     ("answer", "code", "reason"),
     [
         (Refusal("too many rows"), "INVALID_ARGUMENT", "too many rows"),
+        (Refusal("no word '\ud83d'"), "INVALID_ARGUMENT", r"no word '\ud83d'"),
         (RuntimeError("broken"), "INTERNAL", "the model failed: RuntimeError: broken"),
         (ActorDiedError(), "UNAVAILABLE", "the request was lost"),
         (BackPressureError(9, 8), "UNAVAILABLE", "all replicas are full"),
@@ -222,6 +225,16 @@ def test_a_streams_requests_are_answered_in_order_and_an_error_ends_only_its_req
     assert failed == "the model failed: RuntimeError: broken"
 
 
+def test_an_error_in_a_stream_names_its_request() -> None:
+    requests = [service_pb2.ModelInferRequest(model_name=name, id=name) for name in ("other", "digits")]
+
+    async def talk(client: Any, _: Any) -> list[str]:
+        send = service_pb2_grpc.GRPCInferenceServiceStub(client._channel).ModelStreamInfer
+        return [answer.infer_response.id async for answer in send(iter(requests)) if answer.error_message]
+
+    assert run(talk, FakeHandle(DIGIT), info=ONE_BY_ONE) == ["other", "digits"]
+
+
 def test_a_streams_session_and_deadline_hold_for_each_of_its_requests() -> None:
     handle = FakeHandle(DIGIT)
     request = {"model_name": "digits", "inputs": [pixels()]}
@@ -252,11 +265,30 @@ def test_a_model_that_generates_answers_a_request_with_its_items() -> None:
     assert handle.calls[0][1] == ({"text_input": "hi", "id": "q", "parameters": {"heat": 0.5}},)
 
 
-def test_the_end_of_a_generation_is_said_where_it_is_asked_for() -> None:
+def test_a_streams_responses_have_of_the_requested_outputs_what_their_item_has() -> None:
+    handle = FakeHandle(lambda *_: words("one ", {"text_output": "two", "tokens": 2}, {"usage": 5}))
+
+    def asked(*names: str) -> list[Any]:
+        outputs = [triton.InferRequestedOutput(name) for name in names]
+        request = {"model_name": "words", "inputs": [text()], "outputs": outputs}
+        answers: list[Any] = run(lambda client, _: ask(client, request), handle, info=STREAMS)
+        return [
+            answer if isinstance(answer, str) else [each.name for each in answer.get_response().outputs]
+            for answer in answers
+        ]
+
+    assert asked("text_output", "tokens") == [["text_output"], ["text_output", "tokens"]]
+    assert asked("usage", "other") == [["usage"]]
+    assert asked("other") == ["unknown output 'other'; the model gave 'usage'"]
+
+
+@pytest.mark.parametrize("outputs", [(), ("text_output",)])
+def test_the_end_of_a_generation_is_said_where_it_is_asked_for(outputs: tuple[str, ...]) -> None:
     handle = FakeHandle(lambda *_: words("one"))
     asked = service_pb2.ModelInferRequest(model_name="words", inputs=[text()._get_tensor()])
     asked.raw_input_contents.append(text()._get_content())
     asked.parameters["triton_enable_empty_final_response"].bool_param = True
+    asked.outputs.extend(service_pb2.ModelInferRequest.InferRequestedOutputTensor(name=name) for name in outputs)
 
     async def talk(client: Any, _: Any) -> list[Any]:
         send = service_pb2_grpc.GRPCInferenceServiceStub(client._channel).ModelStreamInfer
@@ -353,6 +385,22 @@ def test_the_highest_classes_of_an_output_are_given_where_they_are_asked_for() -
     handle = FakeHandle({"digit": np.array([3, 9, 5])})
     answer = run(lambda client, _: client.infer("digits", [pixels()], outputs=wanted), handle)
     assert answer.as_numpy("digit").tolist() == [b"9:1", b"5:2"]
+
+
+def test_classes_of_many_values_are_made_off_the_loop() -> None:
+    threads: list[threading.Thread] = []
+
+    class Watched(np.ndarray):
+        def reshape(self, *shape: Any, **order: Any) -> Any:
+            threads.append(threading.current_thread())
+            return super().reshape(*shape, **order)
+
+    wanted = [triton.InferRequestedOutput("digit", class_count=1)]
+    for size in (10, OFF_LOOP_ELEMENTS):
+        handle = FakeHandle({"digit": np.arange(size).view(Watched)})
+        answer = run(lambda client, _: client.infer("digits", [pixels()], outputs=wanted), handle)
+        assert answer.as_numpy("digit").tolist() == [b"%d:%d" % (size - 1, size - 1)]
+    assert [thread is threading.main_thread() for thread in threads] == [True, False]
 
 
 def test_statistics_count_the_requests_of_both_protocols() -> None:

@@ -8,6 +8,7 @@ Invariants:
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,21 @@ def test_id_parameters_and_requested_outputs_are_read() -> None:
     assert request.parameters["mine"] == "x"
     assert request.binary_by_default
     assert request.outputs == (RequestedOutput("digit", binary=False),)
+
+
+def test_null_is_what_a_typed_client_leaves_out() -> None:
+    nothing = dict.fromkeys(("binary_data", "classification", "shared_memory_region"))
+    described = entry(data=None, parameters={"binary_data_size": 8, "shared_memory_offset": None})
+    header = body(
+        described,
+        id=None,
+        parameters=dict.fromkeys(("binary_data_output", "timeout", "sequence_id", "mine")),
+        outputs=[{"name": "digit", "parameters": nothing}],
+    )
+    request = decode(header + bytes(8), str(len(header)))
+    assert request == InferRequest(request.inputs, outputs=(RequestedOutput("digit", binary=False),))
+    data = entry(parameters={"binary_data_size": None})
+    assert decode(body(data, outputs=None, parameters=None)).outputs is None
 
 
 def test_binary_output_by_default_holds_for_requested_outputs_too() -> None:
@@ -186,6 +202,7 @@ def test_binary_input_is_read_in_order_without_a_copy() -> None:
         (binary(b"12345678", size=8.5), "binary_data_size = 8.5"),
         (binary(b"12345678", size=True), "binary_data_size = True"),
         (binary(b"12345678", size="8"), "binary_data_size = 8"),
+        (binary(b"12345678", size="\ud800"), r"binary_data_size = \ud800, but"),
         (binary(np.array([1, np.nan], "<f4").tobytes()), "holds NaN or infinity"),
         ((body(entry()) + b"left", str(len(body(entry())))), "4 bytes after the JSON part belong to no input"),
         ((body(entry()), "999999"), "must be a whole number up to"),
@@ -193,11 +210,41 @@ def test_binary_input_is_read_in_order_without_a_copy() -> None:
         ((body(entry()), "1e2"), "must be a whole number"),
         ((body(entry()), "²"), "must be a whole number"),
         ((body(entry()), ""), "must be a whole number"),
-        ((body(entry()), "0"), "not JSON"),
+        ((b"1234567", "0"), "binary_data_size is 7, but FP32 [0, 2] needs 0 bytes"),
+        ((np.array([1, np.nan], "<f4").tobytes(), "0"), "holds NaN or infinity"),
     ],
 )
 def test_damaged_binary_requests_are_refused(request_: tuple[bytes, str], reason: str) -> None:
     assert reason in refusal(*request_).reason
+
+
+@pytest.mark.parametrize(
+    ("datatype", "shape", "raw", "wanted"),
+    [
+        ("FP32", (-1, 2), np.array([1, 2, 3, 4], "<f4").tobytes(), [[1, 2], [3, 4]]),
+        ("INT8", (2, 1), b"\x01\xff", [[1], [-1]]),
+        ("BOOL", (2, -1), b"", [[], []]),
+        ("BYTES", (1,), b"\x89PNG\0", [b"\x89PNG\0"]),
+        ("BYTES", (-1, 1), b"", [[b""]]),
+        ("FP32", (-1, -1), bytes(8), "8 bytes do not tell the shape of [-1, -1]"),
+        ("FP32", (2, -1), bytes(12), "FP32 [2, 1] needs 8 bytes"),
+        ("FP32", (2, 0, -1), bytes(4), "needs 0 bytes"),
+        ("BYTES", (-1, 2), b"ab", "the body is one element"),
+    ],
+)
+def test_a_body_without_json_is_the_data_of_the_one_input(
+    datatype: str, shape: tuple[int, ...], raw: bytes, wanted: Any
+) -> None:
+    if isinstance(wanted, str):
+        with pytest.raises(ProtocolError, match=re.escape(wanted)):
+            decode_request(raw, "0", (TensorSpec("x", datatype, shape),))
+        return
+    request = decode_request(raw, "0", (TensorSpec("x", datatype, shape),))
+    assert request.inputs["x"].tolist() == wanted
+    assert request.binary_by_default
+    for declared in ((), (PIXELS, DIGIT)):
+        with pytest.raises(ProtocolError, match="needs a model that declares one input"):
+            decode_request(raw, "0", declared)
 
 
 @pytest.mark.parametrize(
@@ -277,7 +324,7 @@ def test_encoded_outputs_decode_to_the_same_arrays(array: np.ndarray, as_binary:
     np.testing.assert_array_equal(decoded, wanted)
 
 
-@given(st.binary(max_size=200), st.none() | st.integers(0, 250).map(str))
+@given(st.binary(max_size=200), st.none() | st.integers(1, 250).map(str))
 def test_random_bytes_never_do_worse_than_a_refusal(raw: bytes, header_length: str | None) -> None:
     with pytest.raises(ProtocolError) as caught:
         decode(raw, header_length)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -57,14 +58,17 @@ def test_elements_of_different_lengths_keep_their_zeros():
 
 def test_text_is_text():
     texts, raw = ["cat", "Zebra"], [b"cat", b"Zebra"]
-    for value in (texts, np.array(texts), raw, np.array(raw), np.array(raw, "S9")):
+    for value in (texts, np.array(texts), raw, np.array(raw), np.array(raw, "S9"), np.array(texts, "T")):
         assert to_json("y", as_declared({"y": value}, (BYTES,))["y"]) == ["cat", "Zebra"]
     assert to_json("y", as_declared({"y": ["a\0"]}, (BYTES,))["y"]) == ["a\0"]
 
 
-def test_bytes_that_numpy_has_cut_are_an_error_that_says_what_to_return():
+@pytest.mark.parametrize("items", [[NPZ, NPZ + b"x"], [b"\1\0\0\0", b"\2\0\0\0"]])
+def test_bytes_that_numpy_has_cut_are_an_error_that_says_what_to_return(items):
     with pytest.raises(OutputError, match=r"'y'.*\|S\d+.*list of bytes"):
-        as_declared({"y": np.array([NPZ, NPZ + b"x"])}, (BYTES,))
+        as_declared({"y": np.array(items)}, (BYTES,))
+    with pytest.raises(OutputError, match=r"'y'.*\|S\d+.*list of bytes"):
+        as_declared({"y": [np.array(items)]}, ())
 
 
 @pytest.mark.parametrize("value", [[b"a", None], [{"a": 1}], np.array([1, 2]), np.array([1.5], dtype=object)])
@@ -86,6 +90,9 @@ def test_what_is_neither_bytes_nor_text_is_not_declared_bytes(value):
         (np.array([1, 2], ">i4"), "INT32", np.array([1, 2], "i4")),
         ([], "FP32", np.array([], "f4")),
         (np.array([2**63], "u8"), "FP64", np.array([2.0**63])),
+        ([2**63 + 1, 1], "UINT64", np.array([2**63 + 1, 1], "u8")),  # numpy makes floats of the two
+        (np.array([1.5], ml_dtypes.bfloat16), "FP32", np.array([1.5], "f4")),
+        ([], "BYTES", np.array([], object)),
     ],
 )
 def test_numbers_are_cast_where_their_values_stay(value, datatype, expected):
@@ -106,6 +113,8 @@ def test_numbers_are_cast_where_their_values_stay(value, datatype, expected):
         (np.array([2**63], "u8"), "INT64"),
         ([2.0**63], "INT64"),
         ([2**53 + 1], "FP64"),
+        ([2**63 + 1, 0.5], "UINT64"),
+        ([257], "BF16"),
         ([1e300], "FP32"),
         ([70000.0], "FP16"),
         ([2], "BOOL"),
@@ -114,11 +123,17 @@ def test_numbers_are_cast_where_their_values_stay(value, datatype, expected):
         ([None], "FP32"),
         ([[1], [1, 2]], "FP32"),
         (np.array(["2020-01-01"], "M8[D]"), "INT64"),
+        ([1, b"a\0"], "BYTES"),
+        (np.array([1j]), None),
+        (np.array([1], "M8[D]"), None),
+        ([b"a", None], None),
+        ([["a"], ["b", "c"]], None),
+        ({1, 2}, None),
     ],
 )
 def test_what_would_change_by_that_is_an_error_that_names_the_output(value, datatype):
     with pytest.raises(OutputError, match="output 'y'"):
-        as_declared({"y": value}, (TensorSpec("y", datatype, (-1,)),))
+        as_declared({"y": value}, (TensorSpec("y", datatype, (-1,)),) if datatype else ())
 
 
 def test_missing_outputs_and_other_shapes_are_errors_that_name_the_output():
