@@ -73,8 +73,9 @@ class Coordinator:
         self._store, self._restarted = holds, restarted
         self._holds = set(map(str, holds.load())) if holds is not None else set[str]()
         self._leaving = frozenset[str]()
-        self._alive = frozenset[str]()
         """Nodes that Ray is about to take away."""
+        self._alive = frozenset[str]()
+        """Nodes of the cluster, heard of or not."""
         self._warned: set[str] = set()
         self._uniform = uniform
         self._started_s = now_s()
