@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +17,8 @@ _CLOUD = "lumos"
 """The public source to play: cloud machines, one sample a second. Of the others one is sampled every 5 s and one is
 idle for 93 % of the time, in recordings that are longer than a run."""
 _OWN = SHIPPED.parent / "data"
+_PART_S = 99
+"""Median length of the public recordings."""
 _HOLD_OUT = 0.25
 """As `train`: of our own recordings the last session, later than all that was trained on."""
 LINK_BYTES_PER_S = 1.25e9
@@ -70,10 +72,16 @@ def held_apart() -> HeldApart:
 
 @cache
 def own_held_apart() -> HeldApart:
-    """The session of our own recordings that training never sees."""
+    """The session of our own recordings that training never sees, in parts as long as the public jobs."""
     from train.dataset import split_machines  # noqa: PLC0415 - torch only where it is needed
 
-    return HeldApart("own", _recordings(split_machines(read_folder(_OWN), _HOLD_OUT, 0).held))
+    held = split_machines(read_folder(_OWN), _HOLD_OUT, 0).held
+    parts = [
+        replace(s, recording=f"{s.recording}-{low}", values=s.values[low : low + _PART_S])
+        for s in held
+        for low in range(0, len(s.values) - _PART_S + 1, _PART_S)
+    ]
+    return HeldApart("own", _recordings(parts))
 
 
 def _recordings(series: list[Series]) -> tuple[Recording, ...]:

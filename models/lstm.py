@@ -30,7 +30,7 @@ class LstmConfig:
 
     features: int = N_FEATURES
     anchors: int = N_ANCHORS
-    hidden: int = 64
+    hidden: int = 128
     layers: int = 1
     mlp: int = 96
 

@@ -110,7 +110,7 @@ def test_a_candidate_that_is_no_better_is_kept_out_and_nothing_changes(places_of
 def test_the_shipped_version_learns_the_onsets_of_a_fleets_own_jobs(places_of: Places, tmp_path: Path) -> None:
     where = replace(places_of, registry=str(tmp_path / "begun"))
     shipped = begin(where.registry)
-    found = retrain(where, PLAN, QUICK, math.nan)
+    found = retrain(where, PLAN, Effort(made_up=0, steps=150, epochs=75), math.nan)
     held = found["held_out"]
     print(found["reason"], held, found["held_out_unseen_machines"])
     assert (found["outcome"], found["former"]) == ("promoted", shipped)
